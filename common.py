@@ -1,0 +1,534 @@
+"""What the five model scripts share: data sets, the range pair, image files, the UNet and its embeddings.
+
+Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, optimisers, EMA, checkpoints and
+command lines stay in the script of their model, where the reader of the paper looks for them.
+
+Images are uint8 in 0..255 on disk and in memory, and float32 in [-1, 1] everywhere else; `to_float` and `to_uint8`
+are the only way from one to the other.
+"""
+
+import difflib
+import gzip
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid
+
+IMAGE_SIZE = 32
+NULL_LABEL = -1  # "no class": the label of an image whose class was dropped, and of unconditional sampling
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is one line that says what, and what would be right."""
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+# name: (torchvision class, folder of Debian's package, SHA-256 of the decompressed files)
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_SETS = {
+    "fashion-mnist": (
+        datasets.FashionMNIST,
+        "/usr/share/datasets/fashion-mnist",
+        (
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ),
+    ),
+    "mnist": (
+        datasets.MNIST,
+        None,
+        (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ),
+    ),
+    # The publishers of KMNIST give sums of the .gz files only; torchvision checks those when it downloads.
+    "kmnist": (datasets.KMNIST, None, None),
+}
+
+
+@dataclass
+class ImageData:
+    """A data set in memory: images uint8 (N, C, 32, 32), labels int64 (N,) in [0, len(class_names))."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: list
+    source: str
+
+    def __str__(self):
+        n, c, h, w = self.images.shape
+        counts = torch.bincount(self.labels, minlength=len(self.class_names))
+        return (
+            f"{self.source}: {n:,} images of {c}x{h}x{w}, {len(self.class_names)} classes of "
+            f"{counts.min():,} to {counts.max():,} images, values {self.images.min()}..{self.images.max()}"
+        )
+
+
+def load_data(name, data_dir=None, channels=1, train=True):
+    """Load a data set by name (fashion-mnist, mnist, kmnist), a folder with one sub-folder per class, or an .npz.
+
+    IDX sets are looked for in `data_dir`, else in data/, then in Debian's folder, and are only then downloaded to
+    data/. Folders and .npz files have no split of their own: `train` says nothing about them.
+    channels: 1 (grey) or 3.  Returns ImageData.  Raises InputError naming the file that is missing or wrong.
+    """
+    path = Path(name)
+    if name in IDX_SETS:
+        images, labels, class_names, source = _load_idx(name, data_dir, train)
+    elif path.is_dir():
+        images, labels, class_names = _load_folder(path, channels)
+        source = name
+    elif path.suffix == ".npz" and path.is_file():
+        images, labels, class_names = _load_npz(path)
+        source = name
+    else:
+        raise InputError(
+            f"no data set {name!r}: give one of {', '.join(IDX_SETS)}, a folder of class folders, or an .npz"
+        )
+    if images.shape[1] != channels:  # grey becomes three equal channels; colour becomes its luminance
+        images = images.expand(-1, 3, -1, -1) if channels == 3 else TF.rgb_to_grayscale(images)
+    return ImageData(_to_image_size(images).contiguous(), labels, class_names, source)
+
+
+def _to_image_size(images):
+    """uint8 (N, C, H, W) -> (N, C, 32, 32): 28x28 is padded with black, anything else resized."""
+    if images.shape[-2:] == (28, 28):
+        return F.pad(images, (2, 2, 2, 2))
+    if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
+        return images
+    return TF.resize(images, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)
+
+
+def _load_idx(name, data_dir, train):
+    """Find the two IDX files of a split, verify them, and let torchvision parse them."""
+    dataset_class, debian_dir, sums = IDX_SETS[name]
+    wanted = IDX_FILES[:2] if train else IDX_FILES[2:]
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise InputError(f"--data-dir {data_dir} is not a folder")
+    places = [Path(data_dir)] if data_dir is not None else [Path("data"), Path(debian_dir or "data")]
+    found = _find_idx(places, dataset_class.__name__, wanted)
+    if found is None and data_dir is not None:
+        raise InputError(f"--data-dir {data_dir} has no {wanted[0]} (or .gz), nor has its {dataset_class.__name__}/raw")
+    if found is None:
+        _download(dataset_class, Path("data"))
+        found = _find_idx(places, dataset_class.__name__, wanted)
+
+    with tempfile.TemporaryDirectory() as scratch:  # torchvision's parser takes a plain file
+        parsed = []
+        for file, base in zip(found, wanted, strict=True):
+            content = _read_verified(file, sums and sums[IDX_FILES.index(base)])
+            plain = Path(scratch, base)
+            plain.write_bytes(content)
+            reader = datasets.mnist.read_image_file if "images" in base else datasets.mnist.read_label_file
+            try:
+                parsed.append(reader(str(plain)))
+            except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+                raise InputError(
+                    f"{file} is not an IDX file of {'images' if 'images' in base else 'labels'}"
+                ) from error
+    images, labels = parsed
+    class_names = list(dataset_class.classes)
+    if name == "mnist":
+        class_names = [c.split(" ")[0] for c in class_names]  # torchvision says "0 - zero"
+    if len(images) != len(labels):
+        raise InputError(f"{found[0]} has {len(images)} images but {found[1]} has {len(labels)} labels")
+    if len(labels) == 0 or labels.max() >= len(class_names):
+        raise InputError(f"{found[1]} has labels outside 0..{len(class_names) - 1}, or none at all")
+    return images[:, None], labels, class_names, f"{name} ({found[0].parent})"
+
+
+def _find_idx(places, class_name, wanted):
+    """The paths of the wanted files in the first place that has one of them (plain or .gz), or None."""
+    for place in places:
+        for folder in (place / class_name / "raw", place):
+            files = [next((f for f in (folder / w, folder / f"{w}.gz") if f.is_file()), None) for w in wanted]
+            if any(files):
+                missing = [w for w, file in zip(wanted, files, strict=True) if file is None]
+                if missing:
+                    raise InputError(f"{folder} has no {missing[0]} (or .gz) beside the other files of the set")
+                return files
+    return None
+
+
+def _download(dataset_class, root):
+    """torchvision's download, moved into place only when it is whole."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        try:
+            dataset_class(scratch, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{dataset_class.__name__} was not found and could not be downloaded ({str(error).splitlines()[0]}); "
+                f"put its four IDX files into a folder and name it with --data-dir"
+            ) from error
+        target = root / dataset_class.__name__
+        shutil.rmtree(target, ignore_errors=True)
+        Path(scratch, dataset_class.__name__).replace(target)
+
+
+def _read_verified(file, sha256):
+    """Decompressed bytes of `file`; InputError if it is broken or not the published file."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, ValueError, gzip.zlib.error) as error:
+        raise InputError(f"{file} is broken ({error}): delete it and run again, or name another --data-dir") from error
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(
+            f"{file} is not the published file (its SHA-256 differs): delete it, or name another --data-dir"
+        )
+    return content
+
+
+def _load_folder(path, channels):
+    """torchvision's ImageFolder, read into one tensor."""
+    try:
+        folder = datasets.ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} needs one sub-folder of images per class ({str(error).splitlines()[0]})") from error
+    images = torch.cat([load_image(file, channels) for file, _ in folder.samples])
+    return images, torch.tensor(folder.targets), folder.classes
+
+
+def load_image(path, channels):
+    """One picture from a file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return _to_image_size(TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable image ({str(error).splitlines()[0]})") from error
+
+
+def _load_npz(path):
+    """x uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; y integers (N,); class_names optional."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x", "y", "class_names") if key in file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError) as error:
+        raise InputError(f"{path} is not a readable .npz of plain arrays ({str(error).splitlines()[0]})") from error
+    if "x" not in arrays or "y" not in arrays:
+        raise InputError(f"{path} needs the arrays x (images) and y (labels)")
+    x, y = arrays["x"], arrays["y"]
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
+        raise InputError(
+            f"{path}: x is {arrays['x'].dtype} {arrays['x'].shape}; it must be uint8 (N, H, W) or (N, H, W, 1|3)"
+        )
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+        raise InputError(f"{path}: y is {y.dtype} {y.shape}; it must be {len(x)} integers from 0 up")
+    names = [str(n) for n in arrays["class_names"].ravel()] if "class_names" in arrays else None
+    if names is not None and y.max() >= len(names):
+        raise InputError(f"{path}: y goes up to {y.max()} but there are {len(names)} class_names")
+    if names is None and y.max() >= 10_000:
+        raise InputError(
+            f"{path}: y goes up to {y.max()}; labels must count the classes from 0 up, at most 10,000 of them"
+        )
+    return (
+        torch.from_numpy(x.copy()),
+        torch.from_numpy(y.astype(np.int64)),
+        names or [str(i) for i in range(y.max() + 1)],
+    )
+
+
+def epoch_batches(n, batch_size, seed, epoch):
+    """The batches of one epoch as indices: int64 (n // batch_size, batch_size), a pure function of its arguments.
+
+    The images left over when batch_size does not divide n wait for another epoch's order. Raises InputError.
+    """
+    if not 1 <= batch_size <= n:
+        raise InputError(f"--batch-size {batch_size} is not in 1..{n}, the number of images")
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+    return torch.from_numpy(order[: n - n % batch_size].reshape(-1, batch_size))
+
+
+def to_float(images):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float in [-1, 1] -> uint8 0..255, the exact inverse of `to_float`. Clips; raises ValueError on NaN."""
+    if not torch.isfinite(images).all():
+        raise ValueError("images have values that are not finite")
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def parse_classes(text, class_names):
+    """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices. Raises InputError naming close matches."""
+    if text.strip().lower() == "all":
+        return list(range(len(class_names)))
+    lower = [file_stem(name) for name in class_names]
+    indices = []
+    for part in (p.strip() for p in text.split(",")):
+        if file_stem(part) in lower:
+            indices.append(lower.index(file_stem(part)))
+        elif part.isdecimal() and part.isascii() and int(part) < len(class_names):
+            indices.append(int(part))
+        else:
+            close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]
+            names = ", ".join(class_names[lower.index(c)] for c in close)
+            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)")
+    return indices
+
+
+# --- Noise ------------------------------------------------------------------------------------------------------
+
+
+def noise_streams(seed, indices):
+    """One NumPy generator per image, keyed by (seed, image index).
+
+    Image i starts from the same noise whatever the batch, the device or the runtime (torch or ONNX Runtime).
+    """
+    return [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+
+
+def draw_noise(streams, shape):
+    """The next standard normal array of every stream: float32 (len(streams), *shape)."""
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
+# --- Image files ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path):
+    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, delete it if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def file_stem(class_name):
+    """'T-shirt/top' -> 't-shirt-top': safe in a file name, and one that parse_classes understands."""
+    return "".join(c if c.isalnum() else "-" for c in class_name.lower())
+
+
+def image_grid(images, columns):
+    """float (N, C, H, W) in [-1, 1] -> one PIL picture, row by row, `columns` wide, up to 8 times the size."""
+    grid = make_grid(to_uint8(images), nrow=columns, padding=2)
+    picture = TF.to_pil_image(grid[:1] if images.shape[1] == 1 else grid)  # make_grid turns grey into RGB
+    scale = max(1, min(8, 1000 // picture.width))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_images(images, labels, class_names, path, columns):
+    """Write images (N, C, H, W) in [-1, 1] to a .png (grid), an .npz (x uint8, y) or else a folder of PNGs."""
+    path = Path(path)
+    if path.suffix == ".png":
+        save_picture(image_grid(images, columns), path)
+    elif path.suffix == ".npz":
+        with written_whole(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(
+                file, x=to_uint8(images).cpu().numpy(), y=np.array(labels), class_names=np.array(class_names)
+            )
+    elif path.suffix:
+        raise InputError(f"--output {path}: the name must end in .png, .npz or .gif, or be a folder")
+    else:
+        for i, (image, label) in enumerate(zip(to_uint8(images).cpu(), labels, strict=True)):
+            save_picture(TF.to_pil_image(image), path / f"{i:05d}_{file_stem(class_names[label])}.png")
+
+
+def trajectory_frames(trace, columns):
+    """trace, a list of (t, x_t, x_0_hat) -> one picture a step: the grid of x_t above the grid of x_0_hat."""
+    return [image_grid(torch.cat([x_t, x_0_hat]), columns) for _, x_t, x_0_hat in trace]
+
+
+def filmstrip(trace):
+    """trace, a list of (t, x_t, x_0_hat) -> one picture: for each image a row of x_t above a row of x_0_hat.
+
+    At most 11 moments are shown, from the first to the last.
+    """
+    last = len(trace) - 1
+    moments = [trace[i] for i in sorted({round(k * last / 10) for k in range(11)})]
+    rows = torch.stack(
+        [torch.stack([x_t, x_0_hat], dim=1) for _, x_t, x_0_hat in moments], dim=2
+    )  # (B, 2, moments, ...)
+    return image_grid(rows.flatten(0, 2), columns=len(moments))
+
+
+def save_picture(picture, path):
+    """Write a PIL picture as PNG."""
+    with written_whole(path) as scratch:
+        picture.save(scratch, format="png")
+
+
+def save_gif(frames, path, milliseconds=80):
+    """Write a list of PIL pictures as an endless GIF that rests on its last frame for a second."""
+    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    with written_whole(path) as scratch:
+        frames[0].save(scratch, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+# --- Embeddings -------------------------------------------------------------------------------------------------
+
+
+def sinusoidal_embedding(t, dim):
+    """Positions t, int64 (B,), as sines and cosines of geometric frequencies: float32 (B, dim).
+
+    Vaswani et al. 2017 (arXiv:1706.03762) section 3.5, with all sines before all cosines: component i and component
+    i + dim/2 are sin and cos of t / 10000^(2i/dim).  dim must be even.
+    """
+    if dim % 2:
+        raise ValueError(f"dim {dim} is odd; sine and cosine come in pairs")
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class TimeClassEmbedding(nn.Module):
+    """(t, y), int64 (B,) each -> (B, emb_channels): an MLP of the time, plus a learned row per class.
+
+    y is in [0, num_classes) or NULL_LABEL, which has a row of its own (row 0, so that it never moves).
+    """
+
+    def __init__(self, emb_channels, num_classes):
+        super().__init__()
+        self.sinusoidal_dim = emb_channels // 2
+        self.time = nn.Sequential(
+            nn.Linear(self.sinusoidal_dim, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        self.label = nn.Embedding(num_classes + 1, emb_channels)
+
+    def forward(self, t, y):
+        return F.silu(self.time(sinusoidal_embedding(t, self.sinusoidal_dim)) + self.label(y - NULL_LABEL))
+
+
+# --- UNet -------------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels):
+    """GroupNorm with 16 channels a group (fewer where 16 does not divide the width)."""
+    return nn.GroupNorm(channels // math.gcd(channels, 16), channels)
+
+
+def zero_init(layer):
+    """A layer that outputs zero at the start: the block around it begins as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x, emb): two normalised 3x3 convolutions; the embedding scales and shifts between them (as in ADM)."""
+
+    def __init__(self, in_channels, out_channels, emb_channels):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_channels, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv2(F.silu(h))
+
+
+class SelfAttention(nn.Module):
+    """x + multi-head self-attention over the H * W positions, heads of 32 channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3 * self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(2, 3).chunk(3, dim=1)  # (B, heads, H*W, C/heads) each
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, h, w)
+        return x + self.out(attended)
+
+
+class UNet(nn.Module):
+    """The denoiser of ddpm.py, ddim.py and ldm.py: UNet(x_t, t, y) -> like x_t.
+
+    channels      image (or latent) channels
+    num_classes   labels are 0..num_classes-1, or NULL_LABEL
+    widths        channels of each resolution, finest first; each is half the size of the one before
+    depths        residual blocks of each resolution: so many on the way down and again on the way up, joined by skip
+                  connections; the last is the bottom, which is passed once
+    patch         space-to-depth: p x p pixels become p * p channels first and pixels again at the end; the cheapest
+                  way to a smaller grid
+    attention     self-attention between the blocks of the bottom
+    emb_channels  size of the time and class embedding
+
+    x_t: (B, channels, H, W) float with H and W divisible by patch * 2^(len(widths) - 1);  t, y: (B,) int64.
+    Raises InputError for numbers that make no network.
+    """
+
+    def __init__(
+        self, channels=1, num_classes=10, widths=(32, 96), depths=(1, 3), patch=2, attention=True, emb_channels=128
+    ):
+        super().__init__()
+        if not widths or len(widths) != len(depths) or min(*widths, *depths) < 1:
+            raise InputError(f"--widths {widths} and --depths {depths} must be equally many, all 1 or more")
+        if attention and widths[-1] > 32 and widths[-1] % 32:
+            raise InputError(f"--widths: the last, {widths[-1]}, must be a multiple of 32, for attention heads of 32")
+        if emb_channels < 4 or emb_channels % 4:
+            raise InputError(f"--emb-channels {emb_channels} must be a multiple of 4")
+        self.patch = patch
+        self.embedding = TimeClassEmbedding(emb_channels, num_classes)
+        self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for width, below, depth in zip(widths[:-1], widths[1:], depths[:-1], strict=True):
+            blocks = [ResidualBlock(width, width, emb_channels) for _ in range(depth)]
+            self.down.append(nn.ModuleList([*blocks, nn.Conv2d(width, below, 3, stride=2, padding=1)]))
+            blocks = [ResidualBlock(2 * width, width, emb_channels) for _ in range(depth)]
+            self.up.insert(0, nn.ModuleList([nn.Conv2d(below, 4 * width, 1), *blocks]))
+        self.bottom = nn.ModuleList([ResidualBlock(widths[-1], widths[-1], emb_channels)])
+        for _ in range(depths[-1] - 1):
+            self.bottom.append(SelfAttention(widths[-1]) if attention else nn.Identity())
+            self.bottom.append(ResidualBlock(widths[-1], widths[-1], emb_channels))
+        self.norm = group_norm(widths[0])
+        self.head = zero_init(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
+
+    def forward(self, x_t, t, y):
+        emb = self.embedding(t, y)
+        h = self.stem(F.pixel_unshuffle(x_t, self.patch))
+        skips = []
+        for *blocks, downsample in self.down:
+            for block in blocks:
+                h = block(h, emb)
+                skips.append(h)
+            h = downsample(h)
+        for layer in self.bottom:
+            h = layer(h, emb) if isinstance(layer, ResidualBlock) else layer(h)
+        for upsample, *blocks in self.up:
+            h = F.pixel_shuffle(upsample(h), 2)
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)

@@ -1,0 +1,672 @@
+"""DDIM: denoising diffusion implicit models, class-conditional, in one file (with common.py).
+
+Jiaming Song, Chenlin Meng, Stefano Ermon, "Denoising Diffusion Implicit Models", 2020 (arXiv:2010.02502).
+Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the sampler, which skips steps.
+
+    q_sample    x_t   = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps                        DDPM eq. (4)
+    loss        E || target - model(x_t, t, y) ||^2,  target = eps or v                              DDPM eq. (14)
+    x_0_hat     (x_t - sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_bar_t)                          DDIM eq. (9)
+    ddim_step   x_prev = sqrt(alpha_bar_prev) * x_0_hat
+                       + sqrt(1 - alpha_bar_prev - sigma_t^2) * eps_hat + sigma_t * noise            DDIM eq. (12)
+
+    python ddim.py --train --epochs 50             train on Fashion-MNIST
+    python ddim.py --class Sneaker                 draw a Sneaker with the newest weights
+    python ddim.py --train --minutes 1             smoke run
+
+Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
+schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t,
+an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), a smaller network, trailing steps that
+start at t = T-1 (Lin et al. 2023, arXiv:2305.08891).  The paper writes alpha_bar as plain alpha.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from common import IDX_SETS, IMAGE_SIZE, NULL_LABEL, InputError, UNet, epoch_batches, load_data, load_image
+from common import draw_noise, file_stem, noise_streams, parse_classes, to_float, to_uint8, written_whole
+from common import filmstrip, save_gif, save_images, save_picture, trajectory_frames
+
+NAME = "ddim"
+SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
+
+# --- Method -----------------------------------------------------------------------------------------------------
+
+
+def make_alpha_bars(schedule, num_timesteps):
+    """The table alpha_bar_t = prod_{s <= t} (1 - beta_s): float64 (T,), falling; index 0 is the paper's t = 1.
+
+    linear     beta from 1e-4 to 0.02, DDPM section 4
+    quadratic  sqrt(beta) linear between the roots of the same ends
+    cosine     alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008, beta <= 0.999,
+               Nichol & Dhariwal eq. (17)
+    The ends of linear and quadratic are meant for T = 1000 and are scaled by 1000 / T, so that any T ends in noise.
+    """
+    if schedule == "cosine":
+        u = (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008
+        f = torch.cos(u * math.pi / 2) ** 2
+        betas = 1 - f[1:] / f[:-1]
+    else:
+        power = {"linear": 1.0, "quadratic": 2.0}[schedule]
+        first, last = (1e-4) ** (1 / power), 0.02 ** (1 / power)
+        betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power * 1000 / num_timesteps
+    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+
+
+def q_sample(x_0, eps, alpha_bar_t):
+    """Noise clean images to step t in one go.
+
+    DDPM eq. (4): x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps
+
+    x_0: (B, C, H, W) float in [-1, 1];  eps: like x_0, ~ N(0, 1);  alpha_bar_t: (B, 1, 1, 1).  Returns like x_0.
+    """
+    return alpha_bar_t**0.5 * x_0 + (1 - alpha_bar_t) ** 0.5 * eps
+
+
+def target_of(prediction, x_0, eps, alpha_bar_t):
+    """What the network learns to output: eps, or v = sqrt(alpha_bar_t) * eps - sqrt(1 - alpha_bar_t) * x_0.
+
+    v is from Salimans & Ho 2022, section 4.  Shapes as in q_sample.
+    """
+    return eps if prediction == "eps" else alpha_bar_t**0.5 * eps - (1 - alpha_bar_t) ** 0.5 * x_0
+
+
+def implied(output, x_t, prediction, alpha_bar_t, clip=False):
+    """x_0_hat and eps_hat, the image and the noise that a network output stands for.
+
+    eps: DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip, x_0_hat is limited
+    to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
+    output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
+    """
+    signal_t, noise_t = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
+    if prediction == "eps":
+        x_0_hat, eps_hat = (x_t - noise_t * output) / signal_t, output
+    else:
+        x_0_hat, eps_hat = signal_t * x_t - noise_t * output, signal_t * output + noise_t * x_t
+    if clip:
+        x_0_hat = x_0_hat.clip(-1, 1)
+        eps_hat = (x_t - signal_t * x_0_hat) / noise_t
+    return x_0_hat, eps_hat
+
+
+def image_losses(output, target, loss):
+    """The l2, l1 or huber (delta = 1) loss of each image: (B,), averaged over its values."""
+    function = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
+    return function(output, target, reduction="none").flatten(1).mean(dim=1)
+
+
+def stratified_t(batch_size, num_timesteps, generator):
+    """One t from each of B equal slices of 0 ... T-1: uniform like DDPM's, with less variance. int64 (B,)."""
+    u = torch.rand(batch_size, generator=generator, device=generator.device)
+    slices = torch.arange(batch_size, device=generator.device)
+    return ((slices + u) / batch_size * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------
+
+
+def time_pairs(num_timesteps, steps):
+    """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, evenly spaced ("trailing").
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
+    times = [num_timesteps - 1 - i * num_timesteps // steps for i in range(steps)]
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
+def guided(model, y, guidance, y_to=None, weight=None):
+    """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
+
+    Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
+    holds for v as for eps, since either is an affine function of the other at a given x_t.
+    y: int64 (B,).  With y_to the output goes from that for y to that for y_to with weight, (B, 1, 1, 1) in [0, 1].
+    """
+
+    def denoise(x_t, t):
+        times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
+        if guidance in (0, 1):
+            return model(x_t, times, y if guidance else null)
+        output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
+        return output_u + guidance * (output_c - output_u)
+
+    if y_to is None:
+        return denoise
+    denoise_to = guided(model, y_to, guidance)
+    return lambda x_t, t: torch.lerp(denoise(x_t, t), denoise_to(x_t, t), weight)
+
+
+def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None):
+    """One reverse step, DDIM eq. (12), with sigma_t of eq. (16): eta = 0 is deterministic, 1 is DDPM-like.
+
+    x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers;  noise: like x_0_hat where eta > 0.
+    """
+    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
+    x_prev = alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
+
+
+def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None):
+    """Walk from noise to images.
+
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
+    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
+    Returns x_0 like x_T, in [-1, 1] with clip.
+    """
+    x_t = x_T
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        x_0_hat, eps_hat = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
+    if trace is not None:
+        trace.append((-1, x_t, x_t))
+    return x_t
+
+
+def ddim_invert(denoise, x_0, alpha_bars, pairs, prediction, trace=None):
+    """Walk from images to the noise that ddim_sample(eta=0) takes back to them: DDIM eq. (14), read the other way.
+
+    The noise found at x_prev stands in for the one at x_t, so the way back misses by a little that falls with the
+    number of steps.  Arguments and trace as in ddim_sample.  Returns x_T.
+    """
+    x_prev = x_0
+    for t, t_prev in reversed(pairs):
+        at = max(t_prev, 0)  # the network knows no t = -1; a clean image passes for t = 0
+        x_0_hat, eps_hat = implied(denoise(x_prev, at), x_prev, prediction, alpha_bars[at].item())
+        if trace is not None:
+            trace.append((t_prev, x_prev, x_0_hat))
+        x_prev = q_sample(x_0_hat, eps_hat, alpha_bars[t].item())
+    return x_prev
+
+
+def slerp(a, b, weight):
+    """Spherical interpolation of noise (DDIM section 5.3): keeps the length of noise, which a straight line loses.
+
+    a, b: (1, C, H, W);  weight: (B, 1, 1, 1) in [0, 1].  Returns (B, C, H, W).
+    """
+    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+
+
+@torch.no_grad()
+def sample(
+    *,
+    model,
+    config,
+    labels,
+    steps,
+    guidance,
+    eta=0.0,
+    clip=True,
+    seed=0,
+    batch_size=100,
+    x_T=None,
+    mix=None,
+    trace=None,
+):
+    """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
+
+    config: the checkpoint's;  labels: int64 (N,);  x_T: the noise to start from, if not that of the seed;
+    mix: (labels, weights) to interpolate to, as in guided;  trace: as in ddim_sample, for N <= batch_size.
+    """
+    device = next(model.parameters()).device
+    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    pairs = time_pairs(config["num_timesteps"], steps)
+    was_training = model.training
+    model.eval()
+    images = []
+    for part in torch.arange(len(labels)).split(batch_size):
+        streams = noise_streams(seed, part.tolist())
+
+        def draw(streams=streams):
+            noise = draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
+            return torch.from_numpy(noise).to(device)
+
+        y_to, weight = (m[part].to(device) for m in mix) if mix else (None, None)
+        denoise = guided(model, labels[part].to(device), guidance, y_to, weight)
+        start = draw() if x_T is None else x_T[part].to(device)
+        images.append(
+            ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace).cpu()
+        )
+    model.train(was_training)
+    return torch.cat(images)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------
+
+
+def learning_rate(args, step, progress):
+    """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
+    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def power_ema(length):
+    """Average weights over the last `length` of the run so far: w_n <- d * w_n-1 + (1 - d) * w.
+
+    d = (1 - 1/n)^(1/length - 1), the power function EMA of Karras et al. 2024 (gamma = 1/length - 2): the mean age of
+    what is averaged is length * n steps.  It starts as a copy and needs neither a warm-up nor the length of the run.
+    """
+
+    def average(ema_weights, weights, num_averaged):
+        decay = (1 - 1 / (num_averaged.item() + 1)) ** (1 / length - 1)
+        get_ema_multi_avg_fn(decay)(ema_weights, weights, num_averaged)
+
+    return average
+
+
+def train(args, checkpoint=None):
+    """Train, or go on from a checkpoint of this script, until --epochs or --minutes are over. Returns the exit code."""
+    device = pick_device(args.device)
+    torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers next to zero
+    torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
+    torch.manual_seed(args.seed)  # for the initial weights
+    data = load_data(args.data, args.data_dir, args.channels)
+    print(data)
+    if checkpoint and data.class_names != checkpoint["class_names"]:
+        raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
+    images, labels = data.images.to(device), data.labels.to(device)
+    steps_per_epoch = len(epoch_batches(len(images), args.batch_size, args.seed, 0))
+    total_steps = math.ceil(args.epochs * steps_per_epoch) if args.epochs else None
+
+    network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
+    network["num_classes"] = len(data.class_names)
+    model = UNet(**network).to(device, memory_format=torch.channels_last)
+    forward = torch.compile(model) if args.compile else model
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
+    step, clock = 0, time.monotonic()  # clock: when the run would have begun, had it never been interrupted
+    if checkpoint:
+        step, clock = checkpoint["step"], clock - checkpoint["seconds"]
+        model.load_state_dict(checkpoint["weights"])
+        ema_model.module.load_state_dict(checkpoint["ema"])
+        ema_model.n_averaged.fill_(step)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
+    run_dir = args.run_dir if checkpoint else new_run_dir(args.run_dir)
+    trim_log(run_dir / "log.jsonl", step)
+    config = {k: getattr(args, k) for k in FIXED + FREE}
+    grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
+
+    def save():
+        content = {
+            "format": FORMAT, "model": NAME, "config": config, "network": network, "class_names": data.class_names,
+            "step": step, "seconds": time.monotonic() - clock, "images": step * args.batch_size,
+            "torch": str(torch.__version__), "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
+            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
+        }  # fmt: skip
+        with written_whole(run_dir / "checkpoint.pt") as scratch:
+            torch.save(content, scratch)
+        steps, guidance = min(20, args.num_timesteps), default_guidance(config)
+        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
+        save_images(
+            grid, grid_labels.tolist(), data.class_names, run_dir / "samples" / f"step_{step:07d}.png", columns=8
+        )
+
+    print(f"run {run_dir} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    stopped = []  # Ctrl-C and SIGTERM let the step finish, then save
+    handlers = {s: signal.signal(s, lambda s, _: stopped.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
+    generator = torch.Generator(device)
+    first_step, start = step, time.monotonic()
+    last_save, epoch, order = start, None, None
+    bar = tqdm(total=1.0, bar_format="{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    while not stopped:
+        progress = step / total_steps if args.epochs else (time.monotonic() - clock) / 60 / args.minutes
+        bar.n = bar.initial = min(progress, 1.0) if step == first_step else bar.n
+        bar.update(min(progress, 1.0) - bar.n)
+        if progress >= 1:
+            break
+        if epoch != step // steps_per_epoch:
+            epoch = step // steps_per_epoch
+            order = epoch_batches(len(images), args.batch_size, args.seed, epoch).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, progress)
+
+        # What a step draws depends on (seed, step) alone, so that a run can go on without a generator's state.
+        generator.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
+        batch = order[step % steps_per_epoch]
+        x_0, y = to_float(images[batch]), labels[batch]
+        t = stratified_t(len(y), args.num_timesteps, generator)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        dropped = torch.rand(len(y), generator=generator, device=device) < args.label_dropout
+        y = torch.where(dropped, NULL_LABEL, y)
+
+        alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
+        x_t = q_sample(x_0, eps, alpha_bar_t)
+        target = target_of(args.prediction, x_0, eps, alpha_bar_t)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            output = forward(x_t, t, y)
+        losses = image_losses(output.float(), target, args.loss)
+        loss = losses.mean()
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+            bar.close()
+            found = f"step {step}: loss {loss.item()}, gradient {grad_norm.item()}: stopped"
+            raise InputError(f"{found}; what {run_dir} holds is kept. Try a lower --lr than {args.lr}; check the data.")
+        optimizer.step()
+        ema_model.update_parameters(model)
+        step += 1
+
+        nothing = image_losses(torch.zeros_like(target), target, args.loss)
+        by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
+        now = time.monotonic()
+        speed = (step - first_step) * args.batch_size / (now - start)
+        bar.set_postfix_str(f", loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+        if step % LOG_EVERY == 0:
+            line = {
+                "step": step, "epoch": step / steps_per_epoch, "seconds": now - clock,
+                "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
+                "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],  # 1: predicts nothing
+                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+            }  # fmt: skip
+            with (run_dir / "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            by_tenth.zero_()
+        if now - last_save >= 60 * args.save_every:
+            save()
+            last_save = time.monotonic()
+    bar.close()
+    save()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    print(f"{step} steps, {step / steps_per_epoch:.2f} epochs, {(time.monotonic() - clock) / 60:.1f} minutes")
+    if stopped:
+        print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {run_dir}")
+        return 130
+    print(f"Draw samples with:\n  python {NAME}.py --checkpoint {run_dir} --class all --num-samples 10")
+    return 0
+
+
+# --- Run state --------------------------------------------------------------------------------------------------
+
+FORMAT = 1  # of the checkpoint file
+LOG_EVERY = 50  # steps
+# The flags that make a run what it is, and those that may change when it goes on.
+FIXED = (
+    "data", "channels", "widths", "depths", "patch", "attention", "emb_channels", "num_timesteps", "schedule",
+    "prediction", "loss", "label_dropout", "optimizer", "lr", "weight_decay", "batch_size", "warmup", "grad_clip",
+    "ema_length", "seed",
+)  # fmt: skip
+FREE = ("data_dir", "epochs", "minutes", "device", "bf16", "compile", "save_every")
+
+
+def pick_device(name):
+    """'auto' -> the best device there is; InputError if the one asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not there[name]:
+        raise InputError(f"--device {name} is not to be had on this machine: use --device auto")
+    return torch.device(name if name != "auto" else next(d for d in there if there[d]))
+
+
+def new_run_dir(asked):
+    """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
+    if asked and ((asked / "checkpoint.pt").exists() or (asked / "log.jsonl").exists()):
+        raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
+    names = itertools.chain([NAME], (f"{NAME}-{i}" for i in itertools.count(2)))
+    run_dir = asked or next(path for name in names if not (path := Path("runs", name)).exists())
+    run_dir.mkdir(parents=True, exist_ok=bool(asked))
+    return run_dir
+
+
+def trim_log(path, step):
+    """Drop the lines after `step`: a run that was killed had logged more than it had saved."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        with written_whole(path) as scratch:
+            scratch.write_text("".join(f"{line}\n" for line in lines))
+
+
+def find_checkpoint(asked, names):
+    """The file, or the folder's checkpoint.pt, asked for; else the newest run's; else the shipped weights."""
+    runs = [path for name in names for path in Path("runs").glob(f"{name}*/checkpoint.pt")]
+    runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    shipped = [Path(__file__).parent / "pretrained" / f"{name}.pt" for name in names]
+    places = [asked / "checkpoint.pt" if asked.is_dir() else asked] if asked else [*runs, *shipped]
+    for path in places:
+        if path.is_file():
+            return path
+    raise InputError(f"there is no {' or '.join(map(str, places))}: train first, with python {NAME}.py --train")
+
+
+def load_checkpoint(path, names):
+    """Read a checkpoint made by one of the scripts `names`; InputError says what is wrong with it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        name, version = checkpoint["model"], checkpoint["format"]
+    except Exception as error:  # whatever the reader of a foreign or broken file stumbles over
+        raise InputError(f"{path} is not a checkpoint of {' or '.join(names)}, or not a whole one") from error
+    if name not in names:
+        raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
+    if version != FORMAT:
+        raise InputError(f"{path} has checkpoint format {version}; this {NAME}.py reads format {FORMAT}")
+    return checkpoint
+
+
+def ema_network(checkpoint, device):
+    """The network with the averaged weights of a checkpoint, ready to sample."""
+    model = UNet(**checkpoint["network"])
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line; argparse would print the usage before it
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: int or float in [low, high], or in (low, high] with above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+        return value
+
+    return parse
+
+
+def whole_numbers(text):
+    """An argparse type: '32,96' -> (32, 96)."""
+    return tuple(number(int, 1, 65536)(part) for part in text.split(","))
+
+
+def default_guidance(config):
+    """1.5 where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.5)
+
+
+def build_parser():
+    on_off, raw = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=f"{NAME}.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--train", action="store_true", help="train; without it, draw samples")
+    add("--resume", action="store_true", help="go on with the newest run, or that of --run-dir; needs no other flag")
+    add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
+    add("--batch-size", type=number(int, 1), default=128, help="images at a time (128)")
+    add = parser.add_argument_group("length of the run, one of the two").add_argument
+    add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
+    add("--minutes", type=number(float, 0, above=True), help="wall time; the learning rate reaches zero just then")
+    add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
+    add("--data-dir", help="where a named set's files are (data, then Debian's folder, then a download)")
+    add("--channels", type=int, choices=(1, 3), default=1, help="of the images: 1 grey, 3 colour (1)")
+    add = parser.add_argument_group("network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4").add_argument
+    add("--widths", type=whole_numbers, default=(32, 96), help="channels at each resolution, finest first (32,96)")
+    add("--depths", type=whole_numbers, default=(1, 3), help="residual blocks at each resolution (1,3)")
+    add("--patch", type=int, choices=(1, 2, 4), default=2, help="pixels a side folded into channels at the start (2)")
+    add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
+    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add = parser.add_argument_group("method").add_argument
+    add("--num-timesteps", type=number(int, 1, 100_000), default=1000, help="T (1000)")
+    add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine", help="of alpha_bar (cosine)")
+    add("--prediction", choices=("eps", "v"), default="v", help="what the network outputs (v)")
+    add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
+    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=("adam", "adamw"), default="adamw", help="(adamw)")
+    add("--lr", type=number(float, 0, above=True), default=2e-3, help="learning rate after the warm-up (0.002)")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="(0.01)")
+    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
+    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
+    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="share of the run averaged (0.08)")
+    add("--bf16", action=on_off, default=False, help="bfloat16 autocast (off)")
+    add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
+    )
+    add("--num-samples", type=number(int, 1), default=1, help="images of each class, or frames of --interpolate (1)")
+    add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
+    add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
+    add("--steps", type=number(int, 1), default=20, help="network evaluations, at most T (20)")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
+    add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
+    add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
+    add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
+    add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or an index of a test image")
+    return parser
+
+
+@torch.no_grad()
+def invert(args, checkpoint, model, output):
+    """Image -> noise -> image, as a picture of the three or a .gif of the whole way; prints the error."""
+    config, names = checkpoint["config"], checkpoint["class_names"]
+    if args.invert.isdecimal():
+        data = load_data(config["data"], args.data_dir, config["channels"], train=False)
+        index = number(int, 0, len(data.images) - 1)(args.invert)
+        x_0, labels = to_float(data.images[index][None]), data.labels[index][None]
+    else:
+        x_0 = to_float(load_image(args.invert, config["channels"]))
+        labels = torch.tensor(parse_classes(args.class_, names))
+        if len(labels) != 1:
+            raise InputError("--invert FILE needs one --class, that of the image")
+    device = next(model.parameters()).device
+    denoise = guided(model, labels.to(device), 1)
+    schedule = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    pairs, trace = time_pairs(config["num_timesteps"], args.steps), []
+    x_T = ddim_invert(denoise, x_0.to(device), schedule, pairs, config["prediction"], trace)
+    back = ddim_sample(denoise, x_T, schedule, pairs, config["prediction"], clip=args.clip, trace=trace).cpu()
+    error = (to_uint8(back).float() - to_uint8(x_0).float()).abs().mean().item()
+    print(f"{names[labels[0]]}, {args.steps} steps each way: mean absolute error {error:.2f} of 255 grey levels")
+    if output.suffix == ".gif":
+        save_gif(trajectory_frames(trace, 1), output)
+    else:
+        save_images(torch.cat([x_0, x_T.cpu(), back]), labels.repeat(3).tolist(), names, output, columns=3)
+
+
+def draw(args):
+    """Sample from a checkpoint and write what was asked for."""
+    path = find_checkpoint(args.checkpoint, SAMPLES_FROM[:1])
+    checkpoint = load_checkpoint(path, SAMPLES_FROM)
+    config, names = checkpoint["config"], checkpoint["class_names"]
+    guidance = default_guidance(config) if args.guidance is None else args.guidance
+    classes, count = parse_classes(args.class_, names), args.num_samples
+    output = args.output or Path(f"{NAME}_{file_stem(names[classes[0]]) if len(classes) == 1 else 'samples'}.png")
+    is_gif = output.suffix == ".gif"
+    if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
+        raise InputError(
+            f"trained with --label-dropout {config['label_dropout']}: --guidance must be {default_guidance(config)}"
+        )
+    if args.steps > config["num_timesteps"]:
+        raise InputError(f"--steps {args.steps} is more than the {config['num_timesteps']} of the training")
+    if bool(args.interpolate) + bool(args.invert) + args.filmstrip > 1 or (args.interpolate and is_gif):
+        raise InputError("--filmstrip, --interpolate and --invert are one at a time; --interpolate makes no .gif")
+    if args.interpolate == "class" and len(classes) != 2:
+        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+    if args.eta > 0 and (args.interpolate or args.invert):
+        raise InputError("--interpolate and --invert need the deterministic sampler, --eta 0")
+    model = ema_network(checkpoint, pick_device(args.device))
+    labels, x_T, mix = torch.tensor(classes).repeat_interleave(count), None, None
+    if args.interpolate:
+        shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
+        ends = torch.from_numpy(draw_noise(noise_streams(args.seed, (0, 1)), shape))
+        weight = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
+        if args.interpolate == "noise":
+            x_T = slerp(ends[:1], ends[1:], weight).repeat(len(classes), 1, 1, 1)
+        else:
+            x_T, mix = ends[:1].repeat(count, 1, 1, 1), (labels[count:], weight)
+            labels = labels[:count]
+    if args.invert:
+        invert(args, checkpoint, model, output)
+    else:
+        trace = [] if args.filmstrip or is_gif else None
+        images = sample(
+            model=model, config=config, labels=labels, steps=args.steps, guidance=guidance, eta=args.eta,
+            clip=args.clip, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels),
+            x_T=x_T, mix=mix, trace=trace,
+        )  # fmt: skip
+        columns = count if count > 1 else min(10, len(labels))
+        if args.filmstrip:
+            save_picture(filmstrip(trace), output)
+        elif is_gif:
+            save_gif(trajectory_frames(trace, columns), output)
+        else:
+            save_images(images, labels.tolist(), names, output, columns)
+    print(f"wrote {output} (weights: {path})")
+    return 0
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.epochs and args.minutes:
+            raise InputError("give --epochs or --minutes, not both")
+        if not args.train and not args.resume:
+            return draw(args)
+        if not args.resume:
+            args.epochs = args.epochs if args.epochs or args.minutes else 20.0
+            return train(args)
+        path = find_checkpoint(args.run_dir, (NAME,))
+        checkpoint = load_checkpoint(path, (NAME,))
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{path} holds weights to sample with, not a run to go on with")
+        length = {} if args.epochs or args.minutes else {k: checkpoint["config"][k] for k in ("epochs", "minutes")}
+        parser.set_defaults(**{**checkpoint["config"], "epochs": None, "minutes": None, **length})
+        args = parser.parse_args(argv)  # again: what is typed still wins over the checkpoint
+        args.run_dir = path.parent
+        for k in FIXED:
+            if getattr(args, k) != checkpoint["config"][k]:
+                raise InputError(f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run")
+        return train(args, checkpoint)
+    except (InputError, argparse.ArgumentTypeError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,513 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "numpy>=1.26",
+#     "pillow>=10",
+#     "onnxruntime-gpu>=1.17; sys_platform != 'darwin'",
+#     "onnxruntime>=1.17; sys_platform == 'darwin'",
+# ]
+# ///
+"""Draw images with an exported model: numpy, pillow and onnxruntime, no torch.
+
+    python infer_onnx.py --class Sneaker                         one Sneaker
+    python infer_onnx.py --class all --num-samples 10            ten of each class
+    python infer_onnx.py --info                                  what the model file says of itself
+
+The model is the newest of runs/*/NAME.onnx (your own, made by export.py), else pretrained/NAME.onnx. The file says all
+that is needed to use it. The same seed gives the same image as in torch, whatever the batch size.
+
+Exit codes: 0 done, 2 wrong flags, 3 wrong model file, 4 provider not to be had, 5 the run failed, 130 Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
+METADATA_FORMAT = 1
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is one line that says what, and what would be right."""
+
+
+class ModelError(Exception):
+    """The model file cannot be used."""
+
+
+class ProviderError(Exception):
+    """The provider asked for is not to be had."""
+
+
+class RunError(Exception):
+    """The model ran and failed."""
+
+
+# --- Model ------------------------------------------------------------------------------------------------------
+
+
+def find_model(name):
+    """A path as it is; a name as the newest runs/NAME*/NAME.onnx, else pretrained/NAME.onnx. Raises ModelError."""
+    if name.endswith(".onnx") or os.sep in name or Path(name).exists():
+        return Path(name)
+    runs = sorted(Path("runs").glob(f"{name}*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True)
+    shipped = [folder / f"{name}.onnx" for folder in (Path(__file__).parent / "pretrained", Path("pretrained"), Path())]
+    for path in [*runs, *shipped]:
+        if path.is_file():
+            return path
+    raise ModelError(f"no model {name!r} in runs/ or pretrained/: name a file with --model, or make one with export.py")
+
+
+def load_model(path, provider="auto", threads=0, tf32=True):
+    """Read and check a model file.
+
+    provider: auto (CUDA if it can run, else CPU), cuda (or ProviderError) or cpu.
+    Returns (session, card, sha256, trouble): card is what the file says of itself, trouble why CUDA was not used.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    if content.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull")
+    if content.startswith(b"PK"):
+        raise ModelError(f"{path} is a checkpoint or another archive, not ONNX: export it with export.py")
+    trouble = None if provider == "cpu" else cuda_trouble()
+    if provider == "cuda" and trouble:
+        raise ProviderError(f"no CUDA: {trouble}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # an error is ours to report, in one line
+    options.intra_op_num_threads = threads
+    providers = ["CPUExecutionProvider"]
+    if provider != "cpu" and trouble is None:
+        cuda_options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
+        providers.insert(0, ("CUDAExecutionProvider", cuda_options))
+    try:
+        session = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises its own kinds, one for every way to be broken
+        if len(providers) > 1:
+            raise ProviderError(f"CUDA did not start: {one_line(error)}") from error
+        raise ModelError(f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}") from error
+    if len(providers) > 1 and session.get_providers()[0] != "CUDAExecutionProvider":
+        trouble = "onnxruntime could not load its CUDA provider"
+        if provider == "cuda":
+            raise ProviderError(f"no CUDA: {trouble}")
+    return session, read_card(session, path), hashlib.sha256(content).hexdigest(), trouble
+
+
+def read_card(session, path):
+    """The JSON in the model's metadata. Raises ModelError if there is none, or a newer or a broken one."""
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
+    try:
+        card = json.loads(text)
+        version = card["format"]
+        needed = (
+            "model",
+            "kind",
+            "class_names",
+            "image_shape",
+            "alpha_bars",
+            "prediction",
+            "steps",
+            "guidance",
+            "probe",
+        )
+        missing = [key for key in needed if version == METADATA_FORMAT and key not in card]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path} has broken metadata: {one_line(error)}") from error
+    if version != METADATA_FORMAT:
+        raise ModelError(f"{path} has metadata format {version}, this infer_onnx.py reads {METADATA_FORMAT}: update it")
+    if missing or card["kind"] != "diffusion":
+        raise ModelError(
+            f"{path}: " + (f"no {missing[0]} in its metadata" if missing else f"unknown kind {card['kind']!r}")
+        )
+    return card
+
+
+def cuda_trouble():
+    """Why the CUDA provider cannot run here, in words; None if nothing speaks against it.
+
+    onnxruntime does not say: it lists the provider on any machine, and a session falls back to the CPU in silence.
+    """
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this onnxruntime is a build without CUDA (the package onnxruntime-gpu has it)"
+    windows = os.name == "nt"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver"
+    count, version = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "the NVIDIA driver finds no GPU"
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    needed = int(str(getattr(ort, "cuda_version", "") or "12").split(".")[0])
+    if version.value // 1000 < needed:
+        return f"the NVIDIA driver is for CUDA {version.value // 1000}, onnxruntime needs CUDA {needed}"
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; so do we
+            ort.preload_dlls()
+    for library, number in (("cublasLt", needed), ("cudart", needed), ("curand", 10), ("cudnn", 9)):
+        file = f"{library}64_{number}.dll" if windows else f"lib{library}.so.{number}"
+        try:
+            ctypes.CDLL(file)
+        except OSError:
+            return f'{file} is not installed (pip install "onnxruntime-gpu[cuda,cudnn]" brings it)'
+    return None
+
+
+def one_line(error):
+    """The first line of an error's text, for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------
+# time_pairs, implied, ddim_step and ddim_sample are those of ddim.py word for word: they take arrays of either kind.
+
+
+def time_pairs(num_timesteps, steps):
+    """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, evenly spaced ("trailing").
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
+    times = [num_timesteps - 1 - i * num_timesteps // steps for i in range(steps)]
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
+def implied(output, x_t, prediction, alpha_bar_t, clip=False):
+    """x_0_hat and eps_hat, the image and the noise that a network output stands for.
+
+    eps: DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip, x_0_hat is limited
+    to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
+    output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
+    """
+    signal_t, noise_t = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
+    if prediction == "eps":
+        x_0_hat, eps_hat = (x_t - noise_t * output) / signal_t, output
+    else:
+        x_0_hat, eps_hat = signal_t * x_t - noise_t * output, signal_t * output + noise_t * x_t
+    if clip:
+        x_0_hat = x_0_hat.clip(-1, 1)
+        eps_hat = (x_t - signal_t * x_0_hat) / noise_t
+    return x_0_hat, eps_hat
+
+
+def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None):
+    """One reverse step, DDIM eq. (12), with sigma_t of eq. (16): eta = 0 is deterministic, 1 is DDPM-like.
+
+    x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers;  noise: like x_0_hat where eta > 0.
+    """
+    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
+    x_prev = alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
+
+
+def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None):
+    """Walk from noise to images.
+
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
+    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
+    Returns x_0 like x_T, in [-1, 1] with clip.
+    """
+    x_t = x_T
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        x_0_hat, eps_hat = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
+    if trace is not None:
+        trace.append((-1, x_t, x_t))
+    return x_t
+
+
+def denoiser(session, y, guidance, null_label):
+    """denoise(x_t, t) -> network output, with classifier-free guidance as in ddim.py's `guided`. y: int64 (B,)."""
+    null = np.full_like(y, null_label)
+
+    def run(x_t, t, labels):
+        try:
+            return session.run(None, {"x_t": x_t, "t": np.full(len(labels), t, np.int64), "y": labels})[0]
+        except Exception as error:  # onnxruntime's own kinds; memory is the usual one
+            raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}") from error
+
+    def denoise(x_t, t):
+        if guidance in (0, 1):
+            return run(x_t, t, y if guidance else null)
+        output_u, output_c = np.split(run(np.concatenate([x_t, x_t]), t, np.concatenate([null, y])), 2)
+        return output_u + guidance * (output_c - output_u)
+
+    return denoise
+
+
+def sample(session, card, labels, *, steps, guidance, eta=0.0, seed=0, batch_size=100, clip=True):
+    """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, i), not on the batch.
+
+    labels: list of int, classes of the card. Raises RunError if the network fails or gives no finite numbers.
+    """
+    alpha_bars = np.array(card["alpha_bars"], np.float64)
+    pairs = time_pairs(len(alpha_bars), steps)
+    on_cuda, images = session.get_providers()[0] == "CUDAExecutionProvider", []
+    for first in range(0, len(labels), batch_size):
+        indices = list(range(first, min(first + batch_size, len(labels))))
+        count = len(indices)
+        if on_cuda and first > 0:
+            indices += indices[-1:] * (batch_size - count)  # cuDNN searches anew for every new shape
+        streams = noise_streams(seed, indices)
+
+        def draw(streams=streams):
+            return draw_noise(streams, card["image_shape"])
+
+        denoise = denoiser(session, np.array([labels[i] for i in indices], np.int64), guidance, card["null_label"])
+        x_0 = ddim_sample(denoise, draw(), alpha_bars, pairs, card["prediction"], eta, clip, draw)[:count]
+        if not np.isfinite(x_0).all():
+            raise RunError("the network gave numbers that are not finite")
+        images.append(((x_0.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
+    return np.concatenate(images)
+
+
+# --- Noise and classes, as in common.py -------------------------------------------------------------------------
+
+
+def noise_streams(seed, indices):
+    """One NumPy generator per image, keyed by (seed, image index).
+
+    Image i starts from the same noise whatever the batch, the device or the runtime (torch or ONNX Runtime).
+    """
+    return [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+
+
+def draw_noise(streams, shape):
+    """The next standard normal array of every stream: float32 (len(streams), *shape)."""
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
+def file_stem(class_name):
+    """'T-shirt/top' -> 't-shirt-top': safe in a file name, and one that parse_classes understands."""
+    return "".join(c if c.isalnum() else "-" for c in class_name.lower())
+
+
+def parse_classes(text, class_names):
+    """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices. Raises InputError naming close matches."""
+    if text.strip().lower() == "all":
+        return list(range(len(class_names)))
+    lower = [file_stem(name) for name in class_names]
+    indices = []
+    for part in (p.strip() for p in text.split(",")):
+        if file_stem(part) in lower:
+            indices.append(lower.index(file_stem(part)))
+        elif part.isdecimal() and part.isascii() and int(part) < len(class_names):
+            indices.append(int(part))
+        else:
+            close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]
+            names = ", ".join(class_names[lower.index(c)] for c in close)
+            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)")
+    return indices
+
+
+# --- Output -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path):
+    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, delete it if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def to_picture(images, columns):
+    """uint8 (N, C, H, W) -> one PIL picture, row by row, `columns` wide, up to 8 times the size."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    grid = np.zeros((rows * (h + 2) + 2, columns * (w + 2) + 2, c), np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + 2) + 2, i % columns * (w + 2) + 2
+        grid[top : top + h, left : left + w] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
+    scale = max(1, min(8, 1000 // picture.width))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save(images, labels, class_names, path, columns, texts):
+    """Write uint8 images to a .png (grid), an .npz (x, y) or a folder of PNGs; texts go into every PNG."""
+    if path.suffix not in ("", ".png", ".npz"):
+        raise InputError(f"--output {path}: the name must end in .png or .npz, or be a folder")
+    if path.suffix == ".npz":
+        with written_whole(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, x=images, y=np.array(labels), class_names=np.array(class_names))
+        return
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, str(value))
+    if path.suffix == ".png":
+        info.add_text("class", ", ".join(class_names[y] for y in dict.fromkeys(labels)))
+        with written_whole(path) as scratch:
+            to_picture(images, columns).save(scratch, format="png", pnginfo=info)
+        return
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        own = PngInfo()
+        for key, value in (*texts.items(), ("class", class_names[label]), ("image", i)):
+            own.add_text(key, str(value))
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        with written_whole(path / f"{i:05d}_{file_stem(class_names[label])}.png") as scratch:
+            picture.save(scratch, format="png", pnginfo=own)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line; argparse would print the usage before it
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: int or float in [low, high], or in (low, high] with above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+        return value
+
+    return parse
+
+
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="infer_onnx.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
+    )
+    add("--num-samples", type=number(int, 1), default=1, help="images of each class (1)")
+    add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
+    add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
+    add("--model", default="ddim", help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
+    add("--output", type=Path, help="a .png grid, an .npz, or a folder for PNGs (MODEL_CLASS.png)")
+    add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="cuda is that or an error (auto)")
+    add("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0 is one per core (0)")
+    add("--no-tf32", dest="tf32", action="store_false", help="on CUDA: full float32 products, slower")
+    add("--info", action="store_true", help="print what the model file says of itself")
+    add("--check", action="store_true", help="compare the network here with what it gave where it was exported")
+    add("--benchmark", action="store_true", help="time network evaluations and images at several batch sizes")
+    return parser
+
+
+def check(session, card):
+    """Run the network on the card's probe; RunError if its output is not what it was at the export."""
+    probe = card["probe"]
+    x_t = draw_noise(noise_streams(probe["seed"], [0]), card["image_shape"])
+    denoise = denoiser(session, np.array([probe["y"]], np.int64), 1, card["null_label"])
+    found = denoise(x_t, probe["t"]).ravel()[: len(probe["output"])]
+    difference = float(np.abs(found - np.array(probe["output"], np.float32)).max())
+    limit = 1e-4 if session.get_providers()[0] == "CPUExecutionProvider" else 1e-2  # CUDA: TF32
+    if not difference <= limit:
+        raise RunError(
+            f"the check failed: outputs differ by {difference:.1e} from those at the export, limit {limit:.0e}"
+        )
+    print(f"check passed: outputs within {difference:.1e} of those at the export")
+
+
+def benchmark(session, card, steps, guidance):
+    """Print the median time of a network evaluation and of an image at several batch sizes."""
+    print("batch  ms per evaluation  ms per evaluation and image  images/s at these steps and guidance")
+    passes = steps * (1 if guidance in (0, 1) else 2)
+    for batch in (1, 4, 16, 64):
+        denoise = denoiser(session, np.zeros(batch, np.int64), 1, card["null_label"])
+        x_t = draw_noise(noise_streams(0, range(batch)), card["image_shape"])
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            denoise(x_t, 0)
+            times.append(time.perf_counter() - start)
+        median = sorted(times[2:])[5]  # the first two warm up
+        print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {batch / median / passes:36.1f}")
+
+
+def run(args):
+    path = find_model(args.model)
+    session, card, sha256, trouble = load_model(path, args.provider, args.threads, args.tf32)
+    names, where = card["class_names"], session.get_providers()[0]
+    if args.info:
+        short = {k: v if k not in ("alpha_bars", "probe") else "..." for k, v in card.items()}
+        print(json.dumps({"file": str(path), "sha256": sha256, **short}, indent=1))
+        return
+    steps = card["steps"] if args.steps is None else args.steps
+    guidance = card["guidance"] if args.guidance is None else args.guidance
+    if steps > len(card["alpha_bars"]):
+        raise InputError(f"--steps {steps} is more than the {len(card['alpha_bars'])} of the training")
+    if card["guidance_fixed"] and guidance != card["guidance"]:
+        raise InputError(f"this model knows no other --guidance than {card['guidance']}")
+    print(f"running on {where}" + (f"; not on CUDA: {trouble}" if trouble else ""))
+    if args.check:
+        return check(session, card)
+    if args.benchmark:
+        return benchmark(session, card, steps, guidance)
+    classes = parse_classes(args.class_, names)
+    labels = [y for y in classes for _ in range(args.num_samples)]
+    what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
+    output = args.output or Path(f"{card['model']}_{what}.png")
+    start = time.perf_counter()
+    images = sample(
+        session, card, labels, steps=steps, guidance=guidance, eta=args.eta, seed=args.seed, batch_size=args.batch_size
+    )
+    seconds = time.perf_counter() - start
+    texts = {"model": card["model"], "model_sha256": sha256, "seed": args.seed, "steps": steps}
+    texts |= {"guidance": guidance, "eta": args.eta, "Software": "infer_onnx.py"}
+    columns = args.num_samples if args.num_samples > 1 else min(10, len(labels))
+    save(images, labels, names, output, columns, texts)
+    print(f"wrote {output}: {len(labels)} x {steps} steps in {seconds:.2f} s, guidance {guidance}, model {path}")
+
+
+def main(argv=None):
+    ort.set_default_logger_severity(4)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    codes = {InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5}
+    try:
+        run(args)
+    except tuple(codes) as error:
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""A small data set in real IDX files, tiny networks, fixed threads: what the tests share."""
+
+import gzip
+import hashlib
+import os
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import ddim  # noqa: E402
+
+# Flags of a network and a run so small that a step takes milliseconds; kmnist has no published sums to satisfy.
+TINY = ["--data", "kmnist", "--widths", "8,16", "--depths", "1,2", "--emb-channels", "16", "--batch-size", "20"]
+TINY_NETWORK = {"widths": (8, 16), "depths": (1, 2), "emb_channels": 16}
+
+
+def idx_bytes(array):
+    """An IDX file of unsigned bytes: magic 0x08 and the number of dimensions, sizes, values."""
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def small_set(per_class=6, seed=0):
+    """Ten classes of 28x28 pictures: a bright bar whose place tells the class, and a little noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(10).repeat(per_class)
+    rng.shuffle(labels)
+    images = rng.integers(0, 20, (len(labels), 28, 28))
+    for image, label in zip(images, labels, strict=True):
+        image[4:24, 2 * label + 2 : 2 * label + 6] = 255
+    return images.astype(np.uint8), labels.astype(np.uint8)
+
+
+def write_idx(folder, compress=False, per_class=6):
+    """The four files of an IDX set; returns the SHA-256 of each, decompressed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = []
+    for split, seed in (("train", 0), ("t10k", 1)):
+        for kind, array in zip(("images-idx3", "labels-idx1"), small_set(per_class, seed), strict=True):
+            content = idx_bytes(array)
+            sums.append(hashlib.sha256(content).hexdigest())
+            file = folder / f"{split}-{kind}-ubyte"
+            if compress:
+                file.with_name(file.name + ".gz").write_bytes(gzip.compress(content))
+            else:
+                file.write_bytes(content)
+    return tuple(sums)
+
+
+@pytest.fixture(autouse=True)
+def fixed():
+    torch.manual_seed(0)
+    torch.set_num_threads(min(2, os.cpu_count()))
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("idx")
+    write_idx(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, data_dir):
+    """The folder of a finished run of ddim.py with the tiny network, six epochs of three steps."""
+    run_dir = tmp_path_factory.mktemp("tiny") / "run"
+    flags = ["--train", "--epochs", "6", "--warmup", "2", "--data-dir", data_dir, "--run-dir", str(run_dir), *TINY]
+    assert ddim.main(flags) == 0
+    return run_dir
+
+
+@pytest.fixture
+def fashion(in_tmp, monkeypatch):
+    """A function that sets up small files as fashion-mnist under a folder, with sums to match."""
+
+    def set_up(folder, **options):
+        sums = write_idx(folder, **options)
+        dataset_class = common.IDX_SETS["fashion-mnist"][0]
+        monkeypatch.setitem(common.IDX_SETS, "fashion-mnist", (dataset_class, str(in_tmp / "debian"), sums))
+        return folder
+
+    return set_up

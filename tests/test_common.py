@@ -1,0 +1,399 @@
+"""common.py: data sets, the range pair, noise, image files, embeddings and the UNet."""
+
+import gzip
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_NETWORK, idx_bytes, small_set, write_idx
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+from common import NULL_LABEL, InputError, UNet, load_data
+
+# --- Ranges -----------------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_exact_inverses_on_every_grey_level():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = common.to_float(levels)
+    assert x.dtype == torch.float32 and x[0] == -1 and x[255] == 1
+    assert torch.equal(common.to_uint8(x), levels)
+
+
+def test_to_uint8_clips_and_refuses_nan():
+    assert common.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    with pytest.raises(ValueError, match="finite"):
+        common.to_uint8(torch.tensor([0.0, math.nan]))
+
+
+# --- IDX sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("place", ["elsewhere", "elsewhere/FashionMNIST/raw"])
+def test_idx_set_is_read_padded_and_described(fashion, in_tmp, compress, place):
+    fashion(in_tmp / place, compress=compress)
+    data = load_data("fashion-mnist", in_tmp / "elsewhere")
+    images, labels = small_set()
+    assert data.images.shape == (60, 1, 32, 32) and data.images.dtype == torch.uint8
+    assert np.array_equal(data.images[:, 0, 2:-2, 2:-2], images) and data.images[:, :, :2].max() == 0
+    assert data.labels.dtype == torch.int64 and np.array_equal(data.labels, labels)
+    assert data.class_names[7] == "Sneaker" and data.class_names[0] == "T-shirt/top"
+    for part in ("60 images", "10 classes", "of 6 to 6", "0..255"):
+        assert part in str(data)
+
+
+def test_train_and_test_are_different_splits(fashion, in_tmp):
+    fashion(in_tmp / "d")
+    train, test = load_data("fashion-mnist", "d"), load_data("fashion-mnist", "d", train=False)
+    assert np.array_equal(test.labels, small_set(seed=1)[1]) and not torch.equal(train.images, test.images)
+
+
+def test_places_are_searched_in_order(fashion, in_tmp, monkeypatch):
+    downloads = []
+    monkeypatch.setattr(common, "_download", lambda dataset_class, root: downloads.append(write_idx(root)))
+    fashion(in_tmp / "unused")
+    assert "(data)" in load_data("fashion-mnist").source and downloads  # nothing there: downloaded
+    write_idx(in_tmp / "debian", compress=True)
+    assert "(data)" in load_data("fashion-mnist").source  # data/ comes before Debian's folder
+    for file in (in_tmp / "data").iterdir():
+        file.unlink()
+    assert str(in_tmp / "debian") in load_data("fashion-mnist").source and len(downloads) == 1
+    write_idx(in_tmp / "asked")
+    assert "asked" in load_data("fashion-mnist", "asked").source  # --data-dir comes first
+
+
+def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
+    class Broken:
+        def __init__(self, root, download):
+            (common.Path(root) / "Broken").mkdir()
+            raise RuntimeError("connection lost\nafter 3 MB")
+
+    monkeypatch.setitem(common.IDX_SETS, "mnist", (Broken, None, None))
+    with pytest.raises(InputError, match=r"connection lost.*--data-dir"):
+        load_data("mnist")
+    assert list((in_tmp / "data").iterdir()) == []
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("damage", [truncate, flip, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"<html>")])
+@pytest.mark.parametrize("which", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+def test_a_broken_file_is_named(fashion, in_tmp, compress, damage, which):
+    file = fashion(in_tmp / "d", compress=compress) / (which + ".gz" * compress)
+    damage(file)
+    with pytest.raises(InputError, match=f"{file.name} (is broken|is not the published file)"):
+        load_data("fashion-mnist", "d")
+
+
+def test_a_broken_cached_copy_is_not_passed_over(fashion, in_tmp):
+    truncate(fashion(in_tmp / "data") / "train-images-idx3-ubyte")
+    write_idx(in_tmp / "debian")
+    with pytest.raises(InputError, match="data/train-images-idx3-ubyte is not the published file"):
+        load_data("fashion-mnist")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train-labels-idx1-ubyte", idx_bytes(np.zeros(59)), "60 images but .* 59 labels"),
+        ("train-labels-idx1-ubyte", idx_bytes(np.full(60, 10)), r"labels outside 0\.\.9"),
+        ("train-labels-idx1-ubyte", idx_bytes(np.zeros((60, 28, 28))), "not an IDX file of labels"),
+        ("train-images-idx3-ubyte", idx_bytes(np.zeros(60)), "not an IDX file of images"),
+        ("train-images-idx3-ubyte", idx_bytes(small_set()[0])[:-1], "not an IDX file of images"),
+        ("train-images-idx3-ubyte", b"PK\x03\x04 not idx at all", "not an IDX file of images"),
+    ],
+)
+def test_a_set_without_sums_is_still_checked(in_tmp, file, content, message):
+    write_idx(in_tmp / "d")
+    (in_tmp / "d" / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_data("kmnist", "d")
+
+
+def test_missing_files_and_folders_are_named(in_tmp):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        load_data("kmnist", "nowhere")
+    with pytest.raises(InputError, match="has no train-images-idx3-ubyte"):
+        load_data("kmnist", in_tmp)
+    write_idx(in_tmp)
+    (in_tmp / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(InputError, match="no train-labels-idx1-ubyte"):
+        load_data("kmnist", in_tmp)
+    with pytest.raises(InputError, match=r"no data set 'cifar'.*fashion-mnist"):
+        load_data("cifar")
+
+
+def test_real_fashion_mnist_matches_its_published_sums():
+    _, debian, sums = common.IDX_SETS["fashion-mnist"]
+    if not common.Path(debian).is_dir():
+        pytest.skip("the package dataset-fashion-mnist is not installed")
+    data = load_data("fashion-mnist", debian, train=False)
+    assert data.images.shape == (10_000, 1, 32, 32) and torch.bincount(data.labels).tolist() == [1000] * 10
+    content = gzip.decompress(common.Path(debian, "t10k-labels-idx1-ubyte.gz").read_bytes())
+    assert hashlib.sha256(content).hexdigest() == sums[3]
+
+
+# --- Folders and arrays -----------------------------------------------------------------------------------------
+
+
+def write_folder(root, size=(28, 28), mode="RGB"):
+    for i, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for j in range(3):
+            Image.new(mode, size, (40 * i + j, 100, 200) if mode == "RGB" else 40 * i + j).save(
+                root / name / f"{j}.png"
+            )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (50, 40)])
+def test_folder_of_class_folders(in_tmp, channels, size):
+    write_folder(in_tmp / "pets", size)
+    data = load_data("pets", channels=channels)
+    assert data.images.shape == (6, channels, 32, 32) and data.class_names == ["cat", "dog"]
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    middle = data.images[4, :, 16, 16].tolist()
+    assert middle == ([41, 100, 200] if channels == 3 else [round(0.299 * 41 + 0.587 * 100 + 0.114 * 200)])
+
+
+def test_broken_folders_are_named(in_tmp):
+    (in_tmp / "empty").mkdir()
+    with pytest.raises(InputError, match="one sub-folder of images per class"):
+        load_data("empty")
+    write_folder(in_tmp / "pets", mode="L")
+    (in_tmp / "pets/dog/1.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"dog/1\.png is not a readable image"):
+        load_data("pets")
+
+
+@pytest.mark.parametrize("shape", [(5, 28, 28), (5, 28, 28, 1), (5, 28, 28, 3), (5, 3, 28, 28), (5, 1, 40, 40)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_layouts(in_tmp, shape, channels):
+    x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez("d.npz", x=x, y=np.arange(5), class_names=np.array(list("abcde")))
+    data = load_data("d.npz", channels=channels)
+    assert data.images.shape == (5, channels, 32, 32) and data.class_names == list("abcde")
+    if shape == (5, 28, 28, 3) and channels == 3:
+        assert np.array_equal(data.images[:, :, 2:-2, 2:-2], x.transpose(0, 3, 1, 2))
+    if shape == (5, 28, 28):
+        assert all(np.array_equal(data.images[:, c, 2:-2, 2:-2], x) for c in range(channels))
+
+
+X, Y = np.zeros((4, 28, 28), np.uint8), np.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": X}, "needs the arrays x"),
+        ({"x": X.astype(np.float32), "y": Y}, "must be uint8"),
+        ({"x": X[:, :, 0], "y": Y}, "must be uint8"),
+        ({"x": X[:0], "y": Y[:0]}, "must be uint8"),
+        ({"x": X, "y": Y[:3]}, "4 integers from 0"),
+        ({"x": X, "y": Y - 1}, "4 integers from 0"),
+        ({"x": X, "y": Y.astype(float)}, "4 integers from 0"),
+        ({"x": X, "y": Y, "class_names": np.array(["a", "b"])}, "goes up to 3"),
+        ({"x": X, "y": Y * 10_000}, "at most 10,000"),
+        ({"x": X, "y": np.array([0, 1, 2, {}], dtype=object)}, "plain arrays"),
+    ],
+)
+def test_bad_npz_is_named(in_tmp, arrays, message):
+    np.savez("d.npz", **arrays)
+    with pytest.raises(InputError, match=rf"d\.npz.*{message}"):
+        load_data("d.npz")
+
+
+def test_truncated_npz_is_named(in_tmp):
+    np.savez("d.npz", x=X, y=Y)
+    truncate(in_tmp / "d.npz")
+    with pytest.raises(InputError, match=r"d\.npz is not a readable"):
+        load_data("d.npz")
+
+
+# --- Batches, classes, noise ------------------------------------------------------------------------------------
+
+
+def test_epoch_batches_cover_the_data_once_and_depend_on_seed_and_epoch_alone():
+    batches = common.epoch_batches(103, 10, seed=1, epoch=2)
+    assert batches.shape == (10, 10) and len(set(batches.flatten().tolist())) == 100
+    assert torch.equal(batches, common.epoch_batches(103, 10, seed=1, epoch=2))
+    for other in ((1, 3), (2, 2)):
+        assert not torch.equal(batches, common.epoch_batches(103, 10, *other))
+    with pytest.raises(InputError, match=r"--batch-size 104 .* 1\.\.103"):
+        common.epoch_batches(103, 104, 0, 0)
+
+
+NAMES = ["T-shirt/top", "Trouser", "Sneaker", "Ankle boot"]
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [
+        ("Sneaker", [2]),
+        ("sNEAKER", [2]),
+        ("2", [2]),
+        ("t-shirt/top", [0]),
+        ("T-shirt-top", [0]),
+        ("ankle boot, 1,sneaker", [3, 1, 2]),
+        ("all", [0, 1, 2, 3]),
+    ],
+)
+def test_parse_classes(text, indices):
+    assert common.parse_classes(text, NAMES) == indices
+
+
+@pytest.mark.parametrize("text", ["Sneakr", "", "4", "-1", "Sneaker,", "²", "1.0"])
+def test_unknown_classes_are_refused_with_help(text):
+    with pytest.raises(InputError, match=r"did you mean .*0\.\.3"):
+        common.parse_classes(text, NAMES)
+
+
+def test_close_class_is_suggested():
+    with pytest.raises(InputError, match=r"did you mean Sneaker\?"):
+        common.parse_classes("Sneakr", NAMES)
+
+
+def test_file_stems_stay_in_the_folder_and_name_their_class():
+    for name in (*NAMES, "../../etc/passwd", "a\\b", "C:x"):
+        stem = common.file_stem(name)
+        assert not set(stem) & set("/\\.:") and common.parse_classes(stem, [name]) == [0]
+
+
+def test_noise_of_an_image_does_not_depend_on_the_batch():
+    shape = (1, 32, 32)
+    together = common.draw_noise(common.noise_streams(7, range(5)), shape)
+    assert together.dtype == np.float32 and together.shape == (5, *shape)
+    alone = common.noise_streams(7, [3])
+    assert np.array_equal(common.draw_noise(alone, shape)[0], together[3])
+    assert not np.array_equal(common.draw_noise(alone, shape)[0], together[3])  # the stream goes on
+    assert not np.array_equal(common.draw_noise(common.noise_streams(8, [3]), shape)[0], together[3])
+    many = common.draw_noise(common.noise_streams(0, range(200)), shape)
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
+
+
+# --- Files ------------------------------------------------------------------------------------------------------
+
+
+def test_written_whole_leaves_the_old_file_when_the_block_fails(in_tmp):
+    file = in_tmp / "new" / "x.txt"
+    with common.written_whole(file) as scratch:
+        scratch.write_text("first")
+    with pytest.raises(RuntimeError), common.written_whole(file) as scratch:
+        scratch.write_text("half of the sec")
+        raise RuntimeError
+    assert file.read_text() == "first" and list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_save_images(in_tmp, channels):
+    levels = torch.randint(0, 256, (6, channels, 32, 32), dtype=torch.uint8)
+    images, labels = common.to_float(levels), [2, 2, 2, 0, 0, 0]
+    common.save_images(images, labels, NAMES, "grid.png", columns=3)
+    picture = Image.open("grid.png")
+    scale = picture.width // (3 * 34 + 2)
+    assert picture.size == (scale * (3 * 34 + 2), scale * (2 * 34 + 2)) and picture.mode == (
+        "L" if channels == 1 else "RGB"
+    )
+    pixel = np.array(picture)[scale * (34 + 2 + 5), scale * (2 + 9)]  # row 1, column 0: image 3 at (5, 9)
+    assert np.array_equal(np.atleast_1d(pixel), levels[3, :, 5, 9])
+    common.save_images(images, labels, NAMES, "all.npz", columns=3)
+    back = load_data("all.npz", channels=channels)
+    assert torch.equal(back.images, levels) and back.labels.tolist() == labels and back.class_names == NAMES
+    common.save_images(images, labels, NAMES, "folder", columns=3)
+    names = sorted(file.name for file in (in_tmp / "folder").iterdir())
+    assert names[0] == "00000_sneaker.png" and names[5] == "00005_t-shirt-top.png"
+    assert torch.equal(common.load_image(in_tmp / "folder" / names[4], channels)[0], levels[4])
+    with pytest.raises(InputError, match=r"x\.jpg"):
+        common.save_images(images, labels, NAMES, "x.jpg", columns=3)
+
+
+# --- Embeddings and UNet ----------------------------------------------------------------------------------------
+
+
+def test_sinusoidal_embedding_against_its_formula():
+    found = common.sinusoidal_embedding(torch.tensor([0, 3, 999]), 8)
+    for row, t in zip(found, (0, 3, 999), strict=True):
+        angles = [t / 10_000 ** (2 * i / 8) for i in range(4)]
+        assert row.tolist() == pytest.approx([*map(math.sin, angles), *map(math.cos, angles)], abs=1e-4)
+    with pytest.raises(ValueError, match="odd"):
+        common.sinusoidal_embedding(torch.tensor([0]), 7)
+
+
+def randomised(network):
+    """Every weight random: the zeros of the initialisation would hide most mistakes."""
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "numbers"),
+    [
+        (1, 32, {}),
+        (3, 32, {"patch": 1, "widths": (8, 16, 32), "depths": (1, 2, 1)}),
+        (1, 32, {"patch": 4, "widths": (32,), "depths": (2,)}),
+        (4, 8, {"patch": 1, "widths": (16, 32), "depths": (1, 1)}),
+        (1, 8, {"patch": 1, "widths": (16,), "depths": (1,), "attention": False}),
+    ],
+)
+def test_unet_shapes_and_start(channels, size, numbers):
+    network = UNet(channels=channels, num_classes=5, **numbers)
+    x_t, t, y = torch.randn(3, channels, size, size), torch.tensor([0, 5, 999]), torch.tensor([0, 4, NULL_LABEL])
+    assert network(x_t, t, y).abs().max() == 0  # the zero-initialised head
+    output = randomised(network)(x_t, t, y)
+    assert output.shape == x_t.shape and output.isfinite().all()
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+def test_unet_sees_time_and_class_and_treats_images_apart():
+    network = randomised(UNet(**TINY_NETWORK)).eval()
+    x_t = torch.randn(1, 1, 32, 32).repeat(12, 1, 1, 1)
+    t, y = torch.tensor([500] * 11 + [501]), torch.tensor([*range(10), NULL_LABEL, 0])
+    with torch.no_grad():
+        outputs = network(x_t, t, y)
+        distances = torch.cdist(outputs.flatten(1), outputs.flatten(1)) + torch.eye(12)
+        assert distances.min() > 1e-4  # every class, "no class" and the other time give an output of their own
+        assert torch.allclose(network(x_t[3:4], t[3:4], y[3:4]), outputs[3:4], atol=1e-5)
+
+
+def test_attention_against_a_loop():
+    layer = randomised(common.SelfAttention(64)).eval()
+    x = torch.randn(2, 64, 4, 4)
+    qkv = layer.qkv(layer.norm(x)).flatten(2)
+    expected = torch.empty(2, 64, 16)
+    for b in range(2):
+        for head in range(2):
+            q, k, v = (qkv[b, part * 64 + head * 32 : part * 64 + (head + 1) * 32] for part in range(3))
+            for i in range(16):
+                weights = torch.softmax(torch.stack([q[:, i] @ k[:, j] / 32**0.5 for j in range(16)]), dim=0)
+                expected[b, head * 32 : (head + 1) * 32, i] = (weights * v).sum(dim=1)
+    assert torch.allclose(layer(x), x + layer.out(expected.view(2, 64, 4, 4)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"widths": (32,)}, {"widths": (32, 48)}, {"widths": (), "depths": ()}, {"emb_channels": 6}]
+)
+def test_bad_network_numbers_are_refused(numbers):
+    with pytest.raises(InputError):
+        UNet(**numbers)
+
+
+def test_default_unet_costs_what_it_may():
+    with FlopCounterMode(display=False) as counter:
+        UNet()(torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    assert 30e6 <= counter.get_total_flops() / 2 <= 55e6  # multiply-accumulates for one image

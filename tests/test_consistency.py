@@ -1,0 +1,124 @@
+"""What the scripts say twice, they say in the same words; and each stays in its place."""
+
+import ast
+import itertools
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+MODELS = [name for name in ("vae", "gan", "ddpm", "ddim", "ldm") if (ROOT / f"{name}.py").exists()]
+SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
+BANNERS = ["Model", "Method", "Sampling", "Training", "Run state", "Command line"]
+# The interface of every script: the same name, each with the behaviour of its own model.
+INTERFACE = {"main", "train", "sample", "draw", "build_parser"}
+# Flags whose default may differ from script to script.
+OWN_DEFAULTS = {"steps", "batch_size", "lr", "model"}
+
+
+def definitions(source):
+    """name -> text of every function and class at the top level, decorators included."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def imports(source):
+    """Modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize(("a", "b"), itertools.combinations(SOURCES, 2))
+def test_same_name_means_same_text(a, b):
+    first, second = definitions(SOURCES[a]), definitions(SOURCES[b])
+    for name in first.keys() & second.keys() - INTERFACE:
+        assert first[name] == second[name], f"{name} differs between {a}.py and {b}.py"
+
+
+def test_infer_onnx_shares_the_sampler_with_ddim():
+    shared = definitions(SOURCES["infer_onnx"]).keys() & definitions(SOURCES["ddim"]).keys()
+    assert {"time_pairs", "implied", "ddim_step", "ddim_sample"} <= shared
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_banners_are_in_order(name):
+    found = [line.split("---")[1].strip() for line in SOURCES[name].splitlines() if line.startswith("# --- ")]
+    assert found == [banner for banner in BANNERS if banner in found] and "Training" in found
+    assert all(len(line) == 114 for line in SOURCES[name].splitlines() if line.startswith("# --- "))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_script_imports_no_other_script(name):
+    assert not set(imports(SOURCES[name])) & ({*SOURCES} - {"common"})
+
+
+def test_common_imports_no_script_and_infer_onnx_no_torch():
+    assert not set(imports(SOURCES["common"])) & {*SOURCES}
+    allowed = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
+    for name in ("infer_onnx", "evaluate"):
+        if name in SOURCES:
+            assert set(imports(SOURCES[name])) <= allowed | {"infer_onnx"}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_importing_a_script_runs_nothing(name, in_tmp):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=in_tmp)
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and list(in_tmp.iterdir()) == []
+
+
+def flags(name):
+    """dest -> (flags, type, choices, help, default) of a script's parser."""
+    parser = __import__(name).build_parser()
+    described = {}
+    for action in parser._actions:
+        kind = getattr(action.type, "__qualname__", action.type)
+        described[action.dest] = (action.option_strings, str(kind), action.choices, action.help, action.default)
+    return described
+
+
+@pytest.mark.parametrize(("a", "b"), itertools.combinations(MODELS, 2))
+def test_shared_flags_mean_the_same(a, b):
+    first, second = flags(a), flags(b)
+    for dest in first.keys() & second.keys():
+        n = 3 if dest in OWN_DEFAULTS else 5
+        assert first[dest][:n] == second[dest][:n], dest
+
+
+def test_infer_onnx_flags_are_those_of_ddim():
+    first, second = flags("infer_onnx"), flags("ddim")
+    for dest in first.keys() & second.keys() - {"output", "help"}:
+        assert first[dest][:3] == second[dest][:3], dest
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_flag_explains_itself_and_says_its_true_default(name):
+    for dest, (_, _, _, text, default) in flags(name).items():
+        assert text, dest
+        if isinstance(default, bool):
+            assert text.endswith("(on)" if default else "(off)") or dest in ("train", "resume", "filmstrip"), dest
+        elif isinstance(default, int | float | str) and dest not in ("help", "data"):
+            said = text.rsplit("(", 1)[1].rstrip(")")
+            assert said == str(default) or float(said) == default, dest
+        elif isinstance(default, tuple):
+            assert text.endswith(f"({','.join(map(str, default))})"), dest
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_script_works_alone_with_common(name, tmp_path, data_dir):
+    for file in (f"{name}.py", "common.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    for argv in (["--train", "--epochs", "0.3", "--data-dir", data_dir, *TINY], ["--class", "ki"]):
+        done = subprocess.run([sys.executable, f"{name}.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"{name}_ki.png").exists()

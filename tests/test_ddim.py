@@ -1,0 +1,569 @@
+"""ddim.py: equations against independent oracles, a sampler that knows the answer, runs, resume, bad input."""
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_NETWORK
+from PIL import Image
+
+import common
+import ddim
+from common import NULL_LABEL, InputError, UNet
+
+SCHEDULES = ("linear", "quadratic", "cosine")
+
+# --- Method -----------------------------------------------------------------------------------------------------
+
+
+def test_linear_and_quadratic_schedules_against_a_loop():
+    for schedule, beta in (
+        ("linear", lambda i: 1e-4 + (0.02 - 1e-4) * i / 999),
+        ("quadratic", lambda i: (0.01 + (math.sqrt(0.02) - 0.01) * i / 999) ** 2),
+    ):
+        alpha_bars, product = ddim.make_alpha_bars(schedule, 1000), 1.0
+        for i in range(1000):
+            product *= 1 - beta(i)
+            assert alpha_bars[i].item() == pytest.approx(product, rel=1e-9)
+
+
+def test_cosine_schedule_against_its_closed_form():
+    alpha_bars = ddim.make_alpha_bars("cosine", 1000)
+
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for i in (0, 1, 10, 499, 900, 990):  # the product of the betas telescopes to f(t) / f(0) until they are clipped
+        assert alpha_bars[i].item() == pytest.approx(f(i + 1) / f(0), rel=1e-9)
+    assert (1 - alpha_bars[1:] / alpha_bars[:-1]).max() <= 0.999 + 1e-12
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_timesteps", [50, 1000])
+def test_schedules_fall_from_image_to_noise(schedule, num_timesteps):
+    alpha_bars = ddim.make_alpha_bars(schedule, num_timesteps)
+    assert alpha_bars.dtype == torch.float64 and alpha_bars.shape == (num_timesteps,)
+    assert (alpha_bars[1:] < alpha_bars[:-1]).all() and alpha_bars[0] > 0.99 and 0 < alpha_bars[-1] < 2e-3
+
+
+def test_q_sample_keeps_the_variance_of_unit_data():
+    x_0, eps = torch.randn(2, 20_000, 1, 1, 1)
+    for alpha_bar_t in (0.01, 0.5, 0.99):
+        x_t = ddim.q_sample(x_0, eps, torch.full((20_000, 1, 1, 1), alpha_bar_t))
+        assert x_t.var().item() == pytest.approx(1, abs=0.03)
+        assert (x_t * x_0).mean().item() == pytest.approx(alpha_bar_t**0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_implied_undoes_q_sample(prediction, clip):
+    x_0, eps = torch.rand(5, 1, 4, 4) * 2 - 1, torch.randn(5, 1, 4, 4)
+    alpha_bar_t = torch.tensor([0.001, 0.1, 0.5, 0.9, 0.999]).view(-1, 1, 1, 1)
+    x_t = ddim.q_sample(x_0, eps, alpha_bar_t)
+    target = ddim.target_of(prediction, x_0, eps, alpha_bar_t)
+    x_0_hat, eps_hat = ddim.implied(target, x_t, prediction, alpha_bar_t, clip)
+    assert torch.allclose(x_0_hat, x_0, atol=2e-4) and torch.allclose(eps_hat, eps, atol=2e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_after_a_clip_image_and_noise_still_make_up_x_t(prediction):
+    x_t, output = 3 * torch.randn(2, 5, 1, 4, 4)
+    x_0_hat, eps_hat = ddim.implied(output, x_t, prediction, 0.3, clip=True)
+    assert x_0_hat.abs().max() == 1
+    assert torch.allclose(0.3**0.5 * x_0_hat + 0.7**0.5 * eps_hat, x_t, atol=1e-5)
+
+
+def test_image_losses_by_hand():
+    output, target = torch.tensor([[0.0, 0.0], [1.0, 4.0]]).view(2, 1, 1, 2), torch.zeros(2, 1, 1, 2)
+    for loss, expected in (("l2", (1 + 16) / 2), ("l1", (1 + 4) / 2), ("huber", (0.5 + 3.5) / 2)):
+        assert ddim.image_losses(output, target, loss).tolist() == [0, expected]
+
+
+@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(10, 1000), (128, 1000), (7, 3), (1, 1)])
+def test_stratified_t_has_one_in_every_slice(batch_size, num_timesteps):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([ddim.stratified_t(batch_size, num_timesteps, generator) for _ in range(300)])
+    assert drawn.min() >= 0 and drawn.max() <= num_timesteps - 1 and drawn.dtype == torch.int64
+    slices = torch.arange(batch_size)
+    assert (drawn >= slices * num_timesteps // batch_size).all()
+    assert (drawn <= ((slices + 1) * num_timesteps / batch_size).ceil()).all()
+    assert drawn.double().mean().item() == pytest.approx((num_timesteps - 1) / 2, abs=0.02 * num_timesteps)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 10, 1000])
+def test_time_pairs_walk_from_the_last_step_to_the_image(num_timesteps):
+    for steps in sorted({1, 2, 7, 20, 333, 999, num_timesteps} & set(range(1, num_timesteps + 1))):
+        pairs = ddim.time_pairs(num_timesteps, steps)
+        assert len(pairs) == steps and pairs[0][0] == num_timesteps - 1 and pairs[-1][1] == -1
+        assert all(t > t_prev for t, t_prev in pairs)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
+        gaps = [t - t_prev for t, t_prev in pairs]
+        assert max(gaps) - min(gaps) <= 1  # evenly spaced
+    assert ddim.time_pairs(1000, 4) == [(999, 749), (749, 499), (499, 249), (249, -1)]
+    for steps in (0, -1, num_timesteps + 1):
+        with pytest.raises(ValueError, match=f"steps {steps}"):
+            ddim.time_pairs(num_timesteps, steps)
+
+
+class Oracle:
+    """A network that knows x_0: its output is the truth, and it writes down what it was called with."""
+
+    def __init__(self, x_0, schedule, prediction):
+        self.x_0, self.prediction = x_0, prediction
+        self.alpha_bars = ddim.make_alpha_bars(schedule, 1000)
+        self.times, self.noises = [], []
+
+    def __call__(self, x_t, t):
+        alpha_bar_t = self.alpha_bars[t].item()
+        eps = (x_t - alpha_bar_t**0.5 * self.x_0) / (1 - alpha_bar_t) ** 0.5
+        self.times.append(t)
+        self.noises.append(eps)
+        return ddim.target_of(self.prediction, self.x_0, eps, alpha_bar_t)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 1000])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, schedule, eta):
+    x_0, x_T = (torch.rand(2, 1, 4, 4) * 2 - 1).double(), torch.randn(2, 1, 4, 4).double()
+    oracle, trace = Oracle(x_0, schedule, prediction), []
+    pairs = ddim.time_pairs(1000, steps)
+    found = ddim.ddim_sample(
+        oracle, x_T, oracle.alpha_bars, pairs, prediction, eta, True, lambda: torch.randn(x_T.shape).double(), trace
+    )
+    assert torch.allclose(found, x_0, atol=1e-4)
+    assert oracle.times == [t for t, _ in pairs]  # exactly `steps` calls, at these times
+    if eta == 0:  # a wrong t_prev would show here: on the true path the noise never changes
+        assert all(torch.allclose(noise, oracle.noises[0], atol=1e-4) for noise in oracle.noises)
+    assert [t for t, _, _ in trace] == [*oracle.times, -1] and trace[-1][1] is found
+    assert all(torch.allclose(x_0_hat, x_0, atol=1e-4) for _, _, x_0_hat in trace)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_sampler_turns_noise_into_a_gaussian_of_the_right_mean_and_width(prediction):
+    """For x_0 ~ N(m, s^2) the best eps_hat is known, and the exact flow takes x_T to m + s * x_T."""
+    m, s = 0.4, 0.1
+    alpha_bars = ddim.make_alpha_bars("cosine", 1000)
+
+    def denoise(x_t, t):
+        a = alpha_bars[t].item()
+        variance = a * s**2 + 1 - a
+        eps_hat = (1 - a) ** 0.5 * (x_t - a**0.5 * m) / variance
+        x_0_hat = m + a**0.5 * s**2 * (x_t - a**0.5 * m) / variance
+        return ddim.target_of(prediction, x_0_hat, eps_hat, a)
+
+    x_T = torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
+    pairs = ddim.time_pairs(1000, 1000)
+    found = ddim.ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=False)
+    assert torch.allclose(found, m + s * x_T, atol=5e-3)
+    back = ddim.ddim_invert(denoise, found, alpha_bars, pairs, prediction)
+    assert torch.allclose(back, x_T, atol=0.05)
+
+
+def test_a_full_step_with_eta_1_is_the_ddpm_posterior():
+    """DDPM eq. (7): mean = sqrt(ab_prev) beta / (1 - ab) x_0 + sqrt(alpha) (1 - ab_prev) / (1 - ab) x_t."""
+    alpha_bars = ddim.make_alpha_bars("linear", 1000)
+    x_0, eps, noise = torch.randn(3, 4, 1, 2, 2).double()
+    for t in (1, 2, 500, 999):
+        ab, ab_prev = alpha_bars[t].item(), alpha_bars[t - 1].item()
+        alpha = ab / ab_prev
+        x_t = ab**0.5 * x_0 + (1 - ab) ** 0.5 * eps
+        mean = ab_prev**0.5 * (1 - alpha) / (1 - ab) * x_0 + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x_t
+        variance = (1 - ab_prev) / (1 - ab) * (1 - alpha)
+        found = ddim.ddim_step(x_0, eps, ab, ab_prev, 1.0, noise)
+        assert torch.allclose(found, mean + variance**0.5 * noise, atol=1e-9)
+
+
+def test_last_step_adds_no_noise():
+    x_0, eps = torch.randn(2, 4, 1, 2, 2)
+    assert torch.equal(ddim.ddim_step(x_0, eps, 0.99, 1.0, 1.0, torch.full_like(x_0, 1e6)), x_0)
+
+
+class Recorder:
+    """A network whose output tells its label: 10 for none, else the label."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x_t, t, y):
+        self.calls.append((len(x_t), t.tolist(), y.tolist()))
+        return torch.where(y == NULL_LABEL, 10, y).view(-1, 1, 1, 1).expand(x_t.shape).float()
+
+
+@pytest.mark.parametrize(("guidance", "expected"), [(0, [10, 10]), (1, [2, 3]), (1.5, [-2, -0.5]), (0.5, [6, 6.5])])
+def test_guidance_by_hand(guidance, expected):
+    model, y = Recorder(), torch.tensor([2, 3])
+    output = ddim.guided(model, y, guidance)(torch.zeros(2, 1, 2, 2), 7)
+    assert output[:, 0, 0, 0].tolist() == expected
+    passes = 1 if guidance in (0, 1) else 2  # 0 and 1 cost one pass
+    assert [(n, t) for n, t, _ in model.calls] == [(2 * passes, [7] * 2 * passes)]
+
+
+def test_class_interpolation_by_hand():
+    y, y_to, weight = torch.tensor([2, 2, 2]), torch.tensor([6, 6, 6]), torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1)
+    output = ddim.guided(Recorder(), y, 1, y_to, weight)(torch.zeros(3, 1, 2, 2), 7)
+    assert output[:, 0, 0, 0].tolist() == [2, 3, 6]
+
+
+def test_slerp_keeps_ends_and_length():
+    a, b = torch.randn(2, 1, 1, 32, 32)
+    weight = torch.linspace(0, 1, 5).view(-1, 1, 1, 1)
+    path = ddim.slerp(a, b, weight)
+    assert torch.allclose(path[:1], a, atol=1e-5) and torch.allclose(path[-1:], b, atol=1e-5)
+    lengths = path.flatten(1).norm(dim=1)
+    assert lengths.min() > 0.95 * min(a.norm(), b.norm())
+    middle = (a + b) / (a + b).norm()
+    assert torch.nn.functional.cosine_similarity(path[2].flatten(), middle.flatten(), dim=0) > 0.99
+
+
+CONFIG = {"schedule": "cosine", "num_timesteps": 100, "prediction": "v", "channels": 1, "label_dropout": 0.1}
+
+
+def small_network():
+    network = UNet(**TINY_NETWORK)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return network
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_image_i_is_the_same_in_any_batch(eta):
+    options = {"model": small_network(), "config": CONFIG, "steps": 5, "guidance": 2.0, "eta": eta, "seed": 3}
+    labels = torch.arange(5)
+    images = ddim.sample(labels=labels, **options)
+    assert images.shape == (5, 1, 32, 32) and images.abs().max() <= 1 and not images.requires_grad
+    for batch_size in (1, 2):
+        again = ddim.sample(labels=labels, batch_size=batch_size, **options)
+        assert (common.to_uint8(again).int() - common.to_uint8(images).int()).abs().max() <= 1
+    assert not torch.equal(ddim.sample(labels=labels, **{**options, "seed": 4}), images)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sample_restores_the_mode(training):
+    network = small_network().train(training)
+    modes = []
+    network.register_forward_hook(lambda module, *_: modes.append(module.training))
+    ddim.sample(model=network, config=CONFIG, labels=torch.tensor([0]), steps=2, guidance=1)
+    assert modes == [False, False] and network.training == training
+
+
+# --- Training ---------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    args = ddim.build_parser().parse_args(["--lr", "0.01", "--warmup", "9"])
+    assert ddim.learning_rate(args, 0, 0.0) == pytest.approx(0.001)
+    assert ddim.learning_rate(args, 9, 0.0) == pytest.approx(0.01)
+    assert ddim.learning_rate(args, 500, 0.5) == pytest.approx(0.005)
+    assert ddim.learning_rate(args, 900, 1.0) == ddim.learning_rate(args, 900, 1.1) == 0
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.5])
+def test_power_ema_averages_over_its_share_of_the_run(length):
+    """Feeding w = n at step n, the mean age n - average must be length * n: the mean of the weights n^gamma."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = ddim.AveragedModel(model, multi_avg_fn=ddim.power_ema(length))
+    for n in range(1, 2001):
+        model.weight.data.fill_(n)
+        ema.update_parameters(model)
+        if n == 1:
+            assert ema.module.weight.item() == 1
+    assert (2000 - ema.module.weight.item()) / 2000 == pytest.approx(length, rel=0.03)
+
+
+def read_log(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(ddim, "LOG_EVERY", 2)
+    assert ddim.main(["--train", "--epochs", "1.5", "--data-dir", data_dir, "--save-every", "0", *TINY]) == 0
+    run_dir = in_tmp / "runs" / "ddim"
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 5 and checkpoint["images"] == 100 and len(checkpoint["class_names"]) == 10
+    log = read_log(run_dir)
+    assert [line["step"] for line in log] == [2, 4] and len(log[0]["loss_by_tenth_of_t"]) == 10
+    assert 0.5 < log[0]["loss"] < 2 and all(0.5 < x < 1.5 for x in log[0]["loss_by_tenth_of_t"])
+    assert sorted(f.name for f in (run_dir / "samples").iterdir())[-1] == "step_0000005.png"
+    assert "python ddim.py --checkpoint runs/ddim" in capsys.readouterr().out
+    # a second run gets a folder of its own, and the newest run is the one to sample from
+    assert ddim.main(["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]) == 0
+    assert ddim.find_checkpoint(None, ("ddim",)).parent == ddim.Path("runs/ddim-2")
+    assert ddim.main(["--class", "0", "--steps", "2"]) == 0
+    assert Image.open("ddim_o.png").size == (8 * 36, 8 * 36)
+
+
+def test_training_learns(tiny_run):
+    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 18
+    data = ddim.load_data("kmnist", checkpoint["config"]["data_dir"])
+    network = ddim.ema_network(checkpoint, torch.device("cpu"))
+    x_0, eps, t = common.to_float(data.images), torch.randn(60, 1, 32, 32), torch.arange(60) * 16
+    alpha_bar_t = ddim.make_alpha_bars("cosine", 1000)[t].float().view(-1, 1, 1, 1)
+    target = ddim.target_of("v", x_0, eps, alpha_bar_t)
+    with torch.no_grad():
+        output = network(ddim.q_sample(x_0, eps, alpha_bar_t), t, data.labels)
+    assert (output - target).square().mean() < 0.8 * target.square().mean()
+
+
+def state(run_dir):
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    for key in ("seconds", "config"):
+        del checkpoint[key]
+    log = [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(run_dir)]
+    return checkpoint, log
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(in_tmp, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(ddim, "LOG_EVERY", 2)
+    flags = ["--train", "--epochs", "3", "--data-dir", data_dir, *TINY]
+    assert ddim.main([*flags, "--run-dir", "whole"]) == 0
+    update, calls = ddim.AveragedModel.update_parameters, []
+
+    def interrupt(self, model):
+        update(self, model)
+        calls.append(1)
+        if len(calls) in (4, 5):  # in the middle of the second epoch; once Ctrl-C, once SIGTERM
+            signal.raise_signal(signal.SIGINT if len(calls) == 4 else signal.SIGTERM)
+
+    monkeypatch.setattr(ddim.AveragedModel, "update_parameters", interrupt)
+    assert ddim.main([*flags, "--run-dir", "broken"]) == 130
+    assert "python ddim.py --resume --run-dir broken" in capsys.readouterr().out
+    assert torch.load("broken/checkpoint.pt", weights_only=True)["step"] == 4
+    with (in_tmp / "broken" / "log.jsonl").open("a") as file:  # as after a kill -9: logged, but not saved
+        file.write(json.dumps({"step": 6}) + "\n")
+    assert ddim.main(["--resume", "--run-dir", "broken"]) == 130
+    assert ddim.main(["--resume", "--run-dir", "broken"]) == 0
+    assert len(calls) == 9 and equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
+    assert ddim.main(["--resume", "--run-dir", "broken", "--epochs", "4"]) == 0  # and longer than first asked for
+    assert torch.load("broken/checkpoint.pt", weights_only=True)["step"] == 12
+
+
+def test_a_killed_run_goes_on(in_tmp, data_dir):
+    command = [sys.executable, str(ROOT / "ddim.py")]
+    flags = ["--train", "--epochs", "100", "--data-dir", data_dir, "--save-every", "0", *TINY]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = in_tmp / "runs/ddim/checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    killed_at = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < killed_at < 300
+    assert ddim.main(["--resume", "--epochs", str(killed_at / 3 + 1), "--save-every", "3"]) == 0
+    assert torch.load(checkpoint, weights_only=True)["step"] == killed_at + 3
+
+
+def test_minutes_end_on_time_with_a_learning_rate_of_zero(in_tmp, data_dir, monkeypatch):
+    monkeypatch.setattr(ddim, "LOG_EVERY", 1)
+    assert ddim.main(["--train", "--minutes", "0.05", "--data-dir", data_dir, *TINY]) == 0
+    last = read_log(in_tmp / "runs/ddim")[-1]
+    assert 2.5 < last["seconds"] < 4 and last["lr"] < 0.02 * 2e-3
+
+
+@pytest.mark.parametrize(
+    "flags", [["--prediction", "eps"], ["--loss", "l1"], ["--loss", "huber", "--optimizer", "adam"]]
+)
+def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
+    flags = [*flags, "--schedule", "linear", "--num-timesteps", "30", "--channels", "3", "--bf16"]
+    assert ddim.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *flags, *TINY]) == 0
+    assert ddim.main(["--class", "o,ki", "--steps", "30", "--eta", "1", "--output", "x.npz"]) == 0
+    assert np.load("x.npz")["x"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("dropout", "guidance"), [("0", 1.0), ("1", 0.0)])
+def test_without_dropped_labels_or_with_none_kept_guidance_is_fixed(in_tmp, data_dir, capsys, dropout, guidance):
+    flags = ["--train", "--epochs", "0.1", "--data-dir", data_dir, "--label-dropout", dropout, *TINY]
+    assert ddim.main(flags) == 0
+    assert ddim.main(["--steps", "1"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        ddim.main(["--steps", "1", "--guidance", "2"])
+    assert f"--guidance must be {guidance}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    in_tmp, data_dir, monkeypatch, capsys, what
+):
+    losses, calls = ddim.image_losses, []
+
+    def failing(output, target, loss):
+        calls.append(1)
+        result = losses(output, target, loss)
+        if len(calls) < 7:  # two calls a step: the fourth step fails
+            return result
+        return result * math.nan if what == "loss" else (result + (output * 0).clamp(min=0).sqrt().flatten(1).sum(1))
+
+    monkeypatch.setattr(ddim, "image_losses", failing)
+    with pytest.raises(SystemExit, match="2"):
+        ddim.main(["--train", "--epochs", "3", "--data-dir", data_dir, "--save-every", "0", *TINY])
+    assert "step 3: loss" in capsys.readouterr().err
+    checkpoint = torch.load("runs/ddim/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 3 and all(p.isfinite().all() for p in checkpoint["weights"].values())
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_the_trajectory(tiny_run, in_tmp):
+    at = ["--checkpoint", str(tiny_run), "--steps", "3", "--class", "o,ki", "--num-samples", "2"]
+    assert ddim.main([*at, "--output", "walk.gif"]) == 0
+    with Image.open("walk.gif") as gif:
+        assert gif.n_frames == 4  # three steps and the end
+    assert ddim.main([*at, "--output", "strip.png", "--filmstrip"]) == 0
+    scale = Image.open("strip.png").width // (4 * 34 + 2)
+    assert Image.open("strip.png").size == (scale * (4 * 34 + 2), scale * (8 * 34 + 2))  # 4 moments, 4 images, 2 rows
+    assert ddim.main([*at, "--output", "plain.npz"]) == 0
+    strip = np.array(Image.open("strip.png"))[::scale, ::scale]
+    last = np.load("plain.npz")["x"][3, 0]  # the last row ends in the picture that plain sampling draws
+    assert np.array_equal(strip[7 * 34 + 2 : 8 * 34, 3 * 34 + 2 : 4 * 34], last)
+
+
+def test_interpolations_start_and_end_at_plain_samples(tiny_run, in_tmp):
+    at = ["--checkpoint", str(tiny_run), "--steps", "3"]
+    for name, flags in {
+        "noise": ["--interpolate", "noise", "--class", "o,ki", "--num-samples", "4"],
+        "class": ["--interpolate", "class", "--class", "o,ki", "--num-samples", "4"],
+        "plain": ["--class", "o", "--num-samples", "2"],
+    }.items():
+        assert ddim.main([*at, *flags, "--output", f"{name}.npz"]) == 0
+    noise, by_class, plain = (np.load(f"{name}.npz")["x"].astype(int) for name in ("noise", "class", "plain"))
+    assert len(noise) == 8 and len(by_class) == 4
+    for found, expected in (
+        (noise[0], plain[0]),
+        (noise[3], plain[1]),
+        (by_class[0], plain[0]),
+        (by_class[3], noise[4]),
+    ):
+        assert np.abs(found - expected).max() <= 1
+    assert np.abs(noise[1] - noise[0]).max() > 1
+
+
+def test_inversion_comes_back_to_the_image(tiny_run, in_tmp, data_dir, capsys):
+    at = ["--checkpoint", str(tiny_run), "--steps", "200"]
+    assert ddim.main([*at, "--invert", "3", "--output", "there.gif"]) == 0
+    assert float(capsys.readouterr().out.split("error ")[1].split()[0]) < 12
+    with Image.open("there.gif") as gif:
+        assert gif.n_frames == 401
+    Image.new("L", (28, 28), 90).save("grey.png")
+    assert ddim.main([*at, "--invert", "grey.png", "--class", "o", "--output", "x.png"]) == 0
+
+
+# --- Checkpoints and flags --------------------------------------------------------------------------------------
+
+
+def refused(argv, capsys):
+    """Run with bad input; returns the message after checking that it is one line and the exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        ddim.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("ddim.py: error: ")
+    return error
+
+
+def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, capsys):
+    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    for name, changes in {"ddpm": {"model": "ddpm"}, "vae": {"model": "vae"}, "newer": {"format": 99}}.items():
+        torch.save({**checkpoint, **changes}, f"{name}.pt")
+    assert ddim.main(["--checkpoint", "ddpm.pt", "--steps", "1"]) == 0
+    assert "is a checkpoint of vae" in refused(["--checkpoint", "vae.pt"], capsys)
+    assert "format 99" in refused(["--checkpoint", "newer.pt"], capsys)
+    assert "cannot go on" not in refused(["--resume", "--run-dir", "ddpm.pt"], capsys)
+    torch.save({k: v for k, v in checkpoint.items() if k != "optimizer"}, "weights.pt")
+    assert "not a run to go on with" in refused(["--resume", "--run-dir", "weights.pt"], capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"random bytes", None])
+def test_what_is_no_checkpoint_is_refused(tiny_run, in_tmp, capsys, content):
+    whole = (tiny_run / "checkpoint.pt").read_bytes()
+    (in_tmp / "x.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert "x.pt is not a checkpoint" in refused(["--checkpoint", "x.pt"], capsys)
+
+
+def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (open, ("ran", "w"))
+
+    torch.save({"model": "ddim", "format": 1, "config": Evil()}, "x.pt")
+    assert "x.pt is not a checkpoint" in refused(["--checkpoint", "x.pt"], capsys)
+    assert not (in_tmp / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train", "--epochs", "0"], "--epochs: '0' is not a number above 0"),
+        (["--train", "--epochs", "nan"], "'nan' is not a number above 0"),
+        (["--train", "--minutes", "inf"], "'inf' is not a number above 0"),
+        (["--train", "--minutes", "1", "--epochs", "1"], "not both"),
+        (["--train", "--widths", "32,a"], "'a' is not a whole number from 1"),
+        (["--train", "--depths", "1"], "equally many"),
+        (["--train", "--batch-size", "61"], r"--batch-size 61 is not in 1..60"),
+        (["--train", "--label-dropout", "1.1"], "from 0 to 1"),
+        (["--train", "--ema-length", "0.6"], "above 0 to 0.5"),
+        (["--train", "--data", "cifar"], "no data set 'cifar'"),
+        (["--train", "--run-dir", "RUN"], "holds a run"),
+        (["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
+        (["--resume", "--run-dir", "RUN", "--lr", "1"], "--lr is 0.002 and cannot change"),
+        (["--resume", "--run-dir", "RUN", "--widths", "8"], "--widths is (8, 16) and cannot change"),
+        (["--class", "shoe"], "no class 'shoe'"),
+        (["--steps", "0"], "'0' is not a whole number from 1"),
+        (["--steps", "1001"], "--steps 1001 is more than the 1000"),
+        (["--eta", "1.5"], "from 0 to 1"),
+        (["--guidance", "-1"], "from 0"),
+        (["--seed", "-1"], "from 0"),
+        (["--num-samples", "x"], "'x' is not a whole number"),
+        (["--output", "x.jpg", "--steps", "1"], "must end in .png, .npz or .gif"),
+        (["--interpolate", "class", "--class", "o"], "give two"),
+        (["--interpolate", "noise", "--eta", "1"], "--eta 0"),
+        (["--interpolate", "noise", "--filmstrip"], "one at a time"),
+        (["--invert", "60"], "'60' is not a whole number from 0 to 59"),
+        (["--invert", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
+        (["--no-such-flag"], "unrecognized"),
+    ],
+)
+def test_bad_input_gets_one_line(tiny_run, in_tmp, data_dir, capsys, flags, message):
+    flags = [str(tiny_run) if flag == "RUN" else flag for flag in flags]
+    if "--train" in flags:
+        flags = [*TINY, "--data-dir", data_dir, *flags]
+    elif "--resume" not in flags:
+        flags = ["--checkpoint", str(tiny_run), *flags]
+    assert message in refused(flags, capsys)
+    assert not [file for file in in_tmp.rglob("*") if file.is_file()]  # nothing half written
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
+    if not torch.cuda.is_available():
+        assert "--device cuda" in refused(["--checkpoint", str(tiny_run), "--device", "cuda"], capsys)
+
+
+def test_training_data_of_other_classes_is_refused_on_resume(tiny_run, in_tmp):
+    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    checkpoint["class_names"] = ["cat", "dog"]
+    args = ddim.build_parser().parse_args([*TINY, "--data-dir", checkpoint["config"]["data_dir"], "--epochs", "1"])
+    with pytest.raises(InputError, match="classes"):
+        ddim.train(args, checkpoint)

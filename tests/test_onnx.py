@@ -1,0 +1,411 @@
+"""export.py and infer_onnx.py: the same pictures without torch, honest providers, every bad file with its exit code."""
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+import ddim
+import export
+import infer_onnx
+
+SHIPPED = ROOT / "pretrained" / "ddim.onnx"
+# A Python in which torch, torchvision and whatever else is not in requirements-infer.txt cannot be imported.
+WITHOUT_TORCH = """
+import runpy, sys
+for name in ("torch", "torchvision", "onnx", "onnxscript", "tqdm", "scipy", "sklearn", "matplotlib", "common", "ddim"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def infer(*argv, cwd):
+    """infer_onnx.py in a process of its own, without torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "infer_onnx.py"), *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run):
+    """The tiny run, exported for real; returns the path of the .onnx file, in the run's folder."""
+    assert export.main(["ddim", "--checkpoint", str(tiny_run), "--weights", str(tiny_run / "small.pt")]) == 0
+    return tiny_run / "ddim.onnx"
+
+
+@pytest.fixture(scope="module")
+def loaded(exported):
+    session, card, _, _ = infer_onnx.load_model(exported, "cpu")
+    return session, card
+
+
+# --- Export -----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_one_small_portable_graph(exported):
+    assert {file.name for file in exported.parent.glob("*.onnx*")} == {"ddim.onnx"}  # no weights beside it
+    proto = onnx.load(exported)
+    onnx.checker.check_model(proto)
+    assert [o.version for o in proto.opset_import if o.domain == ""] == [18] and proto.ir_version == 8
+    assert not proto.graph.value_info and not any(n.doc_string or n.metadata_props for n in proto.graph.node)
+    content = exported.read_bytes()
+    for trace in (ROOT, Path.home(), Path(sys.prefix), "site-packages", "ddim.py", "common.py"):
+        assert str(trace).encode() not in content
+
+
+def test_the_metadata_says_all(loaded, tiny_run):
+    _, card = loaded
+    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    assert card["model"] == "ddim" and card["class_names"] == checkpoint["class_names"]
+    assert card["image_shape"] == [1, 32, 32] and card["null_label"] == common.NULL_LABEL
+    assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist() and card["prediction"] == "v"
+    assert card["training"]["step"] == 18 and card["steps"] == 20 and card["guidance"] == 1.5
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
+    session, _ = loaded
+    network = ddim.ema_network(ddim.load_checkpoint(tiny_run / "checkpoint.pt", ("ddim",)), torch.device("cpu"))
+    x_t, t = torch.randn(batch, 1, 32, 32), torch.randint(0, 1000, (batch,))
+    y = torch.arange(batch) % 11 - 1
+    found = session.run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
+    assert np.abs(found - network(x_t, t, y).numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize(("steps", "guidance", "eta"), [(20, 1.5, 0.0), (7, 1, 0.0), (5, 0, 0.6), (4, 3.0, 1.0)])
+def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
+    checkpoint = ddim.load_checkpoint(tiny_run / "checkpoint.pt", ("ddim",))
+    network = ddim.ema_network(checkpoint, torch.device("cpu"))
+    options = {"steps": steps, "guidance": guidance, "eta": eta, "seed": 5}
+    expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
+    for batch_size in (6, 4):
+        found = infer_onnx.sample(*loaded, list(range(6)), batch_size=batch_size, **options)
+        assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
+    assert found.std() > 10  # not all black
+
+
+def test_small_weights_sample_like_the_checkpoint(exported, tiny_run, in_tmp):
+    assert (tiny_run / "small.pt").stat().st_size < 0.5 * (tiny_run / "checkpoint.pt").stat().st_size
+    for name in ("small", "checkpoint"):
+        assert ddim.main(["--checkpoint", str(tiny_run / f"{name}.pt"), "--steps", "2", "--output", f"{name}.npz"]) == 0
+    assert np.array_equal(np.load("small.npz")["x"], np.load("checkpoint.npz")["x"])
+
+
+def broken_weights(proto):
+    """One weight of the graph changed by a little."""
+    weights = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = np.frombuffer(weights.raw_data, np.float32).copy()
+    values[0] += 0.05
+    weights.raw_data = values.tobytes()
+
+
+def test_a_graph_that_differs_is_not_kept(exported, tiny_run, in_tmp, monkeypatch, capsys):
+    proto = onnx.load(exported)
+    broken_weights(proto)
+    monkeypatch.setattr(export, "export_denoiser", lambda *_: proto)
+    with pytest.raises(SystemExit, match="5"):
+        export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
+    assert re.search("outputs differ by .*no file was written", capsys.readouterr().err)
+    assert list(in_tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["ddim", "--output", "x.bin"], "must end in .onnx"),
+        (["ddim", "--checkpoint", "nowhere.pt"], "there is no nowhere.pt"),
+        (["diffusion"], "invalid choice: 'diffusion'"),
+        ([], "required: name"),
+    ],
+)
+def test_export_refuses_bad_input(in_tmp, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        export.main(flags)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# --- Without torch ----------------------------------------------------------------------------------------------
+
+
+def test_shipped_model_draws_a_sneaker_without_torch(tmp_path):
+    done = infer("--class", "Sneaker", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote ddim_sneaker.png" in done.stdout and "running on " in done.stdout and done.stderr == ""
+    picture = Image.open(tmp_path / "ddim_sneaker.png")
+    assert picture.text["class"] == "Sneaker" and picture.text["seed"] == "0" and picture.text["steps"] == "20"
+    assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu")[2]
+    pixels = np.array(picture)[::8, ::8][2:-2, 2:-2].astype(int)  # 32x32
+    rows = pixels[4:28, 4:28].mean(axis=1)
+    assert rows[-14:].mean() > 2 * rows[:6].mean()  # a shoe: dark above, bright below
+
+
+def test_own_export_is_preferred(exported, tmp_path):
+    run_dir = tmp_path / "runs" / "ddim"
+    run_dir.mkdir(parents=True)
+    (run_dir / "ddim.onnx").write_bytes(exported.read_bytes())
+    done = infer("--class", "su", "--steps", "2", "--output", "x.png", cwd=tmp_path)
+    assert done.returncode == 0 and f"model {Path('runs/ddim/ddim.onnx')}" in done.stdout, done.stderr
+
+
+def test_outputs(exported, tmp_path):
+    at = ["--model", exported, "--steps", "2", "--class", "o,ki", "--num-samples", "3", "--seed", "4"]
+    for output in ("x.png", "x.npz", "folder"):
+        assert infer(*at, "--output", output, cwd=tmp_path).returncode == 0
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays["x"].shape == (6, 1, 32, 32) and arrays["y"].tolist() == [0, 0, 0, 1, 1, 1]
+    files = sorted((tmp_path / "folder").iterdir())
+    assert len(files) == 6 and files[3].name == "00003_ki.png"
+    with Image.open(files[3]) as picture:
+        assert picture.text["class"] == "ki" and picture.text["image"] == "3" and picture.text["seed"] == "4"
+        assert np.array_equal(np.array(picture), arrays["x"][3, 0])
+    with Image.open(tmp_path / "x.png") as picture:
+        scale = picture.width // (3 * 34 + 2)
+        assert np.array_equal(np.array(picture)[scale * 36 :: scale, scale * 2 :: scale][:32, :32], arrays["x"][3, 0])
+
+
+def test_info_check_and_benchmark(exported, tmp_path):
+    info = json.loads(infer("--model", exported, "--info", cwd=tmp_path).stdout)
+    assert info["model"] == "ddim" and info["parameters"] > 1000 and len(info["sha256"]) == 64
+    assert "check passed" in infer("--model", exported, "--check", cwd=tmp_path).stdout
+    assert len(infer("--model", exported, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Exit codes -------------------------------------------------------------------------------------------------
+
+
+def with_card(exported, path, change):
+    """A copy of the exported model whose card went through `change`."""
+    proto = onnx.load(exported)
+    card = change(json.loads(proto.metadata_props[0].value))
+    text = card if isinstance(card, str) else json.dumps(card)
+    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: text})
+    onnx.save(proto, path)
+
+
+def make_bad_file(kind, exported, tiny_run, path):
+    content = exported.read_bytes()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "side-car weights missing":
+        onnx.save(onnx.load(exported), path, save_as_external_data=True, location="x.data", size_threshold=0)
+        (path.parent / "x.data").unlink()
+    elif kind == "another model":
+        proto = onnx.load(exported)
+        del proto.metadata_props[:]
+        onnx.save(proto, path)
+    elif kind == "newer metadata":
+        with_card(exported, path, lambda card: {**card, "format": 99})
+    elif kind == "broken metadata":
+        with_card(exported, path, lambda card: "{")
+    elif kind == "metadata without a part":
+        with_card(exported, path, lambda card: {k: v for k, v in card.items() if k != "probe"})
+    elif kind == "unknown kind":
+        with_card(exported, path, lambda card: {**card, "kind": "flow"})
+    elif kind != "missing":
+        path.write_bytes(
+            {
+                "empty": b"",
+                "truncated": content[: len(content) // 2],
+                "random": np.random.default_rng(0).bytes(5000),
+                "a checkpoint": (tiny_run / "checkpoint.pt").read_bytes(),
+                "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+            }[kind]
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "cannot be read"),
+        ("directory", "cannot be read"),
+        ("empty", "not an ONNX model"),
+        ("truncated", "not an ONNX model"),
+        ("random", "not an ONNX model"),
+        ("a checkpoint", "export it with export.py"),
+        ("a Git LFS pointer", "git lfs pull"),
+        ("another model", "not one that export.py wrote"),
+        ("newer metadata", "metadata format 99"),
+        ("broken metadata", "broken metadata"),
+        ("metadata without a part", "no probe in its metadata"),
+        ("unknown kind", "unknown kind 'flow'"),
+        ("side-car weights missing", "not an ONNX model that onnxruntime can load"),
+    ],
+)
+def test_bad_model_files_exit_with_3(exported, tiny_run, tmp_path, kind, message):
+    make_bad_file(kind, exported, tiny_run, tmp_path / "x.onnx")
+    before = sorted(tmp_path.iterdir())
+    done = infer("--model", "x.onnx", cwd=tmp_path)
+    assert done.returncode == 3 and done.stderr.count("\n") == 1 and "x.onnx" in done.stderr and message in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def main_code(argv, capsys):
+    """Exit code of infer_onnx.py in this process, and its one line of error."""
+    with pytest.raises(SystemExit) as stop:
+        infer_onnx.main(list(map(str, argv)))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("infer_onnx.py: error: ")
+    return stop.value.code, error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--class", "Sneakr"], "no class 'Sneakr'"),
+        (["--class", "99"], "no class '99'"),
+        (["--class", "-1"], "no class '-1'"),
+        (["--steps", "0"], "from 1"),
+        (["--steps", "1001"], "more than the 1000"),
+        (["--guidance", "-0.5"], "from 0"),
+        (["--eta", "2"], "from 0 to 1"),
+        (["--batch-size", "0"], "from 1"),
+        (["--output", "x.jpg"], "must end in .png or .npz"),
+        (["--provider", "tpu"], "invalid choice"),
+        (["--nonsense"], "unrecognized"),
+    ],
+)
+def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):
+    code, error = main_code(["--model", exported, *flags], capsys)
+    assert code == 2 and message in error and list(in_tmp.iterdir()) == []
+
+
+def test_fixed_guidance_is_refused(exported, in_tmp, capsys):
+    with_card(exported, "x.onnx", lambda card: {**card, "guidance": 1.0, "guidance_fixed": True})
+    code, error = main_code(["--model", "x.onnx", "--guidance", "2"], capsys)
+    assert code == 2 and "no other --guidance than 1.0" in error
+
+
+def test_unknown_model_names_exit_with_3(in_tmp, capsys):
+    assert main_code(["--model", "vqgan"], capsys)[0] == 3
+
+
+def test_failed_check_and_bad_numbers_exit_with_5(exported, in_tmp, capsys):
+    with_card(exported, "x.onnx", lambda card: {**card, "probe": {**card["probe"], "output": [9.0] * 16}})
+    code, error = main_code(["--model", "x.onnx", "--check"], capsys)
+    assert code == 5 and "check failed" in error
+    proto = onnx.load(exported)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
+    onnx.save(proto, "nan.onnx")
+    code, error = main_code(["--model", "nan.onnx", "--output", "x.png"], capsys)
+    assert code == 5 and "not finite" in error and not Path("x.png").exists()
+
+
+def test_memory_and_disk_faults_exit_with_5(exported, in_tmp, capsys, monkeypatch):
+    (in_tmp / "file").write_text("")
+    assert main_code(["--model", exported, "--steps", "1", "--output", "file/x.png"], capsys)[0] == 5
+
+    def no_memory(*_, **__):
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr(infer_onnx, "draw_noise", no_memory)
+    assert main_code(["--model", exported], capsys)[0] == 5
+
+
+def test_ctrl_c_exits_with_130(exported, in_tmp, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer_onnx, "draw_noise", stop)
+    with pytest.raises(SystemExit, match="130"):
+        infer_onnx.main(["--model", str(exported)])
+
+
+# --- Providers --------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """An NVIDIA driver made of answers."""
+
+    def __init__(self, init=0, devices=1, version=13000):
+        self.init, self.devices, self.version = init, devices, version
+
+    def cuInit(self, flags):
+        return self.init
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = self.devices
+        return 0
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = self.version
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "missing", "message"),
+    [
+        (None, None, "there is no NVIDIA driver"),
+        (Driver(init=100), None, "finds no GPU"),
+        (Driver(devices=0), None, "finds no GPU"),
+        (Driver(version=11040), None, "is for CUDA 11, onnxruntime needs CUDA 13"),
+        (Driver(), "cudnn", "libcudnn.so.9 is not installed"),
+        (Driver(), "cublasLt", "libcublasLt.so.13 is not installed"),
+        (Driver(), None, None),
+    ],
+)
+def test_why_not_cuda(monkeypatch, driver, missing, message):
+    def load(name):
+        if (name == "libcuda.so.1" and driver is None) or (missing and missing in name):
+            raise OSError(name)
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(infer_onnx.os, "name", "posix")
+    monkeypatch.setattr(infer_onnx.ort, "cuda_version", "13.0", raising=False)
+    monkeypatch.setattr(infer_onnx.ort, "preload_dlls", lambda: print("noise"), raising=False)
+    monkeypatch.setattr(infer_onnx.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    trouble = infer_onnx.cuda_trouble()
+    assert trouble is None if message is None else message in trouble
+    monkeypatch.setattr(infer_onnx.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "without CUDA" in infer_onnx.cuda_trouble()
+
+
+def test_cuda_asked_for_and_not_there_exits_with_4(exported, in_tmp, capsys, monkeypatch):
+    monkeypatch.setattr(infer_onnx, "cuda_trouble", lambda: "the cable is out")
+    code, error = main_code(["--model", exported, "--provider", "cuda"], capsys)
+    assert code == 4 and "no CUDA: the cable is out" in error and list(in_tmp.iterdir()) == []
+    infer_onnx.main(["--model", str(exported), "--steps", "1"])
+    assert "running on CPUExecutionProvider; not on CUDA: the cable is out" in capsys.readouterr().out
+
+
+# --- Around -----------------------------------------------------------------------------------------------------
+
+
+def test_inline_metadata_equals_the_requirements():
+    text = (ROOT / "infer_onnx.py").read_text()
+    block = re.search(r"^# /// script\n((?:# .*\n)+)# ///\n", text, re.MULTILINE).group(1)
+    inline = tomllib.loads(re.sub("^# ", "", block, flags=re.MULTILINE))
+    required = [line for line in (ROOT / "requirements-infer.txt").read_text().splitlines() if line]
+    assert [line.replace("'", '"') for line in inline["dependencies"]] == required
+    assert inline["requires-python"] == ">=3.11"
+
+
+@pytest.mark.parametrize("file", ["ddim.onnx", "ddim.pt"])
+def test_shipped_files_are_small(file):
+    assert (ROOT / "pretrained" / file).stat().st_size <= 5e6
+
+
+def test_shipped_model_passes_its_own_check_and_equals_the_shipped_weights(capsys):
+    assert infer_onnx.main(["--model", str(SHIPPED), "--check"]) == 0
+    session, card, _, _ = infer_onnx.load_model(SHIPPED, "cpu")
+    checkpoint = ddim.load_checkpoint(SHIPPED.with_suffix(".pt"), ("ddim",))
+    network = ddim.ema_network(checkpoint, torch.device("cpu"))
+    options = {"steps": 20, "guidance": card["guidance"], "seed": 0}
+    expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(10), **options)
+    found = infer_onnx.sample(session, card, list(range(10)), **options)
+    assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
