@@ -536,7 +536,7 @@ def build_parser():
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("adam", "adamw"), default="adamw", help="(adamw)")
-    add("--lr", type=number(float, 0, above=True), default=2e-3, help="learning rate after the warm-up (0.002)")
+    add("--lr", type=number(float, 0, above=True), default=3e-3, help="learning rate after the warm-up (0.003)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="(0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
@@ -565,7 +565,7 @@ def invert(args, checkpoint, model, output):
     """Image -> noise -> image, as a picture of the three or a .gif of the whole way; prints the error."""
     config, names = checkpoint["config"], checkpoint["class_names"]
     if args.invert.isdecimal():
-        data = load_data(config["data"], args.data_dir, config["channels"], train=False)
+        data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"], train=False)
         index = number(int, 0, len(data.images) - 1)(args.invert)
         x_0, labels = to_float(data.images[index][None]), data.labels[index][None]
     else:

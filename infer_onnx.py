@@ -343,12 +343,12 @@ def written_whole(path):
 
 
 def to_picture(images, columns):
-    """uint8 (N, C, H, W) -> one PIL picture, row by row, `columns` wide, up to 8 times the size."""
+    """uint8 (N, C, H, W) -> one PIL picture like torchvision's grid, `columns` wide, up to 8 times the size."""
     n, c, h, w = images.shape
-    rows = -(-n // columns)
-    grid = np.zeros((rows * (h + 2) + 2, columns * (w + 2) + 2, c), np.uint8)
+    gap = 2 if n > 1 else 0
+    grid = np.zeros((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap, c), np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (h + 2) + 2, i % columns * (w + 2) + 2
+        top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
         grid[top : top + h, left : left + w] = image.transpose(1, 2, 0)
     picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
     scale = max(1, min(8, 1000 // picture.width))

@@ -301,7 +301,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch
     assert ddim.main(["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]) == 0
     assert ddim.find_checkpoint(None, ("ddim",)).parent == ddim.Path("runs/ddim-2")
     assert ddim.main(["--class", "0", "--steps", "2"]) == 0
-    assert Image.open("ddim_o.png").size == (8 * 36, 8 * 36)
+    assert Image.open("ddim_o.png").size == (8 * 32, 8 * 32)
 
 
 def test_training_learns(tiny_run):
@@ -381,7 +381,7 @@ def test_minutes_end_on_time_with_a_learning_rate_of_zero(in_tmp, data_dir, monk
     monkeypatch.setattr(ddim, "LOG_EVERY", 1)
     assert ddim.main(["--train", "--minutes", "0.05", "--data-dir", data_dir, *TINY]) == 0
     last = read_log(in_tmp / "runs/ddim")[-1]
-    assert 2.5 < last["seconds"] < 4 and last["lr"] < 0.02 * 2e-3
+    assert 2.5 < last["seconds"] < 4 and last["lr"] < 0.02 * 3e-3
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         result = losses(output, target, loss)
         if len(calls) < 7:  # two calls a step: the fourth step fails
             return result
-        return result * math.nan if what == "loss" else (result + (output * 0).clamp(min=0).sqrt().flatten(1).sum(1))
+        return result * math.nan if what == "loss" else (result + (output * 0).abs().sqrt().flatten(1).sum(1))
 
     monkeypatch.setattr(ddim, "image_losses", failing)
     with pytest.raises(SystemExit, match="2"):
@@ -528,7 +528,7 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--train", "--data", "cifar"], "no data set 'cifar'"),
         (["--train", "--run-dir", "RUN"], "holds a run"),
         (["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
-        (["--resume", "--run-dir", "RUN", "--lr", "1"], "--lr is 0.002 and cannot change"),
+        (["--resume", "--run-dir", "RUN", "--lr", "1"], "--lr is 0.003 and cannot change"),
         (["--resume", "--run-dir", "RUN", "--widths", "8"], "--widths is (8, 16) and cannot change"),
         (["--class", "shoe"], "no class 'shoe'"),
         (["--steps", "0"], "'0' is not a whole number from 1"),

@@ -146,7 +146,7 @@ def test_shipped_model_draws_a_sneaker_without_torch(tmp_path):
     picture = Image.open(tmp_path / "ddim_sneaker.png")
     assert picture.text["class"] == "Sneaker" and picture.text["seed"] == "0" and picture.text["steps"] == "20"
     assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu")[2]
-    pixels = np.array(picture)[::8, ::8][2:-2, 2:-2].astype(int)  # 32x32
+    pixels = np.array(picture)[::8, ::8].astype(int)  # 32x32
     rows = pixels[4:28, 4:28].mean(axis=1)
     assert rows[-14:].mean() > 2 * rows[:6].mean()  # a shoe: dark above, bright below
 
