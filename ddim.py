@@ -205,20 +205,9 @@ def slerp(a, b, weight):
 
 @torch.no_grad()
 def sample(
-    *,
-    model,
-    config,
-    labels,
-    steps,
-    guidance,
-    eta=0.0,
-    clip=True,
-    seed=0,
-    batch_size=100,
-    x_T=None,
-    mix=None,
-    trace=None,
-):
+    *, model, config, labels, steps, guidance, eta=0.0, clip=True, seed=0, batch_size=100,
+    x_T=None, mix=None, trace=None,
+):  # fmt: skip
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
     config: the checkpoint's;  labels: int64 (N,);  x_T: the noise to start from, if not that of the seed;
@@ -240,9 +229,8 @@ def sample(
         y_to, weight = (m[part].to(device) for m in mix) if mix else (None, None)
         denoise = guided(model, labels[part].to(device), guidance, y_to, weight)
         start = draw() if x_T is None else x_T[part].to(device)
-        images.append(
-            ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace).cpu()
-        )
+        x_0 = ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace)
+        images.append(x_0.cpu())
     model.train(was_training)
     return torch.cat(images)
 
@@ -316,9 +304,10 @@ def train(args, checkpoint=None):
             torch.save(content, scratch)
         steps, guidance = min(20, args.num_timesteps), default_guidance(config)
         grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
-        save_images(
-            grid, grid_labels.tolist(), data.class_names, run_dir / "samples" / f"step_{step:07d}.png", columns=8
-        )
+        save_images(grid, grid_labels.tolist(), data.class_names, run_dir / f"samples/step_{step:07d}.png", columns=8)
+
+    def progress():
+        return step / total_steps if args.epochs else (time.monotonic() - clock) / 60 / args.minutes
 
     print(f"run {run_dir} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     stopped = []  # Ctrl-C and SIGTERM let the step finish, then save
@@ -327,19 +316,15 @@ def train(args, checkpoint=None):
     generator = torch.Generator(device)
     first_step, start = step, time.monotonic()
     last_save, epoch, order = start, None, None
-    bar = tqdm(total=1.0, bar_format="{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
-               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    while not stopped:
-        progress = step / total_steps if args.epochs else (time.monotonic() - clock) / 60 / args.minutes
-        bar.n = bar.initial = min(progress, 1.0) if step == first_step else bar.n
-        bar.update(min(progress, 1.0) - bar.n)
-        if progress >= 1:
-            break
+    bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
+    bar = tqdm(total=1.0, initial=min(progress(), 1.0), bar_format=bar_format, mininterval=interval)
+    while not stopped and (done := progress()) < 1:
         if epoch != step // steps_per_epoch:
             epoch = step // steps_per_epoch
             order = epoch_batches(len(images), args.batch_size, args.seed, epoch).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, progress)
+            group["lr"] = learning_rate(args, step, done)
 
         # What a step draws depends on (seed, step) alone, so that a run can go on without a generator's state.
         generator.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
@@ -373,7 +358,8 @@ def train(args, checkpoint=None):
         by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
         now = time.monotonic()
         speed = (step - first_step) * args.batch_size / (now - start)
-        bar.set_postfix_str(f", loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+        bar.set_postfix_str(f"epoch {epoch}, loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+        bar.update(min(progress(), 1.0) - bar.n)
         if step % LOG_EVERY == 0:
             line = {
                 "step": step, "epoch": step / steps_per_epoch, "seconds": now - clock,
@@ -431,11 +417,11 @@ def new_run_dir(asked):
 
 
 def trim_log(path, step):
-    """Drop the lines after `step`: a run that was killed had logged more than it had saved."""
+    """Drop the lines after `step`: a run that was killed had logged more than it had saved, perhaps half a line."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         with written_whole(path) as scratch:
-            scratch.write_text("".join(f"{line}\n" for line in lines))
+            scratch.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def find_checkpoint(asked, names):

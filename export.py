@@ -72,6 +72,8 @@ def model_card(script, checkpoint, network):
     """What infer_onnx.py must know, as plain JSON types."""
     config = checkpoint["config"]
     image_shape = [config["channels"], IMAGE_SIZE, IMAGE_SIZE]
+    training = {k: config[k] for k in (*script.FIXED, "epochs", "minutes")}
+    training["data"] = Path(config["data"]).name  # a name, or the last part of a path: no folder of this machine
     probe = {"seed": 0, "t": config["num_timesteps"] // 2, "y": 0}
     x_t = torch.from_numpy(draw_noise(noise_streams(probe["seed"], [0]), image_shape))
     output = network(x_t, torch.tensor([probe["t"]]), torch.tensor([probe["y"]]))
@@ -88,7 +90,7 @@ def model_card(script, checkpoint, network):
         "guidance": script.default_guidance(config),
         "guidance_fixed": config["label_dropout"] in (0, 1),  # no class was ever dropped, or every one
         "parameters": sum(p.numel() for p in network.parameters()),
-        "training": {k: checkpoint[k] for k in ("step", "images", "seconds", "torch", "config")},
+        "training": {**{k: checkpoint[k] for k in ("step", "images", "seconds", "torch")}, **training},
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__},
         "probe": {**probe, "output": output.flatten()[:16].tolist()},
         "alpha_bars": script.make_alpha_bars(config["schedule"], config["num_timesteps"]).tolist(),
@@ -141,6 +143,7 @@ def export(name, checkpoint_path, output, weights):
     )
     if weights:
         kept = {k: v for k, v in checkpoint.items() if k not in ("weights", "optimizer", "by_tenth")}
+        kept["config"] = {**kept["config"], "data_dir": None}
         with written_whole(weights) as scratch:
             torch.save(kept, scratch)
         print(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone")
@@ -165,8 +168,10 @@ def main(argv=None):
         output = export(args.name, args.checkpoint, args.output, args.weights)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except (ParityError, OSError) as error:
+    except ParityError as error:
         parser.exit(5, f"{parser.prog}: error: {error}; no file was written\n")
+    except OSError as error:
+        parser.exit(5, f"{parser.prog}: error: {error}\n")
     print(f"Draw without torch:\n  python infer_onnx.py --class Sneaker --model {output}")
     return 0
 

@@ -38,7 +38,7 @@ def imports(source):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize(("a", "b"), itertools.combinations(SOURCES, 2))
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(SOURCES, 2)))
 def test_same_name_means_same_text(a, b):
     first, second = definitions(SOURCES[a]), definitions(SOURCES[b])
     for name in first.keys() & second.keys() - INTERFACE:
@@ -87,7 +87,7 @@ def flags(name):
     return described
 
 
-@pytest.mark.parametrize(("a", "b"), itertools.combinations(MODELS, 2))
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(MODELS, 2)))
 def test_shared_flags_mean_the_same(a, b):
     first, second = flags(a), flags(b)
     for dest in first.keys() & second.keys():

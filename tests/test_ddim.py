@@ -352,7 +352,7 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(in_tmp, dat
     assert "python ddim.py --resume --run-dir broken" in capsys.readouterr().out
     assert torch.load("broken/checkpoint.pt", weights_only=True)["step"] == 4
     with (in_tmp / "broken" / "log.jsonl").open("a") as file:  # as after a kill -9: logged, but not saved
-        file.write(json.dumps({"step": 6}) + "\n")
+        file.write(json.dumps({"step": 6}) + '\n{"step": 7, "lo')
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 130
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 0
     assert len(calls) == 9 and equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
