@@ -124,7 +124,7 @@ def _load_idx(name, data_dir, train):
     wanted = IDX_FILES[:2] if train else IDX_FILES[2:]
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"--data-dir {data_dir} is not a folder")
-    places = [Path(data_dir)] if data_dir is not None else [Path("data"), Path(debian_dir or "data")]
+    places = [Path(data_dir or "data"), *([Path(debian_dir)] if debian_dir and data_dir is None else [])]
     found = _find_idx(places, dataset_class.__name__, wanted)
     if found is None and data_dir is not None:
         raise InputError(f"--data-dir {data_dir} has no {wanted[0]} (or .gz), nor has its {dataset_class.__name__}/raw")
@@ -149,6 +149,8 @@ def _load_idx(name, data_dir, train):
     class_names = list(dataset_class.classes)
     if name == "mnist":
         class_names = [c.split(" ")[0] for c in class_names]  # torchvision says "0 - zero"
+    if images.shape[1:] != (28, 28):
+        raise InputError(f"{found[0]} has images of {tuple(images.shape[1:])}, not 28x28")
     if len(images) != len(labels):
         raise InputError(f"{found[0]} has {len(images)} images but {found[1]} has {len(labels)} labels")
     if len(labels) == 0 or labels.max() >= len(class_names):
@@ -176,8 +178,9 @@ def _download(dataset_class, root):
         try:
             dataset_class(scratch, download=True)
         except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise InputError(
-                f"{dataset_class.__name__} was not found and could not be downloaded ({str(error).splitlines()[0]}); "
+                f"{dataset_class.__name__} was not found and could not be downloaded ({reason}); "
                 f"put its four IDX files into a folder and name it with --data-dir"
             ) from error
         target = root / dataset_class.__name__
@@ -212,6 +215,8 @@ def load_image(path, channels):
     """One picture from a file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # pillow would clip these to white without a word
+                raise ValueError("more than 8 bits a channel")
             return _to_image_size(TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image ({str(error).splitlines()[0]})") from error
@@ -222,7 +227,7 @@ def _load_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("x", "y", "class_names") if key in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz of plain arrays ({str(error).splitlines()[0]})") from error
     if "x" not in arrays or "y" not in arrays:
         raise InputError(f"{path} needs the arrays x (images) and y (labels)")
@@ -326,6 +331,15 @@ def written_whole(path):
         scratch.unlink(missing_ok=True)
 
 
+def check_output(path, endings):
+    """Refuse an output that could not be written, before the work is done. endings: of its name; "" is a folder."""
+    if path.suffix not in endings:
+        names = " or ".join(ending for ending in endings if ending)
+        raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise InputError(f"--output {path} is a folder that holds files: name another")
+
+
 def file_stem(class_name):
     """'T-shirt/top' -> 't-shirt-top': safe in a file name, and one that parse_classes understands."""
     return "".join(c if c.isalnum() else "-" for c in class_name.lower())
@@ -345,20 +359,19 @@ def save_images(images, labels, class_names, path, columns):
     if path.suffix == ".png":
         save_picture(image_grid(images, columns), path)
     elif path.suffix == ".npz":
+        arrays = {"x": to_uint8(images).numpy(), "y": np.array(labels), "class_names": np.array(class_names)}
         with written_whole(path) as scratch, scratch.open("wb") as file:
-            np.savez_compressed(
-                file, x=to_uint8(images).cpu().numpy(), y=np.array(labels), class_names=np.array(class_names)
-            )
-    elif path.suffix:
-        raise InputError(f"--output {path}: the name must end in .png, .npz or .gif, or be a folder")
+            np.savez_compressed(file, **arrays)
     else:
-        for i, (image, label) in enumerate(zip(to_uint8(images).cpu(), labels, strict=True)):
+        for i, (image, label) in enumerate(zip(to_uint8(images), labels, strict=True)):
             save_picture(TF.to_pil_image(image), path / f"{i:05d}_{file_stem(class_names[label])}.png")
 
 
 def trajectory_frames(trace, columns):
     """trace, a list of (t, x_t, x_0_hat) -> one picture a step: the grid of x_t above the grid of x_0_hat."""
-    return [image_grid(torch.cat([x_t, x_0_hat]), columns) for _, x_t, x_0_hat in trace]
+    _, x_T, _ = trace[0]
+    blank = -torch.ones_like(x_T[:1]).expand(-len(x_T) % columns, -1, -1, -1)  # to fill the last row of x_t
+    return [image_grid(torch.cat([x_t, blank, x_0_hat]), columns) for _, x_t, x_0_hat in trace]
 
 
 def filmstrip(trace):
@@ -483,7 +496,7 @@ class UNet(nn.Module):
                   connections; the last is the bottom, which is passed once
     patch         space-to-depth: p x p pixels become p * p channels first and pixels again at the end; the cheapest
                   way to a smaller grid
-    attention     self-attention between the blocks of the bottom
+    attention     self-attention between the blocks of the bottom, or after its only one
     emb_channels  size of the time and class embedding
 
     x_t: (B, channels, H, W) float with H and W divisible by patch * 2^(len(widths) - 1);  t, y: (B,) int64.
@@ -509,10 +522,11 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList([*blocks, nn.Conv2d(width, below, 3, stride=2, padding=1)]))
             blocks = [ResidualBlock(2 * width, width, emb_channels) for _ in range(depth)]
             self.up.insert(0, nn.ModuleList([nn.Conv2d(below, 4 * width, 1), *blocks]))
-        self.bottom = nn.ModuleList([ResidualBlock(widths[-1], widths[-1], emb_channels)])
-        for _ in range(depths[-1] - 1):
-            self.bottom.append(SelfAttention(widths[-1]) if attention else nn.Identity())
+        self.bottom = nn.ModuleList()
+        for i in range(depths[-1]):
             self.bottom.append(ResidualBlock(widths[-1], widths[-1], emb_channels))
+            if attention and i < max(1, depths[-1] - 1):
+                self.bottom.append(SelfAttention(widths[-1]))
         self.norm = group_norm(widths[0])
         self.head = zero_init(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
 

@@ -23,9 +23,11 @@ import argparse
 import itertools
 import json
 import math
+import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +38,11 @@ from tqdm import tqdm
 
 from common import IDX_SETS, IMAGE_SIZE, NULL_LABEL, InputError, UNet, epoch_batches, load_data, load_image
 from common import draw_noise, file_stem, noise_streams, parse_classes, to_float, to_uint8, written_whole
-from common import filmstrip, save_gif, save_images, save_picture, trajectory_frames
+from common import check_output, filmstrip, save_gif, save_images, save_picture, trajectory_frames
 
 NAME = "ddim"
 SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
+GRID_STEPS = 20  # of the sample grids drawn while training
 
 # --- Method -----------------------------------------------------------------------------------------------------
 
@@ -51,7 +54,7 @@ def make_alpha_bars(schedule, num_timesteps):
     quadratic  sqrt(beta) linear between the roots of the same ends
     cosine     alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008, beta <= 0.999,
                Nichol & Dhariwal eq. (17)
-    The ends of linear and quadratic are meant for T = 1000 and are scaled by 1000 / T, so that any T ends in noise.
+    The ends of linear and quadratic are meant for T = 1000; times 1000 / T they let a smaller T end in noise too.
     """
     if schedule == "cosine":
         u = (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008
@@ -127,12 +130,11 @@ def time_pairs(num_timesteps, steps):
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def guided(model, y, guidance, y_to=None, weight=None):
+def guided(model, y, guidance):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
-    holds for v as for eps, since either is an affine function of the other at a given x_t.
-    y: int64 (B,).  With y_to the output goes from that for y to that for y_to with weight, (B, 1, 1, 1) in [0, 1].
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  y: int64 (B,).
     """
 
     def denoise(x_t, t):
@@ -142,10 +144,12 @@ def guided(model, y, guidance, y_to=None, weight=None):
         output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
         return output_u + guidance * (output_c - output_u)
 
-    if y_to is None:
-        return denoise
-    denoise_to = guided(model, y_to, guidance)
-    return lambda x_t, t: torch.lerp(denoise(x_t, t), denoise_to(x_t, t), weight)
+    return denoise
+
+
+def blended(denoise_a, denoise_b, weight):
+    """denoise(x_t, t) on the way from denoise_a to denoise_b; weight: (B, 1, 1, 1) in [0, 1]."""
+    return lambda x_t, t: torch.lerp(denoise_a(x_t, t), denoise_b(x_t, t), weight)
 
 
 def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None):
@@ -211,7 +215,7 @@ def sample(
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
     config: the checkpoint's;  labels: int64 (N,);  x_T: the noise to start from, if not that of the seed;
-    mix: (labels, weights) to interpolate to, as in guided;  trace: as in ddim_sample, for N <= batch_size.
+    mix: (labels, weights), other classes to blend with, as in blended;  trace: as in ddim_sample, for N <= batch_size.
     """
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
@@ -226,8 +230,10 @@ def sample(
             noise = draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
             return torch.from_numpy(noise).to(device)
 
-        y_to, weight = (m[part].to(device) for m in mix) if mix else (None, None)
-        denoise = guided(model, labels[part].to(device), guidance, y_to, weight)
+        denoise = guided(model, labels[part].to(device), guidance)
+        if mix:
+            labels_b, weight = (item[part].to(device) for item in mix)
+            denoise = blended(denoise, guided(model, labels_b, guidance), weight)
         start = draw() if x_T is None else x_T[part].to(device)
         x_0 = ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace)
         images.append(x_0.cpu())
@@ -272,6 +278,8 @@ def train(args, checkpoint=None):
     steps_per_epoch = len(epoch_batches(len(images), args.batch_size, args.seed, 0))
     total_steps = math.ceil(args.epochs * steps_per_epoch) if args.epochs else None
 
+    if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
+        raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
     network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
@@ -291,27 +299,28 @@ def train(args, checkpoint=None):
     run_dir = args.run_dir if checkpoint else new_run_dir(args.run_dir)
     trim_log(run_dir / "log.jsonl", step)
     config = {k: getattr(args, k) for k in FIXED + FREE}
+    kept = f"what {run_dir} holds is kept. Go on with a lower --lr than {args.lr}, and look at the data"
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
     def save():
+        steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
+        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
+        if not grid.isfinite().all():
+            raise InputError(f"step {step}: the weights are no longer finite: stopped; {kept}")
+        save_images(grid, grid_labels.tolist(), data.class_names, run_dir / f"samples/step_{step:07d}.png", columns=8)
         content = {
             "format": FORMAT, "model": NAME, "config": config, "network": network, "class_names": data.class_names,
             "step": step, "seconds": time.monotonic() - clock, "images": step * args.batch_size,
             "torch": str(torch.__version__), "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
             "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
         }  # fmt: skip
-        with written_whole(run_dir / "checkpoint.pt") as scratch:
+        with written_whole(run_dir / f"{NAME}.pt") as scratch:
             torch.save(content, scratch)
-        steps, guidance = min(20, args.num_timesteps), default_guidance(config)
-        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
-        save_images(grid, grid_labels.tolist(), data.class_names, run_dir / f"samples/step_{step:07d}.png", columns=8)
 
     def progress():
         return step / total_steps if args.epochs else (time.monotonic() - clock) / 60 / args.minutes
 
     print(f"run {run_dir} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    stopped = []  # Ctrl-C and SIGTERM let the step finish, then save
-    handlers = {s: signal.signal(s, lambda s, _: stopped.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
     first_step, start = step, time.monotonic()
@@ -319,69 +328,68 @@ def train(args, checkpoint=None):
     bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
     bar = tqdm(total=1.0, initial=min(progress(), 1.0), bar_format=bar_format, mininterval=interval)
-    while not stopped and (done := progress()) < 1:
-        if epoch != step // steps_per_epoch:
-            epoch = step // steps_per_epoch
-            order = epoch_batches(len(images), args.batch_size, args.seed, epoch).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, done)
+    with signals_caught() as stopped:
+        while not stopped and (done := progress()) < 1:
+            if epoch != step // steps_per_epoch:
+                epoch = step // steps_per_epoch
+                order = epoch_batches(len(images), args.batch_size, args.seed, epoch).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step, done)
 
-        # What a step draws depends on (seed, step) alone, so that a run can go on without a generator's state.
-        generator.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
-        batch = order[step % steps_per_epoch]
-        x_0, y = to_float(images[batch]), labels[batch]
-        t = stratified_t(len(y), args.num_timesteps, generator)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
-        dropped = torch.rand(len(y), generator=generator, device=device) < args.label_dropout
-        y = torch.where(dropped, NULL_LABEL, y)
+            # What a step draws depends on (seed, step) alone, so that a run can go on without a generator's state.
+            generator.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
+            batch = order[step % steps_per_epoch]
+            x_0, y = to_float(images[batch]), labels[batch]
+            t = stratified_t(len(y), args.num_timesteps, generator)
+            eps = torch.randn(x_0.shape, generator=generator, device=device)
+            dropped = torch.rand(len(y), generator=generator, device=device) < args.label_dropout
+            y = torch.where(dropped, NULL_LABEL, y)
 
-        alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
-        x_t = q_sample(x_0, eps, alpha_bar_t)
-        target = target_of(args.prediction, x_0, eps, alpha_bar_t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            output = forward(x_t, t, y)
-        losses = image_losses(output.float(), target, args.loss)
-        loss = losses.mean()
+            alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
+            x_t = q_sample(x_0, eps, alpha_bar_t)
+            target = target_of(args.prediction, x_0, eps, alpha_bar_t)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                output = forward(x_t, t, y)
+            losses = image_losses(output.float(), target, args.loss)
+            loss = losses.mean()
 
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
-            bar.close()
-            found = f"step {step}: loss {loss.item()}, gradient {grad_norm.item()}: stopped"
-            raise InputError(f"{found}; what {run_dir} holds is kept. Try a lower --lr than {args.lr}; check the data.")
-        optimizer.step()
-        ema_model.update_parameters(model)
-        step += 1
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+                bar.close()
+                raise InputError(f"step {step}: loss {loss.item()}, gradient {grad_norm.item()}: stopped; {kept}")
+            optimizer.step()
+            ema_model.update_parameters(model)
+            step += 1
 
-        nothing = image_losses(torch.zeros_like(target), target, args.loss)
-        by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
-        now = time.monotonic()
-        speed = (step - first_step) * args.batch_size / (now - start)
-        bar.set_postfix_str(f"epoch {epoch}, loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
-        bar.update(min(progress(), 1.0) - bar.n)
-        if step % LOG_EVERY == 0:
-            line = {
-                "step": step, "epoch": step / steps_per_epoch, "seconds": now - clock,
-                "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
-                "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],  # 1: predicts nothing
-                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-            }  # fmt: skip
-            with (run_dir / "log.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            by_tenth.zero_()
-        if now - last_save >= 60 * args.save_every:
-            save()
-            last_save = time.monotonic()
-    bar.close()
-    save()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+            nothing = image_losses(torch.zeros_like(target), target, args.loss)
+            by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
+            now = time.monotonic()
+            speed = (step - first_step) * args.batch_size / (now - start)
+            bar.set_postfix_str(f"epoch {epoch}, loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+            bar.update(min(progress(), 1.0) - bar.n)
+            if step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
+                line = {
+                    "step": step, "epoch": step / steps_per_epoch, "seconds": now - clock,
+                    "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
+                    "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                }  # fmt: skip
+                with (run_dir / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                by_tenth.zero_()
+            if now - last_save >= 60 * args.save_every:
+                save()
+                last_save = time.monotonic()
+        bar.close()
+        save()
     print(f"{step} steps, {step / steps_per_epoch:.2f} epochs, {(time.monotonic() - clock) / 60:.1f} minutes")
+    where = shlex.quote(str(run_dir))
     if stopped:
-        print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {run_dir}")
+        print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {where}")
         return 130
-    print(f"Draw samples with:\n  python {NAME}.py --checkpoint {run_dir} --class all --num-samples 10")
+    print(f"Draw samples with:\n  python {NAME}.py --checkpoint {where} --class all --num-samples 10")
     return 0
 
 
@@ -392,10 +400,26 @@ LOG_EVERY = 50  # steps
 # The flags that make a run what it is, and those that may change when it goes on.
 FIXED = (
     "data", "channels", "widths", "depths", "patch", "attention", "emb_channels", "num_timesteps", "schedule",
-    "prediction", "loss", "label_dropout", "optimizer", "lr", "weight_decay", "batch_size", "warmup", "grad_clip",
-    "ema_length", "seed",
+    "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = ("data_dir", "epochs", "minutes", "device", "bf16", "compile", "save_every")
+FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every")
+
+
+@contextmanager
+def signals_caught():
+    """Yield a list that the first Ctrl-C or SIGTERM is added to; the second ends the program as usual."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def pick_device(name):
@@ -408,7 +432,7 @@ def pick_device(name):
 
 def new_run_dir(asked):
     """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
-    if asked and ((asked / "checkpoint.pt").exists() or (asked / "log.jsonl").exists()):
+    if asked and ((asked / f"{NAME}.pt").exists() or (asked / "log.jsonl").exists()):
         raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
     names = itertools.chain([NAME], (f"{NAME}-{i}" for i in itertools.count(2)))
     run_dir = asked or next(path for name in names if not (path := Path("runs", name)).exists())
@@ -425,11 +449,13 @@ def trim_log(path, step):
 
 
 def find_checkpoint(asked, names):
-    """The file, or the folder's checkpoint.pt, asked for; else the newest run's; else the shipped weights."""
-    runs = [path for name in names for path in Path("runs").glob(f"{name}*/checkpoint.pt")]
+    """The file asked for, or NAME.pt in the folder asked for; else the newest run's; else the shipped weights."""
+    runs = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
     runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     shipped = [Path(__file__).parent / "pretrained" / f"{name}.pt" for name in names]
-    places = [asked / "checkpoint.pt" if asked.is_dir() else asked] if asked else [*runs, *shipped]
+    places = [*runs, *shipped]
+    if asked:
+        places = [asked / f"{name}.pt" for name in names] if asked.is_dir() else [asked]
     for path in places:
         if path.is_file():
             return path
@@ -473,7 +499,7 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
             limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
         return value
@@ -503,7 +529,11 @@ def build_parser():
     add("--batch-size", type=number(int, 1), default=128, help="images at a time (128)")
     add = parser.add_argument_group("length of the run, one of the two").add_argument
     add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
-    add("--minutes", type=number(float, 0, above=True), help="wall time; the learning rate reaches zero just then")
+    add(
+        "--minutes",
+        type=number(float, 0, above=True),
+        help="wall time of the whole run, resumed or not; the rate ends at 0",
+    )
     add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
@@ -516,7 +546,7 @@ def build_parser():
     add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
-    add("--num-timesteps", type=number(int, 1, 100_000), default=1000, help="T (1000)")
+    add("--num-timesteps", type=number(int, 2, 100_000), default=1000, help="T (1000)")
     add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine", help="of alpha_bar (cosine)")
     add("--prediction", choices=("eps", "v"), default="v", help="what the network outputs (v)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
@@ -527,14 +557,21 @@ def build_parser():
     add("--weight-decay", type=number(float, 0), default=0.01, help="(0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
-    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="share of the run averaged (0.08)")
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age of averaged weights / run (0.08)",
+    )
     add("--bf16", action=on_off, default=False, help="bfloat16 autocast (off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add(
         "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
     )
-    add("--num-samples", type=number(int, 1), default=1, help="images of each class, or frames of --interpolate (1)")
+    add(
+        "--num-samples", type=number(int, 1, 1_000_000), default=1, help="of each class, or frames of --interpolate (1)"
+    )
     add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
     add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
@@ -543,12 +580,12 @@ def build_parser():
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
     add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
-    add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or an index of a test image")
+    add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or a test image's index")
     return parser
 
 
 @torch.no_grad()
-def invert(args, checkpoint, model, output):
+def invert(args, checkpoint, model, guidance, output):
     """Image -> noise -> image, as a picture of the three or a .gif of the whole way; prints the error."""
     config, names = checkpoint["config"], checkpoint["class_names"]
     if args.invert.isdecimal():
@@ -561,7 +598,7 @@ def invert(args, checkpoint, model, output):
         if len(labels) != 1:
             raise InputError("--invert FILE needs one --class, that of the image")
     device = next(model.parameters()).device
-    denoise = guided(model, labels.to(device), 1)
+    denoise = guided(model, labels.to(device), guidance)
     schedule = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs, trace = time_pairs(config["num_timesteps"], args.steps), []
     x_T = ddim_invert(denoise, x_0.to(device), schedule, pairs, config["prediction"], trace)
@@ -580,19 +617,22 @@ def draw(args):
     checkpoint = load_checkpoint(path, SAMPLES_FROM)
     config, names = checkpoint["config"], checkpoint["class_names"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
+    if args.invert and args.guidance is None:
+        guidance = min(guidance, 1.0)  # guided outputs do not find their way back
     classes, count = parse_classes(args.class_, names), args.num_samples
     output = args.output or Path(f"{NAME}_{file_stem(names[classes[0]]) if len(classes) == 1 else 'samples'}.png")
     is_gif = output.suffix == ".gif"
+    if bool(args.interpolate) + bool(args.invert) + args.filmstrip > 1:
+        raise InputError("--filmstrip, --interpolate and --invert are one at a time")
+    check_output(output, [".png"] if args.filmstrip else [".png", ".npz", *([] if args.interpolate else [".gif"]), ""])
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
-        raise InputError(
-            f"trained with --label-dropout {config['label_dropout']}: --guidance must be {default_guidance(config)}"
-        )
+        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
     if args.steps > config["num_timesteps"]:
         raise InputError(f"--steps {args.steps} is more than the {config['num_timesteps']} of the training")
-    if bool(args.interpolate) + bool(args.invert) + args.filmstrip > 1 or (args.interpolate and is_gif):
-        raise InputError("--filmstrip, --interpolate and --invert are one at a time; --interpolate makes no .gif")
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+    if args.interpolate and count < 2:
+        raise InputError("--interpolate needs --num-samples 2 or more, its frames")
     if args.eta > 0 and (args.interpolate or args.invert):
         raise InputError("--interpolate and --invert need the deterministic sampler, --eta 0")
     model = ema_network(checkpoint, pick_device(args.device))
@@ -607,7 +647,7 @@ def draw(args):
             x_T, mix = ends[:1].repeat(count, 1, 1, 1), (labels[count:], weight)
             labels = labels[:count]
     if args.invert:
-        invert(args, checkpoint, model, output)
+        invert(args, checkpoint, model, guidance, output)
     else:
         trace = [] if args.filmstrip or is_gif else None
         images = sample(
@@ -632,7 +672,11 @@ def main(argv=None):
     try:
         if args.epochs and args.minutes:
             raise InputError("give --epochs or --minutes, not both")
+        if args.checkpoint and (args.train or args.resume):
+            raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
         if not args.train and not args.resume:
+            if args.run_dir:
+                raise InputError("--run-dir is for --train and --resume; sample with --checkpoint FOLDER")
             return draw(args)
         if not args.resume:
             args.epochs = args.epochs if args.epochs or args.minutes else 20.0
@@ -649,7 +693,7 @@ def main(argv=None):
             if getattr(args, k) != checkpoint["config"][k]:
                 raise InputError(f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run")
         return train(args, checkpoint)
-    except (InputError, argparse.ArgumentTypeError) as error:
+    except (InputError, argparse.ArgumentTypeError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")

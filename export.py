@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import logging
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -50,7 +51,6 @@ def export_denoiser(network, image_shape):
     proto.ir_version = IR_VERSION
     del proto.metadata_props[:]
     tidy(proto.graph)
-    del proto.functions[:]
     return proto
 
 
@@ -72,7 +72,7 @@ def model_card(script, checkpoint, network):
     """What infer_onnx.py must know, as plain JSON types."""
     config = checkpoint["config"]
     image_shape = [config["channels"], IMAGE_SIZE, IMAGE_SIZE]
-    training = {k: config[k] for k in (*script.FIXED, "epochs", "minutes")}
+    training = {k: config[k] for k in (*script.FIXED, "lr", "epochs", "minutes")}
     training["data"] = Path(config["data"]).name  # a name, or the last part of a path: no folder of this machine
     probe = {"seed": 0, "t": config["num_timesteps"] // 2, "y": 0}
     x_t = torch.from_numpy(draw_noise(noise_streams(probe["seed"], [0]), image_shape))
@@ -105,7 +105,8 @@ def compare(script, checkpoint, network, path):
     for batch in (1, 2, 7):
         x_t = draw_noise(noise_streams(batch, range(batch)), card["image_shape"])
         for t in (0, last // 20, last // 2, last):
-            times, y = np.full(batch, t), np.arange(batch) % (classes + 1) + NULL_LABEL  # the null class too
+            times = np.full(batch, t, np.int64)
+            y = np.arange(batch, dtype=np.int64) % (classes + 1) + NULL_LABEL  # the null class too
             found = session.run(None, {"x_t": x_t, "t": times, "y": y})[0]
             expected = network(*(torch.from_numpy(a) for a in (x_t, times, y))).numpy()
             difference = np.abs(found - expected).max()
@@ -143,14 +144,14 @@ def export(name, checkpoint_path, output, weights):
     )
     if weights:
         kept = {k: v for k, v in checkpoint.items() if k not in ("weights", "optimizer", "by_tenth")}
-        kept["config"] = {**kept["config"], "data_dir": None}
+        kept["config"] = {**kept["config"], "data": Path(kept["config"]["data"]).name, "data_dir": None}
         with written_whole(weights) as scratch:
             torch.save(kept, scratch)
         print(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone")
     return output
 
 
-def main(argv=None):
+def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = infer_onnx.Parser(prog="export.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("name", choices=NAMES, help="the script that trained the model")
@@ -161,6 +162,11 @@ def main(argv=None):
     parser.add_argument(
         "--weights", type=Path, help="also write a small .pt to sample from and to share, EMA weights only"
     )
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         if args.output and args.output.suffix != ".onnx":
@@ -168,11 +174,13 @@ def main(argv=None):
         output = export(args.name, args.checkpoint, args.output, args.weights)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except ParityError as error:
+    except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
         parser.exit(5, f"{parser.prog}: error: {error}; no file was written\n")
     except OSError as error:
         parser.exit(5, f"{parser.prog}: error: {error}\n")
-    print(f"Draw without torch:\n  python infer_onnx.py --class Sneaker --model {output}")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+    print(f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(str(output))}")
     return 0
 
 

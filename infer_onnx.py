@@ -40,6 +40,10 @@ from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
 METADATA_FORMAT = 1
+CARD_KEYS = (
+    "model", "kind", "class_names", "null_label", "image_shape", "alpha_bars", "prediction", "steps", "guidance",
+    "guidance_fixed", "probe",
+)  # fmt: skip
 
 
 class InputError(ValueError):
@@ -62,10 +66,10 @@ class RunError(Exception):
 
 
 def find_model(name):
-    """A path as it is; a name as the newest runs/NAME*/NAME.onnx, else pretrained/NAME.onnx. Raises ModelError."""
-    if name.endswith(".onnx") or os.sep in name or Path(name).exists():
+    """A path as it is; a name as the newest runs/*/NAME.onnx, else pretrained/NAME.onnx. Raises ModelError."""
+    if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
-    runs = sorted(Path("runs").glob(f"{name}*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True)
     shipped = [folder / f"{name}.onnx" for folder in (Path(__file__).parent / "pretrained", Path("pretrained"), Path())]
     for path in [*runs, *shipped]:
         if path.is_file():
@@ -88,26 +92,28 @@ def load_model(path, provider="auto", threads=0, tf32=True):
     if content.startswith(b"PK"):
         raise ModelError(f"{path} is a checkpoint or another archive, not ONNX: export it with export.py")
     trouble = None if provider == "cpu" else cuda_trouble()
-    if provider == "cuda" and trouble:
-        raise ProviderError(f"no CUDA: {trouble}")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error is ours to report, in one line
     options.intra_op_num_threads = threads
-    providers = ["CPUExecutionProvider"]
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except Exception as error:  # onnxruntime raises its own kinds, one for every way to be broken
+        raise ModelError(f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}") from error
+    card = read_card(session, path)
     if provider != "cpu" and trouble is None:
         cuda_options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
-        providers.insert(0, ("CUDAExecutionProvider", cuda_options))
-    try:
-        session = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # onnxruntime raises its own kinds, one for every way to be broken
-        if len(providers) > 1:
-            raise ProviderError(f"CUDA did not start: {one_line(error)}") from error
-        raise ModelError(f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}") from error
-    if len(providers) > 1 and session.get_providers()[0] != "CUDAExecutionProvider":
-        trouble = "onnxruntime could not load its CUDA provider"
-        if provider == "cuda":
-            raise ProviderError(f"no CUDA: {trouble}")
-    return session, read_card(session, path), hashlib.sha256(content).hexdigest(), trouble
+        providers = [("CUDAExecutionProvider", cuda_options), "CPUExecutionProvider"]
+        try:
+            on_cuda = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
+            if on_cuda.get_providers()[0] == "CUDAExecutionProvider":  # not a matter of course
+                session = on_cuda
+            else:
+                trouble = "onnxruntime could not load its CUDA provider"
+        except Exception as error:  # the model is sound, so this is CUDA's: memory, a busy device, ...
+            trouble = f"CUDA did not start: {one_line(error)}"
+    if provider == "cuda" and trouble:
+        raise ProviderError(f"no CUDA: {trouble}")
+    return session, card, hashlib.sha256(content).hexdigest(), trouble
 
 
 def read_card(session, path):
@@ -118,18 +124,7 @@ def read_card(session, path):
     try:
         card = json.loads(text)
         version = card["format"]
-        needed = (
-            "model",
-            "kind",
-            "class_names",
-            "image_shape",
-            "alpha_bars",
-            "prediction",
-            "steps",
-            "guidance",
-            "probe",
-        )
-        missing = [key for key in needed if version == METADATA_FORMAT and key not in card]
+        missing = [key for key in CARD_KEYS if key not in card]
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path} has broken metadata: {one_line(error)}") from error
     if version != METADATA_FORMAT:
@@ -147,7 +142,7 @@ def cuda_trouble():
     onnxruntime does not say: it lists the provider on any machine, and a session falls back to the CPU in silence.
     """
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        return "this onnxruntime is a build without CUDA (the package onnxruntime-gpu has it)"
+        return "this onnxruntime is a build without CUDA (onnxruntime-gpu has it, on Linux and Windows)"
     windows = os.name == "nt"
     try:
         driver = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
@@ -301,6 +296,15 @@ def draw_noise(streams, shape):
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
+def check_output(path, endings):
+    """Refuse an output that could not be written, before the work is done. endings: of its name; "" is a folder."""
+    if path.suffix not in endings:
+        names = " or ".join(ending for ending in endings if ending)
+        raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise InputError(f"--output {path} is a folder that holds files: name another")
+
+
 def file_stem(class_name):
     """'T-shirt/top' -> 't-shirt-top': safe in a file name, and one that parse_classes understands."""
     return "".join(c if c.isalnum() else "-" for c in class_name.lower())
@@ -357,8 +361,6 @@ def to_picture(images, columns):
 
 def save(images, labels, class_names, path, columns, texts):
     """Write uint8 images to a .png (grid), an .npz (x, y) or a folder of PNGs; texts go into every PNG."""
-    if path.suffix not in ("", ".png", ".npz"):
-        raise InputError(f"--output {path}: the name must end in .png or .npz, or be a folder")
     if path.suffix == ".npz":
         with written_whole(path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, x=images, y=np.array(labels), class_names=np.array(class_names))
@@ -396,7 +398,7 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
             limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
         return value
@@ -411,7 +413,7 @@ def build_parser():
     add(
         "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
     )
-    add("--num-samples", type=number(int, 1), default=1, help="images of each class (1)")
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class (1)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
@@ -482,6 +484,7 @@ def run(args):
     labels = [y for y in classes for _ in range(args.num_samples)]
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{card['model']}_{what}.png")
+    check_output(output, [".png", ".npz", ""])
     start = time.perf_counter()
     images = sample(
         session, card, labels, steps=steps, guidance=guidance, eta=args.eta, seed=args.seed, batch_size=args.batch_size

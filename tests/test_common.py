@@ -71,7 +71,7 @@ def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
     class Broken:
         def __init__(self, root, download):
             (common.Path(root) / "Broken").mkdir()
-            raise RuntimeError("connection lost\nafter 3 MB")
+            raise RuntimeError("Error downloading x.gz:\nTried mirror, got:\nconnection lost")  # as torchvision says it
 
     monkeypatch.setitem(common.IDX_SETS, "mnist", (Broken, None, None))
     with pytest.raises(InputError, match=r"connection lost.*--data-dir"):
@@ -114,6 +114,7 @@ def test_a_broken_cached_copy_is_not_passed_over(fashion, in_tmp):
         ("train-labels-idx1-ubyte", idx_bytes(np.zeros((60, 28, 28))), "not an IDX file of labels"),
         ("train-images-idx3-ubyte", idx_bytes(np.zeros(60)), "not an IDX file of images"),
         ("train-images-idx3-ubyte", idx_bytes(small_set()[0])[:-1], "not an IDX file of images"),
+        ("train-images-idx3-ubyte", idx_bytes(np.zeros((60, 8, 8))), "not 28x28"),
         ("train-images-idx3-ubyte", b"PK\x03\x04 not idx at all", "not an IDX file of images"),
     ],
 )
@@ -178,6 +179,9 @@ def test_broken_folders_are_named(in_tmp):
     (in_tmp / "pets/dog/1.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"dog/1\.png is not a readable image"):
         load_data("pets")
+    Image.fromarray(np.full((28, 28), 3000, np.uint16)).save(in_tmp / "pets/dog/1.png")
+    with pytest.raises(InputError, match=r"dog/1\.png .*more than 8 bits"):
+        load_data("pets")
 
 
 @pytest.mark.parametrize("shape", [(5, 28, 28), (5, 28, 28, 1), (5, 28, 28, 3), (5, 3, 28, 28), (5, 1, 40, 40)])
@@ -214,6 +218,13 @@ X, Y = np.zeros((4, 28, 28), np.uint8), np.arange(4)
 def test_bad_npz_is_named(in_tmp, arrays, message):
     np.savez("d.npz", **arrays)
     with pytest.raises(InputError, match=rf"d\.npz.*{message}"):
+        load_data("d.npz")
+
+
+def test_an_npy_under_the_name_of_an_npz_is_named(in_tmp):
+    with (in_tmp / "d.npz").open("wb") as file:
+        np.save(file, X)
+    with pytest.raises(InputError, match=r"d\.npz is not a readable"):
         load_data("d.npz")
 
 
@@ -317,8 +328,32 @@ def test_save_images(in_tmp, channels):
     names = sorted(file.name for file in (in_tmp / "folder").iterdir())
     assert names[0] == "00000_sneaker.png" and names[5] == "00005_t-shirt-top.png"
     assert torch.equal(common.load_image(in_tmp / "folder" / names[4], channels)[0], levels[4])
-    with pytest.raises(InputError, match=r"x\.jpg"):
-        common.save_images(images, labels, NAMES, "x.jpg", columns=3)
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(in_tmp):
+    (in_tmp / "full").mkdir()
+    (in_tmp / "full/x").touch()
+    (in_tmp / "y.png").mkdir()
+    for name, message in (
+        ("x.jpg", "must end in .png or .npz, or be a folder"),
+        ("full", "holds files"),
+        ("y.png", "folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            common.check_output(common.Path(name), [".png", ".npz", ""])
+    for name in ("new.png", "new"):
+        common.check_output(common.Path(name), [".png", ".npz", ""])
+
+
+@pytest.mark.parametrize("n", [3, 4, 12])
+def test_trajectory_frames_keep_x_t_above_x_0_hat(n):
+    x_t, x_0_hat = torch.full((n, 1, 32, 32), 1.0), torch.full((n, 1, 32, 32), 0.2)
+    (frame,) = common.trajectory_frames([(0, x_t, x_0_hat)], columns=4)
+    rows = -(-n // 4)
+    scale = frame.height // (2 * rows * 34 + 2)
+    assert frame.size == (scale * (4 * 34 + 2), scale * (2 * rows * 34 + 2))
+    first_column = np.array(frame)[::scale, scale * 10][18::34]  # the middle of every row
+    assert first_column.tolist() == [255] * rows + [153] * rows
 
 
 # --- Embeddings and UNet ----------------------------------------------------------------------------------------
@@ -348,6 +383,7 @@ def randomised(network):
         (1, 32, {"patch": 4, "widths": (32,), "depths": (2,)}),
         (4, 8, {"patch": 1, "widths": (16, 32), "depths": (1, 1)}),
         (1, 8, {"patch": 1, "widths": (16,), "depths": (1,), "attention": False}),
+        (1, 8, {"patch": 1, "widths": (16,), "depths": (1,)}),
     ],
 )
 def test_unet_shapes_and_start(channels, size, numbers):
@@ -358,6 +394,14 @@ def test_unet_shapes_and_start(channels, size, numbers):
     assert output.shape == x_t.shape and output.isfinite().all()
     output.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(1, 1), (2, 1), (3, 2)])
+def test_unet_attends_at_the_lowest_resolution_and_nowhere_else(depth, expected):
+    for attention in (True, False):
+        network = UNet(widths=(8, 16), depths=(2, depth), attention=attention)
+        layers = [name for name, module in network.named_modules() if isinstance(module, common.SelfAttention)]
+        assert len(layers) == expected * attention and all(name.startswith("bottom") for name in layers)
 
 
 def test_unet_sees_time_and_class_and_treats_images_apart():

@@ -212,7 +212,8 @@ def test_guidance_by_hand(guidance, expected):
 
 def test_class_interpolation_by_hand():
     y, y_to, weight = torch.tensor([2, 2, 2]), torch.tensor([6, 6, 6]), torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1)
-    output = ddim.guided(Recorder(), y, 1, y_to, weight)(torch.zeros(3, 1, 2, 2), 7)
+    ends = (ddim.guided(Recorder(), labels, 1) for labels in (y, y_to))
+    output = ddim.blended(*ends, weight)(torch.zeros(3, 1, 2, 2), 7)
     assert output[:, 0, 0, 0].tolist() == [2, 3, 6]
 
 
@@ -290,7 +291,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch
     monkeypatch.setattr(ddim, "LOG_EVERY", 2)
     assert ddim.main(["--train", "--epochs", "1.5", "--data-dir", data_dir, "--save-every", "0", *TINY]) == 0
     run_dir = in_tmp / "runs" / "ddim"
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(run_dir / "ddim.pt", weights_only=True)
     assert checkpoint["step"] == 5 and checkpoint["images"] == 100 and len(checkpoint["class_names"]) == 10
     log = read_log(run_dir)
     assert [line["step"] for line in log] == [2, 4] and len(log[0]["loss_by_tenth_of_t"]) == 10
@@ -305,7 +306,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch
 
 
 def test_training_learns(tiny_run):
-    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert checkpoint["step"] == 18
     data = ddim.load_data("kmnist", checkpoint["config"]["data_dir"])
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
@@ -318,7 +319,7 @@ def test_training_learns(tiny_run):
 
 
 def state(run_dir):
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(run_dir / "ddim.pt", weights_only=True)
     for key in ("seconds", "config"):
         del checkpoint[key]
     log = [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(run_dir)]
@@ -350,21 +351,21 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(in_tmp, dat
     monkeypatch.setattr(ddim.AveragedModel, "update_parameters", interrupt)
     assert ddim.main([*flags, "--run-dir", "broken"]) == 130
     assert "python ddim.py --resume --run-dir broken" in capsys.readouterr().out
-    assert torch.load("broken/checkpoint.pt", weights_only=True)["step"] == 4
+    assert torch.load("broken/ddim.pt", weights_only=True)["step"] == 4
     with (in_tmp / "broken" / "log.jsonl").open("a") as file:  # as after a kill -9: logged, but not saved
         file.write(json.dumps({"step": 6}) + '\n{"step": 7, "lo')
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 130
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 0
     assert len(calls) == 9 and equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
     assert ddim.main(["--resume", "--run-dir", "broken", "--epochs", "4"]) == 0  # and longer than first asked for
-    assert torch.load("broken/checkpoint.pt", weights_only=True)["step"] == 12
+    assert torch.load("broken/ddim.pt", weights_only=True)["step"] == 12
 
 
 def test_a_killed_run_goes_on(in_tmp, data_dir):
     command = [sys.executable, str(ROOT / "ddim.py")]
     flags = ["--train", "--epochs", "100", "--data-dir", data_dir, "--save-every", "0", *TINY]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = in_tmp / "runs/ddim/checkpoint.pt"
+    checkpoint = in_tmp / "runs/ddim/ddim.pt"
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -375,6 +376,54 @@ def test_a_killed_run_goes_on(in_tmp, data_dir):
     assert 0 < killed_at < 300
     assert ddim.main(["--resume", "--epochs", str(killed_at / 3 + 1), "--save-every", "3"]) == 0
     assert torch.load(checkpoint, weights_only=True)["step"] == killed_at + 3
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(in_tmp, data_dir, monkeypatch, capsys):
+    flags = ["--train", "--epochs", "3", "--data-dir", data_dir, "--save-every", "0", "--warmup", "0", *TINY]
+    with pytest.raises(SystemExit, match="2"):
+        ddim.main([*flags, "--lr", "1e30"])
+    assert "stopped; what runs/ddim holds is kept" in capsys.readouterr().err
+    path = in_tmp / "runs/ddim/ddim.pt"
+    if path.exists():  # whatever was saved is sound
+        assert all(p.isfinite().all() for p in torch.load(path, weights_only=True)["ema"].values())
+    assert ddim.main([*flags, "--run-dir", "sane"]) == 0
+    assert ddim.main(["--resume", "--run-dir", "sane", "--epochs", "4", "--lr", "1e-5"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back, after the failure too
+
+
+def test_labels_are_hidden_at_the_rate_asked_for(in_tmp, data_dir, monkeypatch):
+    forward, seen = UNet.forward, []
+
+    def spy(self, x_t, t, y):
+        seen.append(y)
+        return forward(self, x_t, t, y)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    monkeypatch.setattr(
+        ddim, "sample", lambda **_: torch.zeros(80, 1, 32, 32)
+    )  # the grids' calls are not the training's
+    for rate in ("0", "0.5", "1"):
+        seen.clear()
+        assert ddim.main(["--train", "--epochs", "5", "--data-dir", data_dir, "--label-dropout", rate, *TINY]) == 0
+        hidden = (torch.cat(seen) == NULL_LABEL).float().mean().item()
+        assert len(seen) == 15 and hidden == pytest.approx(float(rate), abs=0 if rate in "01" else 0.12)
+
+
+def test_sampling_uses_the_averaged_weights(tiny_run):
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    network = ddim.ema_network(checkpoint, torch.device("cpu"))
+    ema, weights = checkpoint["ema"]["head.weight"], checkpoint["weights"]["head.weight"]
+    assert torch.equal(network.head.weight, ema) and not torch.equal(ema, weights)
+
+
+def test_gradients_are_clipped(in_tmp, data_dir):
+    """With the gradient clipped to nearly nothing Adam's epsilon rules, and the weights hardly move."""
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, "--warmup", "0", "--weight-decay", "0", *TINY]
+    moved = []
+    for i, clip in enumerate(("1e-12", "1")):
+        assert ddim.main([*flags, "--grad-clip", clip, "--run-dir", f"{i}"]) == 0
+        moved.append(torch.load(f"{i}/ddim.pt", weights_only=True)["weights"]["head.weight"].abs().max())
+    assert moved[0] < 0.01 * moved[1]
 
 
 def test_minutes_end_on_time_with_a_learning_rate_of_zero(in_tmp, data_dir, monkeypatch):
@@ -401,7 +450,7 @@ def test_without_dropped_labels_or_with_none_kept_guidance_is_fixed(in_tmp, data
     assert ddim.main(["--steps", "1"]) == 0
     with pytest.raises(SystemExit, match="2"):
         ddim.main(["--steps", "1", "--guidance", "2"])
-    assert f"--guidance must be {guidance}" in capsys.readouterr().err
+    assert f"leaves only --guidance {guidance}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -421,7 +470,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     with pytest.raises(SystemExit, match="2"):
         ddim.main(["--train", "--epochs", "3", "--data-dir", data_dir, "--save-every", "0", *TINY])
     assert "step 3: loss" in capsys.readouterr().err
-    checkpoint = torch.load("runs/ddim/checkpoint.pt", weights_only=True)
+    checkpoint = torch.load("runs/ddim/ddim.pt", weights_only=True)
     assert checkpoint["step"] == 3 and all(p.isfinite().all() for p in checkpoint["weights"].values())
 
 
@@ -485,20 +534,20 @@ def refused(argv, capsys):
 
 
 def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, capsys):
-    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     for name, changes in {"ddpm": {"model": "ddpm"}, "vae": {"model": "vae"}, "newer": {"format": 99}}.items():
         torch.save({**checkpoint, **changes}, f"{name}.pt")
     assert ddim.main(["--checkpoint", "ddpm.pt", "--steps", "1"]) == 0
     assert "is a checkpoint of vae" in refused(["--checkpoint", "vae.pt"], capsys)
     assert "format 99" in refused(["--checkpoint", "newer.pt"], capsys)
-    assert "cannot go on" not in refused(["--resume", "--run-dir", "ddpm.pt"], capsys)
+    assert "is a checkpoint of ddpm, not of ddim" in refused(["--resume", "--run-dir", "ddpm.pt"], capsys)
     torch.save({k: v for k, v in checkpoint.items() if k != "optimizer"}, "weights.pt")
     assert "not a run to go on with" in refused(["--resume", "--run-dir", "weights.pt"], capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"random bytes", None])
 def test_what_is_no_checkpoint_is_refused(tiny_run, in_tmp, capsys, content):
-    whole = (tiny_run / "checkpoint.pt").read_bytes()
+    whole = (tiny_run / "ddim.pt").read_bytes()
     (in_tmp / "x.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
     assert "x.pt is not a checkpoint" in refused(["--checkpoint", "x.pt"], capsys)
 
@@ -528,7 +577,13 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--train", "--data", "cifar"], "no data set 'cifar'"),
         (["--train", "--run-dir", "RUN"], "holds a run"),
         (["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
-        (["--resume", "--run-dir", "RUN", "--lr", "1"], "--lr is 0.003 and cannot change"),
+        (["--resume", "--run-dir", "RUN", "--seed", "1"], "--seed is 0 and cannot change"),
+        (["--resume", "--checkpoint", "RUN"], "--resume --run-dir FOLDER"),
+        (["--train", "--checkpoint", "RUN"], "--checkpoint is to sample from"),
+        (["--run-dir", "RUN"], "sample with --checkpoint FOLDER"),
+        (["--train", "--widths", "8,8,8,8,8,8", "--depths", "1,1,1,1,1,1"], "do not divide 32 pixels"),
+        (["--train", "--run-dir", "FILE"], "FILE"),
+        (["--train", "--data", "x" * 300], "x" * 300),
         (["--resume", "--run-dir", "RUN", "--widths", "8"], "--widths is (8, 16) and cannot change"),
         (["--class", "shoe"], "no class 'shoe'"),
         (["--steps", "0"], "'0' is not a whole number from 1"),
@@ -537,9 +592,14 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--guidance", "-1"], "from 0"),
         (["--seed", "-1"], "from 0"),
         (["--num-samples", "x"], "'x' is not a whole number"),
-        (["--output", "x.jpg", "--steps", "1"], "must end in .png, .npz or .gif"),
+        (["--num-samples", "1" + "0" * 400], "from 1 to 1000000"),
+        (["--output", "x.jpg"], "must end in .png or .npz or .gif, or be a folder"),
+        (["--output", "x.gif", "--filmstrip"], "must end in .png"),
+        (["--output", "x.gif", "--interpolate", "noise"], "must end in .png or .npz, or"),
+        (["--output", "FILE/x.png", "--steps", "1"], "FILE"),
+        (["--interpolate", "noise"], "--num-samples 2 or more"),
         (["--interpolate", "class", "--class", "o"], "give two"),
-        (["--interpolate", "noise", "--eta", "1"], "--eta 0"),
+        (["--interpolate", "noise", "--num-samples", "2", "--eta", "1"], "--eta 0"),
         (["--interpolate", "noise", "--filmstrip"], "one at a time"),
         (["--invert", "60"], "'60' is not a whole number from 0 to 59"),
         (["--invert", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
@@ -552,8 +612,9 @@ def test_bad_input_gets_one_line(tiny_run, in_tmp, data_dir, capsys, flags, mess
         flags = [*TINY, "--data-dir", data_dir, *flags]
     elif "--resume" not in flags:
         flags = ["--checkpoint", str(tiny_run), *flags]
+    (in_tmp / "FILE").write_text("in the way")
     assert message in refused(flags, capsys)
-    assert not [file for file in in_tmp.rglob("*") if file.is_file()]  # nothing half written
+    assert [file.name for file in in_tmp.rglob("*") if file.is_file()] == ["FILE"]  # nothing half written
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
@@ -562,7 +623,7 @@ def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
 
 
 def test_training_data_of_other_classes_is_refused_on_resume(tiny_run, in_tmp):
-    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     checkpoint["class_names"] = ["cat", "dog"]
     args = ddim.build_parser().parse_args([*TINY, "--data-dir", checkpoint["config"]["data_dir"], "--epochs", "1"])
     with pytest.raises(InputError, match="classes"):

@@ -66,7 +66,7 @@ def test_the_file_is_one_small_portable_graph(exported):
 
 def test_the_metadata_says_all(loaded, tiny_run):
     _, card = loaded
-    checkpoint = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert card["model"] == "ddim" and card["class_names"] == checkpoint["class_names"]
     assert card["image_shape"] == [1, 32, 32] and card["null_label"] == common.NULL_LABEL
     assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist() and card["prediction"] == "v"
@@ -76,7 +76,7 @@ def test_the_metadata_says_all(loaded, tiny_run):
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
     session, _ = loaded
-    network = ddim.ema_network(ddim.load_checkpoint(tiny_run / "checkpoint.pt", ("ddim",)), torch.device("cpu"))
+    network = ddim.ema_network(ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",)), torch.device("cpu"))
     x_t, t = torch.randn(batch, 1, 32, 32), torch.randint(0, 1000, (batch,))
     y = torch.arange(batch) % 11 - 1
     found = session.run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
@@ -85,7 +85,7 @@ def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
 
 @pytest.mark.parametrize(("steps", "guidance", "eta"), [(20, 1.5, 0.0), (7, 1, 0.0), (5, 0, 0.6), (4, 3.0, 1.0)])
 def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
-    checkpoint = ddim.load_checkpoint(tiny_run / "checkpoint.pt", ("ddim",))
+    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
     options = {"steps": steps, "guidance": guidance, "eta": eta, "seed": 5}
     expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
@@ -96,10 +96,10 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
 
 
 def test_small_weights_sample_like_the_checkpoint(exported, tiny_run, in_tmp):
-    assert (tiny_run / "small.pt").stat().st_size < 0.5 * (tiny_run / "checkpoint.pt").stat().st_size
-    for name in ("small", "checkpoint"):
+    assert (tiny_run / "small.pt").stat().st_size < 0.5 * (tiny_run / "ddim.pt").stat().st_size
+    for name in ("small", "ddim"):
         assert ddim.main(["--checkpoint", str(tiny_run / f"{name}.pt"), "--steps", "2", "--output", f"{name}.npz"]) == 0
-    assert np.array_equal(np.load("small.npz")["x"], np.load("checkpoint.npz")["x"])
+    assert np.array_equal(np.load("small.npz")["x"], np.load("ddim.npz")["x"])
 
 
 def broken_weights(proto):
@@ -117,6 +117,15 @@ def test_a_graph_that_differs_is_not_kept(exported, tiny_run, in_tmp, monkeypatc
     with pytest.raises(SystemExit, match="5"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
     assert re.search("outputs differ by .*no file was written", capsys.readouterr().err)
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, capsys):
+    sample = infer_onnx.sample
+    monkeypatch.setattr(infer_onnx, "sample", lambda *a, **k: sample(*a, **k) ^ 2)  # two grey levels off
+    with pytest.raises(SystemExit, match="5"):
+        export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
+    assert re.search("images differ by .*no file was written", capsys.readouterr().err)
     assert list(in_tmp.iterdir()) == []
 
 
@@ -210,8 +219,6 @@ def make_bad_file(kind, exported, tiny_run, path):
         with_card(exported, path, lambda card: {**card, "format": 99})
     elif kind == "broken metadata":
         with_card(exported, path, lambda card: "{")
-    elif kind == "metadata without a part":
-        with_card(exported, path, lambda card: {k: v for k, v in card.items() if k != "probe"})
     elif kind == "unknown kind":
         with_card(exported, path, lambda card: {**card, "kind": "flow"})
     elif kind != "missing":
@@ -220,7 +227,7 @@ def make_bad_file(kind, exported, tiny_run, path):
                 "empty": b"",
                 "truncated": content[: len(content) // 2],
                 "random": np.random.default_rng(0).bytes(5000),
-                "a checkpoint": (tiny_run / "checkpoint.pt").read_bytes(),
+                "a checkpoint": (tiny_run / "ddim.pt").read_bytes(),
                 "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
             }[kind]
         )
@@ -239,7 +246,6 @@ def make_bad_file(kind, exported, tiny_run, path):
         ("another model", "not one that export.py wrote"),
         ("newer metadata", "metadata format 99"),
         ("broken metadata", "broken metadata"),
-        ("metadata without a part", "no probe in its metadata"),
         ("unknown kind", "unknown kind 'flow'"),
         ("side-car weights missing", "not an ONNX model that onnxruntime can load"),
     ],
@@ -250,6 +256,13 @@ def test_bad_model_files_exit_with_3(exported, tiny_run, tmp_path, kind, message
     done = infer("--model", "x.onnx", cwd=tmp_path)
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and "x.onnx" in done.stderr and message in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("key", ["format", *infer_onnx.CARD_KEYS])
+def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
+    with_card(exported, "x.onnx", lambda card: {k: v for k, v in card.items() if k != key})
+    code, error = main_code(["--model", "x.onnx"], capsys)
+    assert code == 3 and key in error
 
 
 def main_code(argv, capsys):
@@ -272,7 +285,7 @@ def main_code(argv, capsys):
         (["--guidance", "-0.5"], "from 0"),
         (["--eta", "2"], "from 0 to 1"),
         (["--batch-size", "0"], "from 1"),
-        (["--output", "x.jpg"], "must end in .png or .npz"),
+        (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
         (["--provider", "tpu"], "invalid choice"),
         (["--nonsense"], "unrecognized"),
     ],
@@ -381,6 +394,70 @@ def test_cuda_asked_for_and_not_there_exits_with_4(exported, in_tmp, capsys, mon
     assert code == 4 and "no CUDA: the cable is out" in error and list(in_tmp.iterdir()) == []
     infer_onnx.main(["--model", str(exported), "--steps", "1"])
     assert "running on CPUExecutionProvider; not on CUDA: the cable is out" in capsys.readouterr().out
+
+
+class CudaSession:
+    """Stands in for onnxruntime's session where there is no GPU: computes on the CPU, says what it is told to."""
+
+    says, fails, made, batches = "CUDAExecutionProvider", None, [], []
+
+    def __init__(self, content, options, providers, enable_fallback):
+        assert enable_fallback == 0
+        self.made.append(providers)
+        self.cuda = providers[0] != "CPUExecutionProvider"
+        if self.cuda and self.fails:
+            raise RuntimeError(self.fails)
+        self.inner = SESSION(content, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self):
+        return [self.says] if self.cuda else ["CPUExecutionProvider"]
+
+    def get_modelmeta(self):
+        return self.inner.get_modelmeta()
+
+    def run(self, names, feed):
+        self.batches.append(len(feed["y"]))
+        return self.inner.run(names, feed)
+
+
+SESSION = infer_onnx.ort.InferenceSession
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine on which nothing speaks against CUDA."""
+    fake = type("Fake", (CudaSession,), {"made": [], "batches": []})
+    monkeypatch.setattr(infer_onnx, "cuda_trouble", lambda: None)
+    monkeypatch.setattr(infer_onnx.ort, "InferenceSession", fake)
+    return fake
+
+
+@pytest.mark.parametrize(("flags", "tf32"), [([], "1"), (["--no-tf32"], "0")])
+def test_cuda_is_used_where_it_works(exported, in_tmp, capsys, cuda, flags, tf32):
+    flags = [*flags, "--class", "o", "--num-samples", "5", "--batch-size", "2", "--guidance", "1", "--steps", "1"]
+    assert infer_onnx.main(["--model", str(exported), *flags, "--output", "cuda.npz"]) == 0
+    assert "running on CUDAExecutionProvider\n" in capsys.readouterr().out
+    (name, options), last = cuda.made[-1]
+    assert name == "CUDAExecutionProvider" and options["use_tf32"] == tf32 and last == "CPUExecutionProvider"
+    assert cuda.batches == [2, 2, 2]  # the last batch is filled up, so that one shape is used
+    infer_onnx.main(["--model", str(exported), *flags, "--provider", "cpu", "--output", "cpu.npz"])
+    assert np.array_equal(np.load("cuda.npz")["x"], np.load("cpu.npz")["x"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"says": "CPUExecutionProvider"}, "could not load its CUDA"), ({"fails": "out of memory"}, "out of memory")],
+)
+def test_cuda_that_does_not_start_is_said_and_never_hidden(exported, in_tmp, capsys, cuda, changes, reason):
+    for key, value in changes.items():
+        setattr(cuda, key, value)
+    assert infer_onnx.main(["--model", str(exported), "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "running on CPUExecutionProvider; not on CUDA: " in out and reason in out
+    code, error = main_code(["--model", exported, "--provider", "cuda"], capsys)
+    assert code == 4 and reason in error
+    Path("x.onnx").write_bytes(b"broken")
+    assert main_code(["--model", "x.onnx"], capsys)[0] == 3  # a broken file is not CUDA's fault
 
 
 # --- Around -----------------------------------------------------------------------------------------------------

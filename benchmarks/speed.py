@@ -1,0 +1,84 @@
+"""How fast this machine trains and samples the default network, and what share of its matrix-product rate that is.
+
+    python benchmarks/speed.py
+
+Both are measured in this one run, in turn, and the medians are printed: the share is worth quoting, the times are an
+example. One image costs 6 floating point operations per multiply-accumulate (MAC) in training and 2 in sampling.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ddim
+import infer_onnx
+from common import UNet
+
+BATCH, ROUNDS = 128, 15
+
+
+def product():
+    """One product of two 2048 x 2048 float32 matrices: 2 * 2048^3 operations."""
+    torch.mm(matrix, matrix)
+
+
+def training_step():
+    """Forward, loss, backward, clipping, optimiser and EMA, as in ddim.py's train loop."""
+    output = model(x, t, y)
+    loss = ddim.image_losses(output, x, "l2").mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    ema_model.update_parameters(model)
+
+
+def torch_evaluation():
+    with torch.no_grad():
+        model(x, t, y)
+
+
+def onnx_evaluation():
+    session.run(None, feed)
+
+
+torch.manual_seed(0)
+torch.set_flush_denormal(True)
+matrix = torch.randn(2048, 2048)
+model = UNet().to(memory_format=torch.channels_last)
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+ema_model = ddim.AveragedModel(model, multi_avg_fn=ddim.power_ema(0.08))
+x, t, y = torch.randn(BATCH, 1, 32, 32), torch.randint(0, 1000, (BATCH,)), torch.randint(0, 10, (BATCH,))
+session, _, _, _ = infer_onnx.load_model(infer_onnx.find_model("ddim"), "cpu")
+feed = {"x_t": np.array(x), "t": np.array(t), "y": np.array(y)}
+with FlopCounterMode(display=False) as counter:
+    model(x[:1], t[:1], y[:1])
+macs = counter.get_total_flops() / 2
+
+work = {  # name: (function, operations)
+    "2048^3 float32 product": (product, 2 * 2048**3),
+    "training": (training_step, 6 * macs * BATCH),
+    "network evaluation, torch": (torch_evaluation, 2 * macs * BATCH),
+    "network evaluation, onnxruntime": (onnx_evaluation, 2 * macs * BATCH),
+}
+seconds = {name: [] for name in work}
+for i in range(ROUNDS + 3):
+    for name, (function, _) in work.items():
+        start = time.perf_counter()
+        function()
+        if i >= 3:  # the first rounds warm up
+            seconds[name].append(time.perf_counter() - start)
+print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+print(f"default network: {sum(p.numel() for p in model.parameters()):,} parameters, {macs / 1e6:.1f} MMAC for an image")
+median = {name: statistics.median(s) for name, s in seconds.items()}
+base = work["2048^3 float32 product"][1] / median["2048^3 float32 product"]
+for name, (_, operations) in work.items():
+    rate = operations / median[name]
+    images = "" if "product" in name else f"{BATCH / median[name]:7.0f} images/s,"
+    print(f"{name:32s} {images:18s} {rate / 1e9:6.0f} GFLOP/s, {rate / base:4.0%} of the product's rate")

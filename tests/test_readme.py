@@ -1,0 +1,44 @@
+"""The README: its commands parse, its code runs, its links lead somewhere."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import ddim
+import export
+import infer_onnx
+
+README = (ROOT / "README.md").read_text()
+PARSERS = {"ddim.py": ddim, "export.py": export, "infer_onnx.py": infer_onnx}
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+COMMANDS += [
+    " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+]
+PYTHON = [part for line in COMMANDS for part in re.findall(r"(?:python|uv run) (\w+\.py[^&#]*)", line)]
+
+
+def test_there_are_commands():
+    assert len(PYTHON) > 20 and {line.split()[0] for line in PYTHON} >= set(PARSERS)
+
+
+@pytest.mark.parametrize("line", PYTHON)
+def test_commands_parse(line):
+    script, *argv = shlex.split(line)
+    if script in PARSERS and argv != ["--help"]:
+        PARSERS[script].build_parser().parse_args(argv)
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_code_runs(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code, names)
+    assert len(names["images"]) == 3
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
