@@ -448,14 +448,13 @@ def trim_log(path, step):
             scratch.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
 
 
-def find_checkpoint(asked, names):
-    """The file asked for, or NAME.pt in the folder asked for; else the newest run's; else the shipped weights."""
-    runs = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
-    runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    shipped = [Path(__file__).parent / "pretrained" / f"{name}.pt" for name in names]
-    places = [*runs, *shipped]
+def find_checkpoint(asked):
+    """The file asked for, or the one in the folder asked for; else that of the newest run; else the shipped weights."""
     if asked:
-        places = [asked / f"{name}.pt" for name in names] if asked.is_dir() else [asked]
+        places = [asked / f"{name}.pt" for name in SAMPLES_FROM] if asked.is_dir() else [asked]
+    else:
+        runs = sorted(Path("runs").glob(f"*/{NAME}.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        places = [*runs, *(Path(__file__).parent / f"pretrained/{name}.pt" for name in SAMPLES_FROM)]
     for path in places:
         if path.is_file():
             return path
@@ -569,9 +568,7 @@ def build_parser():
     add(
         "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
     )
-    add(
-        "--num-samples", type=number(int, 1, 1_000_000), default=1, help="of each class, or frames of --interpolate (1)"
-    )
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
     add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
     add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
@@ -613,7 +610,7 @@ def invert(args, checkpoint, model, guidance, output):
 
 def draw(args):
     """Sample from a checkpoint and write what was asked for."""
-    path = find_checkpoint(args.checkpoint, SAMPLES_FROM[:1])
+    path = find_checkpoint(args.checkpoint)
     checkpoint = load_checkpoint(path, SAMPLES_FROM)
     config, names = checkpoint["config"], checkpoint["class_names"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
@@ -681,7 +678,7 @@ def main(argv=None):
         if not args.resume:
             args.epochs = args.epochs if args.epochs or args.minutes else 20.0
             return train(args)
-        path = find_checkpoint(args.run_dir, (NAME,))
+        path = find_checkpoint(args.run_dir)
         checkpoint = load_checkpoint(path, (NAME,))
         if "optimizer" not in checkpoint:
             raise InputError(f"{path} holds weights to sample with, not a run to go on with")

@@ -128,7 +128,7 @@ def compare(script, checkpoint, network, path):
 def export(name, checkpoint_path, output, weights):
     """Export one model; returns the path of the .onnx file."""
     script = importlib.import_module(name)
-    path = script.find_checkpoint(checkpoint_path, (name,))
+    path = script.find_checkpoint(checkpoint_path)
     checkpoint = script.load_checkpoint(path, (name,))
     network = script.ema_network(checkpoint, torch.device("cpu"))
     card = model_card(script, checkpoint, network)

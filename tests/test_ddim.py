@@ -300,7 +300,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch
     assert "python ddim.py --checkpoint runs/ddim" in capsys.readouterr().out
     # a second run gets a folder of its own, and the newest run is the one to sample from
     assert ddim.main(["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]) == 0
-    assert ddim.find_checkpoint(None, ("ddim",)).parent == ddim.Path("runs/ddim-2")
+    assert ddim.find_checkpoint(None).parent == ddim.Path("runs/ddim-2")
     assert ddim.main(["--class", "0", "--steps", "2"]) == 0
     assert Image.open("ddim_o.png").size == (8 * 32, 8 * 32)
 

@@ -1,0 +1,617 @@
+"""DDPM: denoising diffusion probabilistic models, class-conditional, in one file (with common.py).
+
+Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).
+
+    q_sample    x_t    = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps                       eq. (4)
+    loss        E || target - model(x_t, t, y) ||^2,  target = eps or v                              eq. (14)
+    posterior   mean   = sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t) * x_0_hat
+                       + sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t              eq. (7)
+    ddpm_step   x_prev = mean + sqrt(variance) * noise,  no noise on the last step                   algorithm 2
+
+    python ddpm.py --train --epochs 50             train on Fashion-MNIST
+    python ddpm.py --class Sneaker                 draw a Sneaker with the newest weights
+    python ddpm.py --train --minutes 1             smoke run
+
+Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
+schedule and respaced steps (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
+arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), a
+smaller network.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from common import IDX_SETS, IMAGE_SIZE, NULL_LABEL, InputError, UNet, epoch_batches, load_data
+from common import draw_noise, file_stem, noise_streams, parse_classes, to_float, written_whole
+from common import check_output, filmstrip, save_gif, save_images, save_picture, trajectory_frames
+
+NAME = "ddpm"
+SAMPLES_FROM = ("ddpm", "ddim")  # checkpoints of these scripts hold the same network, trained in the same way
+GRID_STEPS = 50  # of the sample grids drawn while training
+
+# --- Method -----------------------------------------------------------------------------------------------------
+
+
+def make_alpha_bars(schedule, num_timesteps):
+    """The table alpha_bar_t = prod_{s <= t} (1 - beta_s): float64 (T,), falling; index 0 is the paper's t = 1.
+
+    linear     beta from 1e-4 to 0.02, DDPM section 4
+    quadratic  sqrt(beta) linear between the roots of the same ends
+    cosine     alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008, beta <= 0.999,
+               Nichol & Dhariwal eq. (17)
+    The ends of linear and quadratic are meant for T = 1000; times 1000 / T they let a smaller T end in noise too.
+    """
+    if schedule == "cosine":
+        u = (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008
+        f = torch.cos(u * math.pi / 2) ** 2
+        betas = 1 - f[1:] / f[:-1]
+    else:
+        power = {"linear": 1.0, "quadratic": 2.0}[schedule]
+        first, last = (1e-4) ** (1 / power), 0.02 ** (1 / power)
+        betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power * 1000 / num_timesteps
+    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+
+
+def q_sample(x_0, eps, alpha_bar_t):
+    """Noise clean images to step t in one go.
+
+    DDPM eq. (4): x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps
+
+    x_0: (B, C, H, W) float in [-1, 1];  eps: like x_0, ~ N(0, 1);  alpha_bar_t: (B, 1, 1, 1).  Returns like x_0.
+    """
+    return alpha_bar_t**0.5 * x_0 + (1 - alpha_bar_t) ** 0.5 * eps
+
+
+def target_of(prediction, x_0, eps, alpha_bar_t):
+    """What the network learns to output: eps, or v = sqrt(alpha_bar_t) * eps - sqrt(1 - alpha_bar_t) * x_0.
+
+    v is from Salimans & Ho 2022, section 4.  Shapes as in q_sample.
+    """
+    return eps if prediction == "eps" else alpha_bar_t**0.5 * eps - (1 - alpha_bar_t) ** 0.5 * x_0
+
+
+def implied(output, x_t, prediction, alpha_bar_t, clip=False):
+    """x_0_hat and eps_hat, the image and the noise that a network output stands for.
+
+    eps: DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip, x_0_hat is limited
+    to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
+    output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
+    """
+    signal_t, noise_t = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
+    if prediction == "eps":
+        x_0_hat, eps_hat = (x_t - noise_t * output) / signal_t, output
+    else:
+        x_0_hat, eps_hat = signal_t * x_t - noise_t * output, signal_t * output + noise_t * x_t
+    if clip:
+        x_0_hat = x_0_hat.clip(-1, 1)
+        eps_hat = (x_t - signal_t * x_0_hat) / noise_t
+    return x_0_hat, eps_hat
+
+
+def image_losses(output, target, loss):
+    """The l2, l1 or huber (delta = 1) loss of each image: (B,), averaged over its values."""
+    function = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[loss]
+    return function(output, target, reduction="none").flatten(1).mean(dim=1)
+
+
+def stratified_t(batch_size, num_timesteps, generator):
+    """One t from each of B equal slices of 0 ... T-1: uniform like DDPM's, with less variance. int64 (B,)."""
+    u = torch.rand(batch_size, generator=generator, device=generator.device)
+    slices = torch.arange(batch_size, device=generator.device)
+    return ((slices + u) / batch_size * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------
+
+
+def time_pairs(num_timesteps, steps):
+    """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, evenly spaced ("trailing").
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
+    times = [num_timesteps - 1 - i * num_timesteps // steps for i in range(steps)]
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
+def guided(model, y, guidance):
+    """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
+
+    Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  y: int64 (B,).
+    """
+
+    def denoise(x_t, t):
+        times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
+        if guidance in (0, 1):
+            return model(x_t, times, y if guidance else null)
+        output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
+        return output_u + guidance * (output_c - output_u)
+
+    return denoise
+
+
+def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
+    """Mean and variance of q(x_prev | x_t, x_0 = x_0_hat).
+
+    DDPM eq. (7) for the mean; the variance is that of the same equation (small), or beta_t (large), section 3.2.  With
+    skipped steps beta_t = 1 - alpha_bar_t / alpha_bar_prev, Nichol & Dhariwal section 4.
+    x_0_hat, x_t: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.  Returns (like x_t, a number).
+    """
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    beta_t = 1 - alpha_t
+    mean = alpha_bar_prev**0.5 * beta_t / (1 - alpha_bar_t) * x_0_hat
+    mean = mean + alpha_t**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
+    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
+
+
+def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None):
+    """Walk from noise to images: DDPM algorithm 2.
+
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
+    x_T, called on every step but the last;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
+    Returns x_0 like x_T, in [-1, 1] with clip.
+    """
+    x_t = x_T
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        x_0_hat, _ = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        mean, square = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
+        x_t = mean + square**0.5 * draw() if t_prev >= 0 else mean
+    if trace is not None:
+        trace.append((-1, x_t, x_t))
+    return x_t
+
+
+@torch.no_grad()
+def sample(
+    *, model, config, labels, steps, guidance, variance="small", clip=True, seed=0, batch_size=100, trace=None
+):  # fmt: skip
+    """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
+
+    config: the checkpoint's;  labels: int64 (N,);  trace: as in ddpm_sample, for N <= batch_size.
+    """
+    device = next(model.parameters()).device
+    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    pairs = time_pairs(config["num_timesteps"], steps)
+    was_training = model.training
+    model.eval()
+    images = []
+    for part in torch.arange(len(labels)).split(batch_size):
+        streams = noise_streams(seed, part.tolist())
+
+        def draw(streams=streams):
+            noise = draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
+            return torch.from_numpy(noise).to(device)
+
+        denoise = guided(model, labels[part].to(device), guidance)
+        x_0 = ddpm_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], variance, clip, draw, trace)
+        images.append(x_0.cpu())
+    model.train(was_training)
+    return torch.cat(images)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------
+
+
+def learning_rate(args, step, progress):
+    """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
+    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def power_ema(length):
+    """Average weights over the last `length` of the run so far: w_n <- d * w_n-1 + (1 - d) * w.
+
+    d = (1 - 1/n)^(1/length - 1), the power function EMA of Karras et al. 2024 (gamma = 1/length - 2): the mean age of
+    what is averaged is length * n steps.  It starts as a copy and needs neither a warm-up nor the length of the run.
+    """
+
+    def average(ema_weights, weights, num_averaged):
+        decay = (1 - 1 / (num_averaged.item() + 1)) ** (1 / length - 1)
+        get_ema_multi_avg_fn(decay)(ema_weights, weights, num_averaged)
+
+    return average
+
+
+def train(args, checkpoint=None):
+    """Train, or go on from a checkpoint of this script, until --epochs or --minutes are over. Returns the exit code."""
+    device = pick_device(args.device)
+    torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers next to zero
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; on a CPU the same setting costs a third of the speed
+    torch.manual_seed(args.seed)  # for the initial weights
+    data = load_data(args.data, args.data_dir, args.channels)
+    print(data)
+    if checkpoint and data.class_names != checkpoint["class_names"]:
+        raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
+    images, labels = data.images.to(device), data.labels.to(device)
+    steps_per_epoch = len(epoch_batches(len(images), args.batch_size, args.seed, 0))
+    total_steps = math.ceil(args.epochs * steps_per_epoch) if args.epochs else None
+
+    if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
+        raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
+    network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
+    network["num_classes"] = len(data.class_names)
+    model = UNet(**network).to(device, memory_format=torch.channels_last)
+    forward = torch.compile(model) if args.compile else model
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
+    step, clock = 0, time.monotonic()  # clock: when the run would have begun, had it never been interrupted
+    if checkpoint:
+        step, clock = checkpoint["step"], clock - checkpoint["seconds"]
+        model.load_state_dict(checkpoint["weights"])
+        ema_model.module.load_state_dict(checkpoint["ema"])
+        ema_model.n_averaged.fill_(step)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
+    run_dir = args.run_dir if checkpoint else new_run_dir(args.run_dir)
+    trim_log(run_dir / "log.jsonl", step)
+    config = {k: getattr(args, k) for k in FIXED + FREE}
+    kept = f"what {run_dir} holds is kept. Go on with a lower --lr than {args.lr}, and look at the data"
+    grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
+
+    def save():
+        steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
+        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
+        if not grid.isfinite().all():
+            raise InputError(f"step {step}: the weights are no longer finite: stopped; {kept}")
+        save_images(grid, grid_labels.tolist(), data.class_names, run_dir / f"samples/step_{step:07d}.png", columns=8)
+        content = {
+            "format": FORMAT, "model": NAME, "config": config, "network": network, "class_names": data.class_names,
+            "step": step, "seconds": time.monotonic() - clock, "images": step * args.batch_size,
+            "torch": str(torch.__version__), "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
+            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
+        }  # fmt: skip
+        with written_whole(run_dir / f"{NAME}.pt") as scratch:
+            torch.save(content, scratch)
+
+    def progress():
+        return step / total_steps if args.epochs else (time.monotonic() - clock) / 60 / args.minutes
+
+    print(f"run {run_dir} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
+    generator = torch.Generator(device)
+    first_step, start = step, time.monotonic()
+    last_save, epoch, order = start, None, None
+    bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
+    bar = tqdm(total=1.0, initial=min(progress(), 1.0), bar_format=bar_format, mininterval=interval)
+    with signals_caught() as stopped:
+        while not stopped and (done := progress()) < 1:
+            if epoch != step // steps_per_epoch:
+                epoch = step // steps_per_epoch
+                order = epoch_batches(len(images), args.batch_size, args.seed, epoch).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step, done)
+
+            # What a step draws depends on (seed, step) alone, so that a run can go on without a generator's state.
+            generator.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
+            batch = order[step % steps_per_epoch]
+            x_0, y = to_float(images[batch]), labels[batch]
+            t = stratified_t(len(y), args.num_timesteps, generator)
+            eps = torch.randn(x_0.shape, generator=generator, device=device)
+            dropped = torch.rand(len(y), generator=generator, device=device) < args.label_dropout
+            y = torch.where(dropped, NULL_LABEL, y)
+
+            alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
+            x_t = q_sample(x_0, eps, alpha_bar_t)
+            target = target_of(args.prediction, x_0, eps, alpha_bar_t)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                output = forward(x_t, t, y)
+            losses = image_losses(output.float(), target, args.loss)
+            loss = losses.mean()
+
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+                bar.close()
+                raise InputError(f"step {step}: loss {loss.item()}, gradient {grad_norm.item()}: stopped; {kept}")
+            optimizer.step()
+            ema_model.update_parameters(model)
+            step += 1
+
+            nothing = image_losses(torch.zeros_like(target), target, args.loss)
+            by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
+            now = time.monotonic()
+            speed = (step - first_step) * args.batch_size / (now - start)
+            bar.set_postfix_str(f"epoch {epoch}, loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+            bar.update(min(progress(), 1.0) - bar.n)
+            if step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
+                line = {
+                    "step": step, "epoch": step / steps_per_epoch, "seconds": now - clock,
+                    "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
+                    "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                }  # fmt: skip
+                with (run_dir / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                by_tenth.zero_()
+            if now - last_save >= 60 * args.save_every:
+                save()
+                last_save = time.monotonic()
+        bar.close()
+        save()
+    print(f"{step} steps, {step / steps_per_epoch:.2f} epochs, {(time.monotonic() - clock) / 60:.1f} minutes")
+    where = shlex.quote(str(run_dir))
+    if stopped:
+        print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {where}")
+        return 130
+    print(f"Draw samples with:\n  python {NAME}.py --checkpoint {where} --class all --num-samples 10")
+    return 0
+
+
+# --- Run state --------------------------------------------------------------------------------------------------
+
+FORMAT = 1  # of the checkpoint file
+LOG_EVERY = 50  # steps
+# The flags that make a run what it is, and those that may change when it goes on.
+FIXED = (
+    "data", "channels", "widths", "depths", "patch", "attention", "emb_channels", "num_timesteps", "schedule",
+    "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length", "seed",
+)  # fmt: skip
+FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every")
+
+
+@contextmanager
+def signals_caught():
+    """Yield a list that the first Ctrl-C or SIGTERM is added to; the second ends the program as usual."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name):
+    """'auto' -> the best device there is; InputError if the one asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not there[name]:
+        raise InputError(f"--device {name} is not to be had on this machine: use --device auto")
+    return torch.device(name if name != "auto" else next(d for d in there if there[d]))
+
+
+def new_run_dir(asked):
+    """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
+    if asked and ((asked / f"{NAME}.pt").exists() or (asked / "log.jsonl").exists()):
+        raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
+    names = itertools.chain([NAME], (f"{NAME}-{i}" for i in itertools.count(2)))
+    run_dir = asked or next(path for name in names if not (path := Path("runs", name)).exists())
+    run_dir.mkdir(parents=True, exist_ok=bool(asked))
+    return run_dir
+
+
+def trim_log(path, step):
+    """Drop the lines after `step`: a run that was killed had logged more than it had saved, perhaps half a line."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        with written_whole(path) as scratch:
+            scratch.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+def find_checkpoint(asked):
+    """The file asked for, or the one in the folder asked for; else that of the newest run; else the shipped weights."""
+    if asked:
+        places = [asked / f"{name}.pt" for name in SAMPLES_FROM] if asked.is_dir() else [asked]
+    else:
+        runs = sorted(Path("runs").glob(f"*/{NAME}.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        places = [*runs, *(Path(__file__).parent / f"pretrained/{name}.pt" for name in SAMPLES_FROM)]
+    for path in places:
+        if path.is_file():
+            return path
+    raise InputError(f"there is no {' or '.join(map(str, places))}: train first, with python {NAME}.py --train")
+
+
+def load_checkpoint(path, names):
+    """Read a checkpoint made by one of the scripts `names`; InputError says what is wrong with it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        name, version = checkpoint["model"], checkpoint["format"]
+    except Exception as error:  # whatever the reader of a foreign or broken file stumbles over
+        raise InputError(f"{path} is not a checkpoint of {' or '.join(names)}, or not a whole one") from error
+    if name not in names:
+        raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
+    if version != FORMAT:
+        raise InputError(f"{path} has checkpoint format {version}; this {NAME}.py reads format {FORMAT}")
+    return checkpoint
+
+
+def ema_network(checkpoint, device):
+    """The network with the averaged weights of a checkpoint, ready to sample."""
+    model = UNet(**checkpoint["network"])
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line; argparse would print the usage before it
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: int or float in [low, high], or in (low, high] with above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+        return value
+
+    return parse
+
+
+def whole_numbers(text):
+    """An argparse type: '32,96' -> (32, 96)."""
+    return tuple(number(int, 1, 65536)(part) for part in text.split(","))
+
+
+def default_guidance(config):
+    """1.5 where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.5)
+
+
+def build_parser():
+    on_off, raw = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=f"{NAME}.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--train", action="store_true", help="train; without it, draw samples")
+    add("--resume", action="store_true", help="go on with the newest run, or that of --run-dir; needs no other flag")
+    add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
+    add("--batch-size", type=number(int, 1), default=128, help="images at a time (128)")
+    add = parser.add_argument_group("length of the run, one of the two").add_argument
+    add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
+    add(
+        "--minutes",
+        type=number(float, 0, above=True),
+        help="wall time of the whole run, resumed or not; the rate ends at 0",
+    )
+    add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
+    add("--data-dir", help="where a named set's files are (data, then Debian's folder, then a download)")
+    add("--channels", type=int, choices=(1, 3), default=1, help="of the images: 1 grey, 3 colour (1)")
+    add = parser.add_argument_group("network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4").add_argument
+    add("--widths", type=whole_numbers, default=(32, 96), help="channels at each resolution, finest first (32,96)")
+    add("--depths", type=whole_numbers, default=(1, 3), help="residual blocks at each resolution (1,3)")
+    add("--patch", type=int, choices=(1, 2, 4), default=2, help="pixels a side folded into channels at the start (2)")
+    add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
+    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add = parser.add_argument_group("method").add_argument
+    add("--num-timesteps", type=number(int, 2, 100_000), default=1000, help="T (1000)")
+    add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine", help="of alpha_bar (cosine)")
+    add("--prediction", choices=("eps", "v"), default="v", help="what the network outputs (v)")
+    add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
+    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=("adam", "adamw"), default="adamw", help="(adamw)")
+    add("--lr", type=number(float, 0, above=True), default=3e-3, help="learning rate after the warm-up (0.003)")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="(0.01)")
+    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
+    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age of averaged weights / run (0.08)",
+    )
+    add("--bf16", action=on_off, default=False, help="bfloat16 autocast (off)")
+    add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
+    )
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
+    add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
+    add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
+    add("--steps", type=number(int, 1), help="network evaluations, at most T (T)")
+    add("--variance", choices=("small", "large"), default="small", help="of the noise: posterior's, or beta_t (small)")
+    add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
+    add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
+    return parser
+
+
+def draw(args):
+    """Sample from a checkpoint and write what was asked for."""
+    path = find_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(path, SAMPLES_FROM)
+    config, names = checkpoint["config"], checkpoint["class_names"]
+    guidance = default_guidance(config) if args.guidance is None else args.guidance
+    classes, count = parse_classes(args.class_, names), args.num_samples
+    output = args.output or Path(f"{NAME}_{file_stem(names[classes[0]]) if len(classes) == 1 else 'samples'}.png")
+    is_gif = output.suffix == ".gif"
+    check_output(output, [".png"] if args.filmstrip else [".png", ".npz", ".gif", ""])
+    if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
+        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+    steps = config["num_timesteps"] if args.steps is None else args.steps
+    if steps > config["num_timesteps"]:
+        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+    model = ema_network(checkpoint, pick_device(args.device))
+    labels = torch.tensor(classes).repeat_interleave(count)
+    trace = [] if args.filmstrip or is_gif else None
+    images = sample(
+        model=model, config=config, labels=labels, steps=steps, guidance=guidance, variance=args.variance,
+        clip=args.clip, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), trace=trace,
+    )  # fmt: skip
+    columns = count if count > 1 else min(10, len(labels))
+    if args.filmstrip:
+        save_picture(filmstrip(trace), output)
+    elif is_gif:
+        save_gif(trajectory_frames(trace, columns), output)
+    else:
+        save_images(images, labels.tolist(), names, output, columns)
+    print(f"wrote {output} (weights: {path})")
+    return 0
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.epochs and args.minutes:
+            raise InputError("give --epochs or --minutes, not both")
+        if args.checkpoint and (args.train or args.resume):
+            raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
+        if not args.train and not args.resume:
+            if args.run_dir:
+                raise InputError("--run-dir is for --train and --resume; sample with --checkpoint FOLDER")
+            return draw(args)
+        if not args.resume:
+            args.epochs = args.epochs if args.epochs or args.minutes else 20.0
+            return train(args)
+        path = find_checkpoint(args.run_dir)
+        checkpoint = load_checkpoint(path, (NAME,))
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{path} holds weights to sample with, not a run to go on with")
+        length = {} if args.epochs or args.minutes else {k: checkpoint["config"][k] for k in ("epochs", "minutes")}
+        parser.set_defaults(**{**checkpoint["config"], "epochs": None, "minutes": None, **length})
+        args = parser.parse_args(argv)  # again: what is typed still wins over the checkpoint
+        args.run_dir = path.parent
+        for k in FIXED:
+            if getattr(args, k) != checkpoint["config"][k]:
+                raise InputError(f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run")
+        return train(args, checkpoint)
+    except (InputError, argparse.ArgumentTypeError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""ddpm.py: the posterior and the ancestral sampler; the rest is ddim.py's, held equal by the consistency test."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_ddim import Oracle
+
+import ddim
+import ddpm
+
+
+@pytest.mark.parametrize("t", [1, 500, 999])
+def test_posterior_against_bayes(t):
+    """q(x_prev | x_t, x_0) is proportional to q(x_t | x_prev) q(x_prev | x_0): a product of two Gaussians."""
+    alpha_bars = ddpm.make_alpha_bars("linear", 1000)
+    ab, ab_prev = alpha_bars[t].item(), alpha_bars[t - 1].item()
+    x_0, x_t, alpha = 0.7, -0.4, ab / ab_prev
+    precision = alpha / (1 - alpha) + 1 / (1 - ab_prev)
+    mean = (alpha**0.5 * x_t / (1 - alpha) + ab_prev**0.5 * x_0 / (1 - ab_prev)) / precision
+    found, small = ddpm.posterior(torch.tensor(x_0).double(), torch.tensor(x_t).double(), ab, ab_prev, "small")
+    assert found.item() == pytest.approx(mean, rel=1e-6) and small == pytest.approx(1 / precision, rel=1e-6)
+    assert ddpm.posterior(torch.tensor(x_0), torch.tensor(x_t), ab, ab_prev, "large")[1] == pytest.approx(1 - alpha)
+
+
+def test_a_respaced_step_undoes_several_noisings():
+    """Noising from s to t with beta = 1 - ab_t / ab_s and stepping back keeps the marginal q(x_s | x_0)."""
+    alpha_bars = ddpm.make_alpha_bars("cosine", 1000)
+    ab_t, ab_s = alpha_bars[800].item(), alpha_bars[600].item()
+    x_0, eps, noise = 0.5 * torch.ones(200_000).double(), *torch.randn(2, 200_000).double()
+    mean, square = ddpm.posterior(x_0, ab_t**0.5 * x_0 + (1 - ab_t) ** 0.5 * eps, ab_t, ab_s)
+    x_s = mean + square**0.5 * noise
+    assert x_s.mean().item() == pytest.approx(ab_s**0.5 * 0.5, abs=0.01)
+    assert x_s.var().item() == pytest.approx(1 - ab_s, rel=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, variance):
+    x_0 = (torch.rand(2, 1, 4, 4) * 2 - 1).double()
+    oracle, draws, trace = Oracle(x_0, "cosine", prediction), [], []
+
+    def draw():
+        draws.append(1)
+        return torch.randn(x_0.shape).double()
+
+    pairs = ddpm.time_pairs(1000, steps)
+    found = ddpm.ddpm_sample(oracle, draw(), oracle.alpha_bars, pairs, prediction, variance, True, draw, trace)
+    assert torch.allclose(found, x_0, atol=1e-4)
+    assert oracle.times == [t for t, _ in pairs] and len(trace) == steps + 1
+    assert len(draws) == steps  # the start, and every step but the last
+
+
+@pytest.mark.parametrize("steps", [5, 100])
+def test_the_same_as_ddim_with_eta_1(tiny_run, steps):
+    """With eta = 1 DDIM's step has the mean and the variance of DDPM's posterior: the same noise, the same image."""
+    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
+    options = {
+        "model": ddim.ema_network(checkpoint, torch.device("cpu")),
+        "config": {**checkpoint["config"], "num_timesteps": 100},
+        "labels": torch.arange(3),
+        "steps": steps,
+        "guidance": 1.5,
+        "seed": 2,
+    }
+    assert (ddpm.sample(**options) - ddim.sample(**options, eta=1.0)).abs().max() < 1e-3
+
+
+def test_each_samples_the_checkpoints_of_the_other(tiny_run, in_tmp, data_dir):
+    assert ddpm.main(["--checkpoint", str(tiny_run), "--steps", "3", "--output", "a.npz"]) == 0
+    assert ddpm.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *TINY]) == 0
+    assert ddim.main(["--checkpoint", "runs/ddpm", "--steps", "3", "--output", "b.npz"]) == 0
+    assert np.load("a.npz")["x"].shape == np.load("b.npz")["x"].shape == (10, 1, 32, 32)
+    same = [torch.load(path, weights_only=True)["network"] for path in ("runs/ddpm/ddpm.pt", tiny_run / "ddim.pt")]
+    assert same[0] == same[1]
+
+
+def test_pictures_of_the_trajectory(tiny_run, in_tmp):
+    at = ["--checkpoint", str(tiny_run / "ddim.pt"), "--steps", "3", "--class", "o"]
+    assert ddpm.main([*at, "--output", "walk.gif"]) == 0 and ddpm.main([*at, "--filmstrip", "--variance", "large"]) == 0
+    assert (in_tmp / "ddpm_o.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--steps", "1001"], "more than the 1000"), (["--eta", "1"], "unrecognized"), ([], "no")]
+)
+def test_bad_input_gets_one_line(tiny_run, in_tmp, capsys, flags, message):
+    where = tiny_run / "ddim.pt" if flags else "nowhere.pt"
+    with pytest.raises(SystemExit, match="2"):
+        ddpm.main(["--checkpoint", str(where), *flags])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
