@@ -288,7 +288,7 @@ def parse_classes(text, class_names):
     for part in (p.strip() for p in text.split(",")):
         if file_stem(part) in lower:
             indices.append(lower.index(file_stem(part)))
-        elif part.isdecimal() and part.isascii() and int(part) < len(class_names):
+        elif part.isascii() and part.isdecimal() and len(part) < 6 and int(part) < len(class_names):
             indices.append(int(part))
         else:
             close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]

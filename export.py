@@ -24,10 +24,10 @@ import onnx
 import torch
 
 import infer_onnx
-from common import IMAGE_SIZE, NULL_LABEL, InputError, draw_noise, noise_streams, written_whole
+from common import IMAGE_SIZE, NULL_LABEL, InputError, draw_noise, noise_streams, to_uint8, written_whole
 from infer_onnx import METADATA_FORMAT, METADATA_KEY
 
-NAMES = ("ddim",)
+STEPS = {"ddim": 20, "ddpm": 250}  # what each model is drawn with where nobody asks for another number
 OPSET, IR_VERSION = 18, 8  # load in every onnxruntime since 1.17; later opsets lack kernels for GroupNorm there
 MAX_DIFFERENCE = 1e-4  # of network outputs; rounding alone stays near 1e-6
 MAX_GREY_LEVELS = 1  # of uint8 images at the end of a trajectory
@@ -86,7 +86,7 @@ def model_card(script, checkpoint, network):
         "image_shape": image_shape,
         "value_range": [-1, 1],
         "prediction": config["prediction"],
-        "steps": min(20, config["num_timesteps"]),
+        "steps": min(STEPS[script.NAME], config["num_timesteps"]),
         "guidance": script.default_guidance(config),
         "guidance_fixed": config["label_dropout"] in (0, 1),  # no class was ever dropped, or every one
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -115,9 +115,9 @@ def compare(script, checkpoint, network, path):
         raise ParityError(f"the network's outputs differ by {worst:.1e} from torch's, limit {MAX_DIFFERENCE:.0e}")
 
     labels = torch.arange(classes)[:10]
-    settings = {"steps": card["steps"], "guidance": card["guidance"], "seed": 1}
+    settings = {"steps": min(20, last + 1), "guidance": card["guidance"], "seed": 1}
     expected = script.sample(model=network, config=checkpoint["config"], labels=labels, **settings)
-    expected = script.to_uint8(expected).numpy().astype(int)
+    expected = to_uint8(expected).numpy().astype(int)
     levels = np.abs(infer_onnx.sample(session, card, labels.tolist(), **settings) - expected).max()
     if levels > MAX_GREY_LEVELS:
         raise ParityError(f"images differ by {levels} grey levels from torch's, limit {MAX_GREY_LEVELS}")
@@ -129,7 +129,7 @@ def export(name, checkpoint_path, output, weights):
     """Export one model; returns the path of the .onnx file."""
     script = importlib.import_module(name)
     path = script.find_checkpoint(checkpoint_path)
-    checkpoint = script.load_checkpoint(path, (name,))
+    checkpoint = script.load_checkpoint(path, script.SAMPLES_FROM)
     network = script.ema_network(checkpoint, torch.device("cpu"))
     card = model_card(script, checkpoint, network)
     proto = export_denoiser(network, card["image_shape"])
@@ -139,9 +139,7 @@ def export(name, checkpoint_path, output, weights):
         onnx.save(proto, scratch)
         worst, levels = compare(script, checkpoint, network, scratch)
     print(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB) from {path}")
-    print(
-        f"network outputs within {worst:.1e} of torch's; images of {card['steps']} steps within {levels} grey level(s)"
-    )
+    print(f"network outputs within {worst:.1e} of torch's; images within {levels} grey level(s)")
     if weights:
         kept = {k: v for k, v in checkpoint.items() if k not in ("weights", "optimizer", "by_tenth")}
         kept["config"] = {**kept["config"], "data": Path(kept["config"]["data"]).name, "data_dir": None}
@@ -154,7 +152,7 @@ def export(name, checkpoint_path, output, weights):
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = infer_onnx.Parser(prog="export.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("name", choices=NAMES, help="the script that trained the model")
+    parser.add_argument("name", choices=[*STEPS], help="the script that trained the model")
     parser.add_argument(
         "--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped)"
     )

@@ -66,7 +66,7 @@ class RunError(Exception):
 
 
 def find_model(name):
-    """A path as it is; a name as the newest runs/*/NAME.onnx, else pretrained/NAME.onnx. Raises ModelError."""
+    """A path as it is; a name as the newest runs/*/NAME.onnx, else pretrained/NAME.onnx or NAME.onnx."""
     if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
     runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -173,7 +173,7 @@ def one_line(error):
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------
-# time_pairs, implied, ddim_step and ddim_sample are those of ddim.py word for word: they take arrays of either kind.
+# The equations are those of ddim.py and ddpm.py word for word: they take arrays of either kind.
 
 
 def time_pairs(num_timesteps, steps):
@@ -235,6 +235,41 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
     return x_t
 
 
+def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
+    """Mean and variance of q(x_prev | x_t, x_0 = x_0_hat).
+
+    DDPM eq. (7) for the mean; the variance is that of the same equation (small), or beta_t (large), section 3.2.  With
+    skipped steps beta_t = 1 - alpha_bar_t / alpha_bar_prev, Nichol & Dhariwal section 4.
+    x_0_hat, x_t: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.  Returns (like x_t, a number).
+    """
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    beta_t = 1 - alpha_t
+    mean = alpha_bar_prev**0.5 * beta_t / (1 - alpha_bar_t) * x_0_hat
+    mean = mean + alpha_t**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
+    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
+
+
+def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None):
+    """Walk from noise to images: DDPM algorithm 2.
+
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
+    x_T, called on every step but the last;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
+    Returns x_0 like x_T, in [-1, 1] with clip.
+    """
+    x_t = x_T
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        x_0_hat, _ = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        mean, square = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
+        x_t = mean + square**0.5 * draw() if t_prev >= 0 else mean
+    if trace is not None:
+        trace.append((-1, x_t, x_t))
+    return x_t
+
+
 def denoiser(session, y, guidance, null_label):
     """denoise(x_t, t) -> network output, with classifier-free guidance as in ddim.py's `guided`. y: int64 (B,)."""
     null = np.full_like(y, null_label)
@@ -254,11 +289,16 @@ def denoiser(session, y, guidance, null_label):
     return denoise
 
 
-def sample(session, card, labels, *, steps, guidance, eta=0.0, seed=0, batch_size=100, clip=True):
+def sample(
+    session, card, labels, *, steps, guidance, eta=0.0, variance="small", seed=0, batch_size=100, clip=True
+):  # fmt: skip
     """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, i), not on the batch.
 
-    labels: list of int, classes of the card. Raises RunError if the network fails or gives no finite numbers.
+    labels: list of int, classes of the card;  eta: for ddim models;  variance: for ddpm models.
+    Raises ValueError for other labels, RunError if the network fails or gives no finite numbers.
     """
+    if not all(0 <= y < len(card["class_names"]) for y in labels):  # CUDA would read past the end of the table
+        raise ValueError(f"labels {labels} are not all in 0..{len(card['class_names']) - 1}")
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs = time_pairs(len(alpha_bars), steps)
     on_cuda, images = session.get_providers()[0] == "CUDAExecutionProvider", []
@@ -273,7 +313,8 @@ def sample(session, card, labels, *, steps, guidance, eta=0.0, seed=0, batch_siz
             return draw_noise(streams, card["image_shape"])
 
         denoise = denoiser(session, np.array([labels[i] for i in indices], np.int64), guidance, card["null_label"])
-        x_0 = ddim_sample(denoise, draw(), alpha_bars, pairs, card["prediction"], eta, clip, draw)[:count]
+        walk, option = (ddpm_sample, variance) if card["model"] == "ddpm" else (ddim_sample, eta)
+        x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], option, clip, draw)[:count]
         if not np.isfinite(x_0).all():
             raise RunError("the network gave numbers that are not finite")
         images.append(((x_0.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
@@ -319,7 +360,7 @@ def parse_classes(text, class_names):
     for part in (p.strip() for p in text.split(",")):
         if file_stem(part) in lower:
             indices.append(lower.index(file_stem(part)))
-        elif part.isdecimal() and part.isascii() and int(part) < len(class_names):
+        elif part.isascii() and part.isdecimal() and len(part) < 6 and int(part) < len(class_names):
             indices.append(int(part))
         else:
             close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]
@@ -416,7 +457,8 @@ def build_parser():
     add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class (1)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
+    add("--eta", type=number(float, 0, 1), help="of ddim models: 0 deterministic ... 1 as noisy as DDPM (0)")
+    add("--variance", choices=("small", "large"), help="of ddpm models: the posterior's, or beta_t (small)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
     add("--model", default="ddim", help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
@@ -473,6 +515,10 @@ def run(args):
     guidance = card["guidance"] if args.guidance is None else args.guidance
     if steps > len(card["alpha_bars"]):
         raise InputError(f"--steps {steps} is more than the {len(card['alpha_bars'])} of the training")
+    options = {"variance": args.variance or "small"} if card["model"] == "ddpm" else {"eta": args.eta or 0.0}
+    for flag in {"eta", "variance"} - {*options}:
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is not for {card['model']} models: leave it out")
     if card["guidance_fixed"] and guidance != card["guidance"]:
         raise InputError(f"this model knows no other --guidance than {card['guidance']}")
     print(f"running on {where}" + (f"; not on CUDA: {trouble}" if trouble else ""))
@@ -486,12 +532,10 @@ def run(args):
     output = args.output or Path(f"{card['model']}_{what}.png")
     check_output(output, [".png", ".npz", ""])
     start = time.perf_counter()
-    images = sample(
-        session, card, labels, steps=steps, guidance=guidance, eta=args.eta, seed=args.seed, batch_size=args.batch_size
-    )
+    options |= {"steps": steps, "guidance": guidance, "seed": args.seed}
+    images = sample(session, card, labels, batch_size=args.batch_size, **options)
     seconds = time.perf_counter() - start
-    texts = {"model": card["model"], "model_sha256": sha256, "seed": args.seed, "steps": steps}
-    texts |= {"guidance": guidance, "eta": args.eta, "Software": "infer_onnx.py"}
+    texts = {"model": card["model"], "model_sha256": sha256, **options, "Software": "infer_onnx.py"}
     columns = args.num_samples if args.num_samples > 1 else min(10, len(labels))
     save(images, labels, names, output, columns, texts)
     print(f"wrote {output}: {len(labels)} x {steps} steps in {seconds:.2f} s, guidance {guidance}, model {path}")

@@ -45,9 +45,10 @@ def test_same_name_means_same_text(a, b):
         assert first[name] == second[name], f"{name} differs between {a}.py and {b}.py"
 
 
-def test_infer_onnx_shares_the_sampler_with_ddim():
-    shared = definitions(SOURCES["infer_onnx"]).keys() & definitions(SOURCES["ddim"]).keys()
-    assert {"time_pairs", "implied", "ddim_step", "ddim_sample"} <= shared
+def test_infer_onnx_shares_the_samplers():
+    scripts = {name for script in ("ddim", "ddpm") for name in definitions(SOURCES[script])}
+    shared = definitions(SOURCES["infer_onnx"]).keys() & scripts
+    assert {"time_pairs", "implied", "ddim_step", "ddim_sample", "posterior", "ddpm_sample"} <= shared
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,8 +96,9 @@ def test_shared_flags_mean_the_same(a, b):
         assert first[dest][:n] == second[dest][:n], dest
 
 
-def test_infer_onnx_flags_are_those_of_ddim():
-    first, second = flags("infer_onnx"), flags("ddim")
+@pytest.mark.parametrize("name", MODELS)
+def test_infer_onnx_flags_are_those_of_the_scripts(name):
+    first, second = flags("infer_onnx"), flags(name)
     for dest in first.keys() & second.keys() - {"output", "help"}:
         assert first[dest][:3] == second[dest][:3], dest
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import ddim
+import ddpm
 import export
 import infer_onnx
 
@@ -93,6 +94,37 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
         found = infer_onnx.sample(*loaded, list(range(6)), batch_size=batch_size, **options)
         assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
     assert found.std() > 10  # not all black
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_pictures_of_ddpm_equal_those_of_torch(tiny_run, in_tmp, monkeypatch, variance, exported):
+    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
+    network = ddim.ema_network(checkpoint, torch.device("cpu"))
+    with_card(exported, "ddpm.onnx", lambda card: {**card, "model": "ddpm"})
+    session, card, _, _ = infer_onnx.load_model(Path("ddpm.onnx"), "cpu")
+    options = {"steps": 12, "guidance": 1.5, "variance": variance, "seed": 5}
+    expected = ddpm.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
+    found = infer_onnx.sample(session, card, list(range(6)), batch_size=4, **options)
+    assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
+
+
+def test_a_checkpoint_of_ddpm_is_exported_with_its_own_sampler(tiny_run, in_tmp, capsys):
+    torch.save({**torch.load(tiny_run / "ddim.pt", weights_only=True), "model": "ddpm"}, "ddpm.pt")
+    assert export.main(["ddpm", "--checkpoint", "ddpm.pt"]) == 0
+    card = infer_onnx.load_model(Path("ddpm.onnx"), "cpu")[1]
+    assert card["model"] == "ddpm" and card["steps"] == 250
+    assert infer_onnx.main(["--model", "ddpm.onnx", "--steps", "3", "--variance", "large", "--output", "x.png"]) == 0
+    assert Image.open("x.png").text["variance"] == "large"
+    assert "--eta is not for ddpm" in main_code(["--model", "ddpm.onnx", "--eta", "0"], capsys)[1]
+    torch.save({**torch.load(tiny_run / "ddim.pt", weights_only=True), "model": "vae"}, "vae.pt")
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["ddpm", "--checkpoint", "vae.pt"])
+
+
+def test_labels_out_of_range_never_reach_the_network(loaded):
+    for label in (-1, 10, 99):
+        with pytest.raises(ValueError, match="labels"):
+            infer_onnx.sample(*loaded, [0, label], steps=1, guidance=1)
 
 
 def test_small_weights_sample_like_the_checkpoint(exported, tiny_run, in_tmp):
@@ -284,6 +316,7 @@ def main_code(argv, capsys):
         (["--steps", "1001"], "more than the 1000"),
         (["--guidance", "-0.5"], "from 0"),
         (["--eta", "2"], "from 0 to 1"),
+        (["--variance", "small"], "--variance is not for ddim"),
         (["--batch-size", "0"], "from 1"),
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
         (["--provider", "tpu"], "invalid choice"),
