@@ -195,7 +195,8 @@ def sample(
     was_training = model.training
     model.eval()
     images = []
-    for part in torch.arange(len(labels)).split(batch_size):
+    parts = torch.arange(len(labels)).split(batch_size)
+    for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
         streams = noise_streams(seed, part.tolist())
 
         def draw(streams=streams):
@@ -496,11 +497,7 @@ def build_parser():
     add("--batch-size", type=number(int, 1), default=128, help="images at a time (128)")
     add = parser.add_argument_group("length of the run, one of the two").add_argument
     add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
-    add(
-        "--minutes",
-        type=number(float, 0, above=True),
-        help="wall time of the whole run, resumed or not; the rate ends at 0",
-    )
+    add("--minutes", type=number(float, 0, above=True), help="wall time, resumed or not; the rate reaches 0 just then")
     add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
@@ -519,23 +516,16 @@ def build_parser():
     add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("adam", "adamw"), default="adamw", help="(adamw)")
+    add("--optimizer", choices=("adam", "adamw"), default="adamw", help="adamw decays weights apart (adamw)")
     add("--lr", type=number(float, 0, above=True), default=3e-3, help="learning rate after the warm-up (0.003)")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="(0.01)")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
-    add(
-        "--ema-length",
-        type=number(float, 0, 0.5, above=True),
-        default=0.08,
-        help="mean age of averaged weights / run (0.08)",
-    )
-    add("--bf16", action=on_off, default=False, help="bfloat16 autocast (off)")
+    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
+    add("--bf16", action=on_off, default=False, help="bfloat16 autocast, for GPUs (off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
-    )
+    add("--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, all (all)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
     add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
     add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")

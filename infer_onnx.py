@@ -318,6 +318,10 @@ def sample(
         if not np.isfinite(x_0).all():
             raise RunError("the network gave numbers that are not finite")
         images.append(((x_0.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
+        if len(labels) > batch_size and sys.stderr.isatty():
+            print(f"\r{first + count} of {len(labels)} images", end="", file=sys.stderr, flush=True)
+    if len(labels) > batch_size and sys.stderr.isatty():
+        print(file=sys.stderr)
     return np.concatenate(images)
 
 

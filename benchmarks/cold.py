@@ -1,0 +1,37 @@
+"""What one cold `python infer_onnx.py --class Sneaker --steps 20` costs: wall time and peak memory of whole processes.
+
+    python benchmarks/cold.py
+
+Each command runs six times in turn, each run in a process of its own; the first round warms the disk cache and is not
+counted. Beside it stands a process that only imports torch, where torch is installed. Not for Windows (no resource).
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Runs argv[1:] and prints its wall time and peak memory; a process of its own, as the peak is over all children.
+MEASURE = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+UNIT = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB, in MiB
+
+script = Path(__file__).parent.parent / "infer_onnx.py"
+commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), "--class", "Sneaker", "--steps", "20"]}
+if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
+    commands["import torch, and nothing else"] = ["-c", "import torch"]
+results = {name: [] for name in commands}
+with tempfile.TemporaryDirectory() as folder:
+    for _ in range(6):
+        for name, argv in commands.items():
+            measure = [sys.executable, "-c", MEASURE, sys.executable, *argv]
+            done = subprocess.run(measure, cwd=folder, check=True, capture_output=True, text=True)
+            results[name].append([float(x) for x in done.stdout.split()])
+for name, runs in results.items():
+    seconds, memory = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+    print(f"{name:36s} {seconds:5.2f} s, {memory / UNIT:4.0f} MiB")
