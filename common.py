@@ -1,4 +1,4 @@
-"""What the five model scripts share: data sets, the range pair, image files, the UNet and its embeddings.
+"""What the model scripts share: data sets, the range pair, image files, the UNet and its embeddings.
 
 Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, optimisers, EMA, checkpoints and
 command lines stay in the script of their model, where the reader of the paper looks for them.
@@ -183,9 +183,10 @@ def _download(dataset_class, root):
                 f"{dataset_class.__name__} was not found and could not be downloaded ({reason}); "
                 f"put its four IDX files into a folder and name it with --data-dir"
             ) from error
-        target = root / dataset_class.__name__
+        target = root / dataset_class.__name__ / "raw"
         shutil.rmtree(target, ignore_errors=True)
-        Path(scratch, dataset_class.__name__).replace(target)
+        target.parent.mkdir(exist_ok=True)
+        Path(scratch, dataset_class.__name__, "raw").replace(target)
 
 
 def _read_verified(file, sha256):

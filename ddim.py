@@ -277,7 +277,7 @@ def train(args, checkpoint=None):
         raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
     images, labels = data.images.to(device), data.labels.to(device)
     steps_per_epoch = len(epoch_batches(len(images), args.batch_size, args.seed, 0))
-    total_steps = math.ceil(args.epochs * steps_per_epoch) if args.epochs else None
+    total_steps = math.ceil(round(args.epochs * steps_per_epoch, 6)) if args.epochs else None
 
     if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
         raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
@@ -330,6 +330,8 @@ def train(args, checkpoint=None):
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
     bar = tqdm(total=1.0, initial=min(progress(), 1.0), bar_format=bar_format, mininterval=interval)
     with signals_caught() as stopped:
+        if not checkpoint:
+            save()  # from now on there is a run to go on with
         while not stopped and (done := progress()) < 1:
             if epoch != step // steps_per_epoch:
                 epoch = step // steps_per_epoch
@@ -386,7 +388,7 @@ def train(args, checkpoint=None):
         bar.close()
         save()
     print(f"{step} steps, {step / steps_per_epoch:.2f} epochs, {(time.monotonic() - clock) / 60:.1f} minutes")
-    where = shlex.quote(str(run_dir))
+    where = shlex.quote(run_dir.as_posix())
     if stopped:
         print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {where}")
         return 130
@@ -562,7 +564,7 @@ def build_parser():
     add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
     add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
-    add("--steps", type=number(int, 1), default=20, help="network evaluations, at most T (20)")
+    add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
@@ -614,6 +616,7 @@ def draw(args):
     check_output(output, [".png"] if args.filmstrip else [".png", ".npz", *([] if args.interpolate else [".gif"]), ""])
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
         raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+    args.steps = min(20, config["num_timesteps"]) if args.steps is None else args.steps
     if args.steps > config["num_timesteps"]:
         raise InputError(f"--steps {args.steps} is more than the {config['num_timesteps']} of the training")
     if args.interpolate == "class" and len(classes) != 2:
@@ -642,7 +645,9 @@ def draw(args):
             clip=args.clip, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels),
             x_T=x_T, mix=mix, trace=trace,
         )  # fmt: skip
-        columns = count if count > 1 else min(10, len(labels))
+        if not images.isfinite().all():
+            raise InputError(f"{path} gives numbers that are not finite: it is damaged, or its training went astray")
+        columns = count if 1 < count <= 20 else min(10, len(labels))
         if args.filmstrip:
             save_picture(filmstrip(trace), output)
         elif is_gif:
@@ -662,8 +667,8 @@ def main(argv=None):
         if args.checkpoint and (args.train or args.resume):
             raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
         if not args.train and not args.resume:
-            if args.run_dir:
-                raise InputError("--run-dir is for --train and --resume; sample with --checkpoint FOLDER")
+            if args.run_dir or args.epochs or args.minutes:
+                raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
             return draw(args)
         if not args.resume:
             args.epochs = args.epochs if args.epochs or args.minutes else 20.0

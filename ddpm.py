@@ -6,7 +6,7 @@ Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models
     loss        E || target - model(x_t, t, y) ||^2,  target = eps or v                              eq. (14)
     posterior   mean   = sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t) * x_0_hat
                        + sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t              eq. (7)
-    ddpm_step   x_prev = mean + sqrt(variance) * noise,  no noise on the last step                   algorithm 2
+    ddpm_sample x_prev = mean + sqrt(variance) * noise,  no noise on the last step                   algorithm 2
 
     python ddpm.py --train --epochs 50             train on Fashion-MNIST
     python ddpm.py --class Sneaker                 draw a Sneaker with the newest weights
@@ -15,7 +15,7 @@ Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
 schedule and respaced steps (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
 arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), a
-smaller network.
+smaller network, AdamW with an annealed learning rate, gradient clipping, and x_0_hat limited to [-1, 1] (--no-clip).
 """
 
 import argparse
@@ -245,7 +245,7 @@ def train(args, checkpoint=None):
         raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
     images, labels = data.images.to(device), data.labels.to(device)
     steps_per_epoch = len(epoch_batches(len(images), args.batch_size, args.seed, 0))
-    total_steps = math.ceil(args.epochs * steps_per_epoch) if args.epochs else None
+    total_steps = math.ceil(round(args.epochs * steps_per_epoch, 6)) if args.epochs else None
 
     if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
         raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
@@ -298,6 +298,8 @@ def train(args, checkpoint=None):
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
     bar = tqdm(total=1.0, initial=min(progress(), 1.0), bar_format=bar_format, mininterval=interval)
     with signals_caught() as stopped:
+        if not checkpoint:
+            save()  # from now on there is a run to go on with
         while not stopped and (done := progress()) < 1:
             if epoch != step // steps_per_epoch:
                 epoch = step // steps_per_epoch
@@ -354,7 +356,7 @@ def train(args, checkpoint=None):
         bar.close()
         save()
     print(f"{step} steps, {step / steps_per_epoch:.2f} epochs, {(time.monotonic() - clock) / 60:.1f} minutes")
-    where = shlex.quote(str(run_dir))
+    where = shlex.quote(run_dir.as_posix())
     if stopped:
         print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {where}")
         return 130
@@ -549,17 +551,19 @@ def draw(args):
     check_output(output, [".png"] if args.filmstrip else [".png", ".npz", ".gif", ""])
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
         raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
-    steps = config["num_timesteps"] if args.steps is None else args.steps
-    if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+    args.steps = config["num_timesteps"] if args.steps is None else args.steps
+    if args.steps > config["num_timesteps"]:
+        raise InputError(f"--steps {args.steps} is more than the {config['num_timesteps']} of the training")
     model = ema_network(checkpoint, pick_device(args.device))
     labels = torch.tensor(classes).repeat_interleave(count)
     trace = [] if args.filmstrip or is_gif else None
     images = sample(
-        model=model, config=config, labels=labels, steps=steps, guidance=guidance, variance=args.variance,
+        model=model, config=config, labels=labels, steps=args.steps, guidance=guidance, variance=args.variance,
         clip=args.clip, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), trace=trace,
     )  # fmt: skip
-    columns = count if count > 1 else min(10, len(labels))
+    if not images.isfinite().all():
+        raise InputError(f"{path} gives numbers that are not finite: it is damaged, or its training went astray")
+    columns = count if 1 < count <= 20 else min(10, len(labels))
     if args.filmstrip:
         save_picture(filmstrip(trace), output)
     elif is_gif:
@@ -579,8 +583,8 @@ def main(argv=None):
         if args.checkpoint and (args.train or args.resume):
             raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
         if not args.train and not args.resume:
-            if args.run_dir:
-                raise InputError("--run-dir is for --train and --resume; sample with --checkpoint FOLDER")
+            if args.run_dir or args.epochs or args.minutes:
+                raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
             return draw(args)
         if not args.resume:
             args.epochs = args.epochs if args.epochs or args.minutes else 20.0

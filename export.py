@@ -129,12 +129,15 @@ def export(name, checkpoint_path, output, weights):
     """Export one model; returns the path of the .onnx file."""
     script = importlib.import_module(name)
     path = script.find_checkpoint(checkpoint_path)
+    if weights and weights.exists() and weights.samefile(path):
+        raise InputError(f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with")
     checkpoint = script.load_checkpoint(path, script.SAMPLES_FROM)
     network = script.ema_network(checkpoint, torch.device("cpu"))
     card = model_card(script, checkpoint, network)
     proto = export_denoiser(network, card["image_shape"])
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(card)})
-    output = output or path.parent / f"{name}.onnx"
+    shipped = path.parent == Path(__file__).parent / "pretrained"  # stays as it is unless it is named
+    output = output or (Path() if shipped else path.parent) / f"{name}.onnx"
     with written_whole(output) as scratch:  # takes its name only if the comparison passes
         onnx.save(proto, scratch)
         worst, levels = compare(script, checkpoint, network, scratch)
@@ -156,7 +159,7 @@ def build_parser():
     parser.add_argument(
         "--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped)"
     )
-    parser.add_argument("--output", type=Path, help="the .onnx file to write (NAME.onnx beside the checkpoint)")
+    parser.add_argument("--output", type=Path, help="the .onnx file to write (NAME.onnx beside a run's checkpoint)")
     parser.add_argument(
         "--weights", type=Path, help="also write a small .pt to sample from and to share, EMA weights only"
     )
@@ -178,7 +181,7 @@ def main(argv=None):
         parser.exit(5, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
-    print(f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(str(output))}")
+    print(f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(output.as_posix())}")
     return 0
 
 

@@ -83,6 +83,7 @@ def load_model(path, provider="auto", threads=0, tf32=True):
     provider: auto (CUDA if it can run, else CPU), cuda (or ProviderError) or cpu.
     Returns (session, card, sha256, trouble): card is what the file says of itself, trouble why CUDA was not used.
     """
+    path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -158,7 +159,8 @@ def cuda_trouble():
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; so do we
             ort.preload_dlls()
-    for library, number in (("cublasLt", needed), ("cudart", needed), ("curand", 10), ("cudnn", 9)):
+    libraries = [("cublasLt", needed), ("cudart", needed), ("cudnn", 9), *([] if windows else [("curand", 10)])]
+    for library, number in libraries:
         file = f"{library}64_{number}.dll" if windows else f"lib{library}.so.{number}"
         try:
             ctypes.CDLL(file)
@@ -297,8 +299,8 @@ def sample(
     labels: list of int, classes of the card;  eta: for ddim models;  variance: for ddpm models.
     Raises ValueError for other labels, RunError if the network fails or gives no finite numbers.
     """
-    if not all(0 <= y < len(card["class_names"]) for y in labels):  # CUDA would read past the end of the table
-        raise ValueError(f"labels {labels} are not all in 0..{len(card['class_names']) - 1}")
+    if not labels or not all(0 <= y < len(card["class_names"]) for y in labels):  # CUDA would read past the table
+        raise ValueError(f"labels {labels} must be one or more of 0..{len(card['class_names']) - 1}")
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs = time_pairs(len(alpha_bars), steps)
     on_cuda, images = session.get_providers()[0] == "CUDAExecutionProvider", []
@@ -466,7 +468,7 @@ def build_parser():
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
     add("--model", default="ddim", help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
-    add("--output", type=Path, help="a .png grid, an .npz, or a folder for PNGs (MODEL_CLASS.png)")
+    add("--output", type=Path, help="a .png grid, an .npz, or a folder for PNGs (CLASS.png)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="cuda is that or an error (auto)")
     add("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0 is one per core (0)")
     add("--no-tf32", dest="tf32", action="store_false", help="on CUDA: full float32 products, slower")
@@ -533,14 +535,14 @@ def run(args):
     classes = parse_classes(args.class_, names)
     labels = [y for y in classes for _ in range(args.num_samples)]
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
-    output = args.output or Path(f"{card['model']}_{what}.png")
+    output = args.output or Path(f"{what}.png")
     check_output(output, [".png", ".npz", ""])
     start = time.perf_counter()
     options |= {"steps": steps, "guidance": guidance, "seed": args.seed}
     images = sample(session, card, labels, batch_size=args.batch_size, **options)
     seconds = time.perf_counter() - start
     texts = {"model": card["model"], "model_sha256": sha256, **options, "Software": "infer_onnx.py"}
-    columns = args.num_samples if args.num_samples > 1 else min(10, len(labels))
+    columns = args.num_samples if 1 < args.num_samples <= 20 else min(10, len(labels))
     save(images, labels, names, output, columns, texts)
     print(f"wrote {output}: {len(labels)} x {steps} steps in {seconds:.2f} s, guidance {guidance}, model {path}")
 

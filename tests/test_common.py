@@ -79,6 +79,21 @@ def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
     assert list((in_tmp / "data").iterdir()) == []
 
 
+def test_a_download_replaces_nothing_but_its_own_folder(in_tmp, monkeypatch):
+    class Fake:
+        classes = common.datasets.KMNIST.classes
+
+        def __init__(self, root, download):
+            write_idx(common.Path(root) / "Fake" / "raw")
+
+    own = in_tmp / "data/Fake/cat/1.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    monkeypatch.setitem(common.IDX_SETS, "kmnist", (Fake, None, None))
+    assert len(load_data("kmnist").images) == 60 and own.read_bytes() == b"mine"
+    assert sorted(f.name for f in (in_tmp / "data").iterdir()) == ["Fake"]
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-100])
 

@@ -45,6 +45,19 @@ def test_same_name_means_same_text(a, b):
         assert first[name] == second[name], f"{name} differs between {a}.py and {b}.py"
 
 
+def test_ddpm_and_ddim_differ_in_the_sampler_alone():
+    def parts(source):
+        constants = [n for n in ast.parse(source).body if isinstance(n, ast.Assign) and n.targets[0].id not in own]
+        return definitions(source), [ast.unparse(n) for n in constants]
+
+    own = {"NAME", "SAMPLES_FROM", "GRID_STEPS"}
+    (first, constants), (second, others) = parts(SOURCES["ddpm"]), parts(SOURCES["ddim"])
+    assert constants == others
+    differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
+    assert differing == {"sample", "draw", "build_parser"}
+    assert first.keys() - second.keys() == {"posterior", "ddpm_sample"}
+
+
 def test_infer_onnx_shares_the_samplers():
     scripts = {name for script in ("ddim", "ddpm") for name in definitions(SOURCES[script])}
     shared = definitions(SOURCES["infer_onnx"]).keys() & scripts

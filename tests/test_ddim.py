@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -365,11 +366,10 @@ def test_a_killed_run_goes_on(in_tmp, data_dir):
     command = [sys.executable, str(ROOT / "ddim.py")]
     flags = ["--train", "--epochs", "100", "--data-dir", data_dir, "--save-every", "0", *TINY]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = in_tmp / "runs/ddim/ddim.pt"
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists() and time.monotonic() < deadline:
+    checkpoint, grids = in_tmp / "runs/ddim/ddim.pt", in_tmp / "runs/ddim/samples"
+    deadline = time.monotonic() + 120
+    while len(list(grids.glob("*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5)
     process.kill()
     process.wait()
     killed_at = torch.load(checkpoint, weights_only=True)["step"]
@@ -383,11 +383,10 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(in_tmp, data_dir, monkeyp
     with pytest.raises(SystemExit, match="2"):
         ddim.main([*flags, "--lr", "1e30"])
     assert "stopped; what runs/ddim holds is kept" in capsys.readouterr().err
-    path = in_tmp / "runs/ddim/ddim.pt"
-    if path.exists():  # whatever was saved is sound
-        assert all(p.isfinite().all() for p in torch.load(path, weights_only=True)["ema"].values())
-    assert ddim.main([*flags, "--run-dir", "sane"]) == 0
-    assert ddim.main(["--resume", "--run-dir", "sane", "--epochs", "4", "--lr", "1e-5"]) == 0
+    kept = torch.load("runs/ddim/ddim.pt", weights_only=True)
+    assert all(p.isfinite().all() for weights in (kept["ema"], kept["weights"]) for p in weights.values())
+    assert kept["step"] < 9 and ddim.main(["--resume", "--lr", "1e-5"]) == 0
+    assert torch.load("runs/ddim/ddim.pt", weights_only=True)["step"] == 9
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back, after the failure too
 
 
@@ -436,6 +435,24 @@ def test_minutes_end_on_time_with_a_learning_rate_of_zero(in_tmp, data_dir, monk
 @pytest.mark.parametrize(
     "flags", [["--prediction", "eps"], ["--loss", "l1"], ["--loss", "huber", "--optimizer", "adam"]]
 )
+def test_the_command_printed_at_the_end_works_for_few_timesteps(in_tmp, data_dir, capsys):
+    flags = [
+        "--train",
+        "--epochs",
+        "0.1",
+        "--num-timesteps",
+        "5",
+        "--data-dir",
+        data_dir,
+        "--run-dir",
+        "my runs/a",
+        *TINY,
+    ]
+    assert ddim.main(flags) == 0
+    _, *argv = shlex.split(capsys.readouterr().out.split("  python ")[1])
+    assert "my runs/a" in argv and ddim.main(argv) == 0
+
+
 def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
     flags = [*flags, "--schedule", "linear", "--num-timesteps", "30", "--channels", "3", "--bf16"]
     assert ddim.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *flags, *TINY]) == 0
@@ -541,6 +558,9 @@ def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, ca
     assert "is a checkpoint of vae" in refused(["--checkpoint", "vae.pt"], capsys)
     assert "format 99" in refused(["--checkpoint", "newer.pt"], capsys)
     assert "is a checkpoint of ddpm, not of ddim" in refused(["--resume", "--run-dir", "ddpm.pt"], capsys)
+    nan = {key: value * math.nan for key, value in checkpoint["ema"].items()}
+    torch.save({**checkpoint, "ema": nan}, "nan.pt")
+    assert "not finite" in refused(["--checkpoint", "nan.pt", "--steps", "1", "--no-clip"], capsys)
     torch.save({k: v for k, v in checkpoint.items() if k != "optimizer"}, "weights.pt")
     assert "not a run to go on with" in refused(["--resume", "--run-dir", "weights.pt"], capsys)
 
@@ -580,7 +600,8 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--resume", "--run-dir", "RUN", "--seed", "1"], "--seed is 0 and cannot change"),
         (["--resume", "--checkpoint", "RUN"], "--resume --run-dir FOLDER"),
         (["--train", "--checkpoint", "RUN"], "--checkpoint is to sample from"),
-        (["--run-dir", "RUN"], "sample with --checkpoint FOLDER"),
+        (["--run-dir", "RUN"], "go with --train or --resume"),
+        (["--epochs", "50"], "go with --train or --resume"),
         (["--train", "--widths", "8,8,8,8,8,8", "--depths", "1,1,1,1,1,1"], "do not divide 32 pixels"),
         (["--train", "--run-dir", "FILE"], "FILE"),
         (["--train", "--data", "x" * 300], "x" * 300),

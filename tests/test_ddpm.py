@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from test_ddim import Oracle
 
 import ddim
@@ -79,11 +80,15 @@ def test_each_samples_the_checkpoints_of_the_other(tiny_run, in_tmp, data_dir):
 def test_pictures_of_the_trajectory(tiny_run, in_tmp):
     at = ["--checkpoint", str(tiny_run / "ddim.pt"), "--steps", "3", "--class", "o"]
     assert ddpm.main([*at, "--output", "walk.gif"]) == 0 and ddpm.main([*at, "--filmstrip", "--variance", "large"]) == 0
-    assert (in_tmp / "ddpm_o.png").exists()
+    scale = Image.open("ddpm_o.png").width // (4 * 34 + 2)
+    assert Image.open("ddpm_o.png").size == (scale * (4 * 34 + 2), scale * (2 * 34 + 2))  # three steps and the end
+    with Image.open("walk.gif") as gif:
+        assert gif.n_frames == 4
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [(["--steps", "1001"], "more than the 1000"), (["--eta", "1"], "unrecognized"), ([], "no")]
+    ("flags", "message"),
+    [(["--steps", "1001"], "more than the 1000"), (["--eta", "1"], "unrecognized"), ([], "there is no nowhere.pt")],
 )
 def test_bad_input_gets_one_line(tiny_run, in_tmp, capsys, flags, message):
     where = tiny_run / "ddim.pt" if flags else "nowhere.pt"

@@ -122,9 +122,9 @@ def test_a_checkpoint_of_ddpm_is_exported_with_its_own_sampler(tiny_run, in_tmp,
 
 
 def test_labels_out_of_range_never_reach_the_network(loaded):
-    for label in (-1, 10, 99):
+    for labels in ([0, -1], [0, 10], [99], []):
         with pytest.raises(ValueError, match="labels"):
-            infer_onnx.sample(*loaded, [0, label], steps=1, guidance=1)
+            infer_onnx.sample(*loaded, labels, steps=1, guidance=1)
 
 
 def test_small_weights_sample_like_the_checkpoint(exported, tiny_run, in_tmp):
@@ -161,6 +161,20 @@ def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, ca
     assert list(in_tmp.iterdir()) == []
 
 
+def test_without_a_run_the_shipped_model_is_exported_here_and_stays_as_it_is(exported, in_tmp, monkeypatch):
+    before = SHIPPED.read_bytes()
+    monkeypatch.setattr(export, "export_denoiser", lambda *_: onnx.load(SHIPPED))  # spares the exporter's time
+    assert export.main(["ddim"]) == 0
+    assert (in_tmp / "ddim.onnx").is_file() and SHIPPED.read_bytes() == before
+
+
+def test_a_run_is_not_replaced_by_its_weights(tiny_run, capsys):
+    before = (tiny_run / "ddim.pt").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["ddim", "--checkpoint", str(tiny_run), "--weights", str(tiny_run / "ddim.pt")])
+    assert "is the checkpoint itself" in capsys.readouterr().err and (tiny_run / "ddim.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -183,8 +197,8 @@ def test_export_refuses_bad_input(in_tmp, capsys, flags, message):
 def test_shipped_model_draws_a_sneaker_without_torch(tmp_path):
     done = infer("--class", "Sneaker", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "wrote ddim_sneaker.png" in done.stdout and "running on " in done.stdout and done.stderr == ""
-    picture = Image.open(tmp_path / "ddim_sneaker.png")
+    assert "wrote sneaker.png" in done.stdout and "running on " in done.stdout and done.stderr == ""
+    picture = Image.open(tmp_path / "sneaker.png")
     assert picture.text["class"] == "Sneaker" and picture.text["seed"] == "0" and picture.text["steps"] == "20"
     assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu")[2]
     pixels = np.array(picture)[::8, ::8].astype(int)  # 32x32

@@ -7,11 +7,12 @@ import pytest
 from conftest import ROOT
 
 import ddim
+import ddpm
 import export
 import infer_onnx
 
 README = (ROOT / "README.md").read_text()
-PARSERS = {"ddim.py": ddim, "export.py": export, "infer_onnx.py": infer_onnx}
+PARSERS = {"ddim.py": ddim, "ddpm.py": ddpm, "export.py": export, "infer_onnx.py": infer_onnx}
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 COMMANDS += [
