@@ -432,9 +432,6 @@ def test_minutes_end_on_time_with_a_learning_rate_of_zero(in_tmp, data_dir, monk
     assert 2.5 < last["seconds"] < 4 and last["lr"] < 0.02 * 3e-3
 
 
-@pytest.mark.parametrize(
-    "flags", [["--prediction", "eps"], ["--loss", "l1"], ["--loss", "huber", "--optimizer", "adam"]]
-)
 def test_the_command_printed_at_the_end_works_for_few_timesteps(in_tmp, data_dir, capsys):
     flags = [
         "--train",
@@ -453,6 +450,9 @@ def test_the_command_printed_at_the_end_works_for_few_timesteps(in_tmp, data_dir
     assert "my runs/a" in argv and ddim.main(argv) == 0
 
 
+@pytest.mark.parametrize(
+    "flags", [["--prediction", "eps"], ["--loss", "l1"], ["--loss", "huber", "--optimizer", "adam"]]
+)
 def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
     flags = [*flags, "--schedule", "linear", "--num-timesteps", "30", "--channels", "3", "--bf16"]
     assert ddim.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *flags, *TINY]) == 0
