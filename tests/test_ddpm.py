@@ -73,8 +73,9 @@ def test_each_samples_the_checkpoints_of_the_other(tiny_run, in_tmp, data_dir):
     assert ddpm.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *TINY]) == 0
     assert ddim.main(["--checkpoint", "runs/ddpm", "--steps", "3", "--output", "b.npz"]) == 0
     assert np.load("a.npz")["x"].shape == np.load("b.npz")["x"].shape == (10, 1, 32, 32)
-    same = [torch.load(path, weights_only=True)["network"] for path in ("runs/ddpm/ddpm.pt", tiny_run / "ddim.pt")]
-    assert same[0] == same[1]
+    first, second = (torch.load(path, weights_only=True) for path in ("runs/ddpm/ddpm.pt", tiny_run / "ddim.pt"))
+    assert first.keys() == second.keys() and first["config"].keys() == second["config"].keys()
+    assert first["network"] == second["network"]
 
 
 def test_pictures_of_the_trajectory(tiny_run, in_tmp):
