@@ -136,7 +136,9 @@ def export(name, checkpoint_path, output, weights):
     card = model_card(script, checkpoint, network)
     proto = export_denoiser(network, card["image_shape"])
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(card)})
-    shipped = path.parent == Path(__file__).parent / "pretrained"  # stays as it is unless it is named
+    shipped = (
+        path.resolve().parent == Path(__file__).resolve().parent / "pretrained"
+    )  # stays as it is unless it is named
     output = output or (Path() if shipped else path.parent) / f"{name}.onnx"
     with written_whole(output) as scratch:  # takes its name only if the comparison passes
         onnx.save(proto, scratch)

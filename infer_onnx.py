@@ -66,7 +66,10 @@ class RunError(Exception):
 
 
 def find_model(name):
-    """A path as it is; a name as the newest runs/*/NAME.onnx, else pretrained/NAME.onnx or NAME.onnx."""
+    """A path as it is; a name as the newest runs/*/NAME.onnx, else pretrained/NAME.onnx or NAME.onnx.
+
+    Raises ModelError if there is none of these.
+    """
     if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
     runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True)

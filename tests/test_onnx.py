@@ -164,8 +164,10 @@ def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, ca
 def test_without_a_run_the_shipped_model_is_exported_here_and_stays_as_it_is(exported, in_tmp, monkeypatch):
     before = SHIPPED.read_bytes()
     monkeypatch.setattr(export, "export_denoiser", lambda *_: onnx.load(SHIPPED))  # spares the exporter's time
-    assert export.main(["ddim"]) == 0
-    assert (in_tmp / "ddim.onnx").is_file() and SHIPPED.read_bytes() == before
+    for flags in ([], ["--checkpoint", str(SHIPPED.with_suffix(".pt"))]):
+        assert export.main(["ddim", *flags]) == 0
+        assert (in_tmp / "ddim.onnx").is_file() and SHIPPED.read_bytes() == before
+        (in_tmp / "ddim.onnx").unlink()
 
 
 def test_a_run_is_not_replaced_by_its_weights(tiny_run, capsys):
