@@ -175,6 +175,7 @@ def main(argv=None):
         if args.output and args.output.suffix != ".onnx":
             raise InputError(f"--output {args.output}: the name must end in .onnx, or infer_onnx.py will not find it")
         output = export(args.name, args.checkpoint, args.output, args.weights)
+        print(f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(output.as_posix())}")
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
@@ -183,7 +184,6 @@ def main(argv=None):
         parser.exit(5, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
-    print(f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(output.as_posix())}")
     return 0
 
 
