@@ -1,22 +1,30 @@
-"""What the model scripts share: data sets, the range pair, image files, the UNet and its embeddings.
+"""What the model scripts share: data sets, the range pair, image files, run folders, the UNet and its embeddings.
 
-Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, optimisers, EMA, checkpoints and
-command lines stay in the script of their model, where the reader of the paper looks for them.
+Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, optimisers, EMA, train loops and
+flags stay in the script of their model, where the reader of the paper looks for them.
 
 Images are uint8 in 0..255 on disk and in memory, and float32 in [-1, 1] everywhere else; `to_float` and `to_uint8`
 are the only way from one to the other.
 """
 
+import argparse
 import difflib
 import gzip
 import hashlib
+import itertools
+import json
 import math
 import os
+import shlex
 import shutil
+import signal
+import sys
 import tempfile
+import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +35,7 @@ from torch import nn
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 IMAGE_SIZE = 32
 NULL_LABEL = -1  # "no class": the label of an image whose class was dropped, and of unconditional sampling
@@ -257,6 +266,22 @@ def _load_npz(path):
     )
 
 
+def given_image(text, class_, config, class_names, data_dir=None):
+    """An image by name: a test image's index, or a file, whose class must then be given as in --class.
+
+    config: the checkpoint's.  Returns (float (1, C, 32, 32) in [-1, 1], int64 (1,)).  Raises InputError.
+    """
+    if text.isdecimal():
+        data = load_data(config["data"], data_dir or config["data_dir"], config["channels"], train=False)
+        index = number(int, 0, len(data.images) - 1)(text)
+        return to_float(data.images[index][None]), data.labels[index][None]
+    labels = parse_classes(class_, class_names)
+    if len(labels) != 1:
+        raise InputError(f"{text} needs one --class, that of the image")
+    return to_float(load_image(text, config["channels"])), torch.tensor(labels)
+
+
+@lru_cache(maxsize=1)
 def epoch_batches(n, batch_size, seed, epoch):
     """The batches of one epoch as indices: int64 (n // batch_size, batch_size), a pure function of its arguments.
 
@@ -399,6 +424,277 @@ def save_gif(frames, path, milliseconds=80):
     durations = [milliseconds] * (len(frames) - 1) + [1000]
     with written_whole(path) as scratch:
         frames[0].save(scratch, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def sampled_file(asked, name, classes, class_names, endings):
+    """The path to write samples to: the one asked for, or NAME_CLASS.png; refused as by check_output."""
+    what = file_stem(class_names[classes[0]]) if len(classes) == 1 else "samples"
+    output = asked or Path(f"{name}_{what}.png")
+    check_output(output, endings)
+    return output
+
+
+def save_sampled(images, labels, class_names, path, count, trace=None, strip=False):
+    """Write `count` samples of each class as save_images does, or their trace as a GIF or a filmstrip."""
+    if not images.isfinite().all():
+        raise InputError("the samples are not finite: the weights are damaged, or their training went astray")
+    columns = count if 1 < count <= 20 else min(10, len(images))
+    if strip:
+        save_picture(filmstrip(trace), path)
+    elif path.suffix == ".gif":
+        save_gif(trajectory_frames(trace, columns), path)
+    else:
+        save_images(images, labels.tolist(), class_names, path, columns)
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------
+# What a run is outside its paper: a folder, a clock, a log, a file to go on from, flags that explain themselves.
+
+FORMAT = 1  # of the checkpoint file
+LOG_EVERY = 50  # steps
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line; argparse would print the usage before it
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: int or float in [low, high], or in (low, high] with above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+        return value
+
+    return parse
+
+
+def whole_numbers(text):
+    """An argparse type: '32,96' -> (32, 96)."""
+    return tuple(number(int, 1, 65536)(part) for part in text.split(","))
+
+
+@contextmanager
+def errors_in_one_line(parser):
+    """End the program with one line and exit code 2 where its input is wrong, and with 130 on Ctrl-C."""
+    try:
+        yield
+    except (InputError, argparse.ArgumentTypeError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+
+
+def parse_run(parser, argv, names, fixed):
+    """The flags, and with --resume the checkpoint to go on from, whose flags count where none were typed.
+
+    names: of the checkpoint files that a run may go on from;  fixed: flags that cannot change when it does.
+    Returns (args, checkpoint or None).  Raises InputError for flags that do not go together.
+    """
+    args = parser.parse_args(argv)
+    if args.epochs and args.minutes:
+        raise InputError("give --epochs or --minutes, not both")
+    if args.checkpoint and (args.train or args.resume):
+        raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
+    if not args.train and not args.resume and (args.run_dir or args.epochs or args.minutes):
+        raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
+    if not args.resume:
+        args.epochs = args.epochs if args.epochs or args.minutes else 20.0
+        return args, None
+    path = find_checkpoint(names, args.run_dir)
+    checkpoint = load_checkpoint(path, names)
+    if "optimizer" not in checkpoint:
+        raise InputError(f"{path} holds weights to sample with, not a run to go on with")
+    length = {} if args.epochs or args.minutes else {k: checkpoint["config"][k] for k in ("epochs", "minutes")}
+    parser.set_defaults(**{**checkpoint["config"], "epochs": None, "minutes": None, **length})
+    args = parser.parse_args(argv)  # again: what is typed still wins over the checkpoint
+    args.run_dir = path.parent
+    for k in fixed:
+        if getattr(args, k) != checkpoint["config"][k]:
+            raise InputError(f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run")
+    return args, checkpoint
+
+
+def pick_device(name):
+    """'auto' -> the best device there is, made ready to train on; InputError if the one asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not there[name]:
+        raise InputError(f"--device {name} is not to be had on this machine: use --device auto")
+    device = torch.device(name if name != "auto" else next(d for d in there if there[d]))
+    torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers next to zero
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; on a CPU the same setting costs a third of the speed
+    return device
+
+
+def find_checkpoint(names, asked=None, shipped=()):
+    """The file asked for, or the one in the folder asked for; else that of the newest run; else a shipped one.
+
+    names, shipped: stems of the files.  Raises InputError if there is none.
+    """
+    if asked:
+        places = [asked / f"{name}.pt" for name in dict.fromkeys([*names, *shipped])] if asked.is_dir() else [asked]
+    else:
+        runs = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
+        runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        places = [*runs, *(Path(__file__).parent / f"pretrained/{name}.pt" for name in shipped or names)]
+    for path in places:
+        if path.is_file():
+            return path
+    raise InputError(f"there is no {' or '.join(map(str, places))}: train first, with --train")
+
+
+def load_checkpoint(path, names):
+    """Read a checkpoint made by one of the scripts `names`; InputError says what is wrong with it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        name, version = checkpoint["model"], checkpoint["format"]
+    except Exception as error:  # whatever the reader of a foreign or broken file stumbles over
+        raise InputError(f"{path} is not a checkpoint of {' or '.join(names)}, or not a whole one") from error
+    if name not in names:
+        raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
+    if version != FORMAT:
+        raise InputError(f"{path} has checkpoint format {version}; these scripts read format {FORMAT}")
+    return checkpoint
+
+
+def load_run_data(args, checkpoint=None):
+    """The training data that the flags name, said in a line; InputError if a run that goes on had other classes."""
+    data = load_data(args.data, args.data_dir, args.channels)
+    print(data)
+    if checkpoint and data.class_names != checkpoint["class_names"]:
+        raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
+    return data
+
+
+@contextmanager
+def signals_caught():
+    """Yield a list that the first Ctrl-C or SIGTERM is added to; the second ends the program as usual."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """Where a run stands: its folder, step and clock. It counts, shows and logs; the training is the script's.
+
+    name: of the checkpoint file;  args: the script's flags;  num_images: in the data;  checkpoint: to go on from.
+    folder, step and steps_per_epoch are there to be used; the script adds to `step`.
+    """
+
+    def __init__(self, name, args, num_images, checkpoint=None):
+        self.name, self.args, self.num_images = name, args, num_images
+        self.steps_per_epoch = len(epoch_batches(num_images, args.batch_size, args.seed, 0))
+        self.total_steps = math.ceil(round(args.epochs * self.steps_per_epoch, 6)) if args.epochs else None
+        self.step = self.first_step = checkpoint["step"] if checkpoint else 0
+        self.folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
+        self.start = self.last_save = time.monotonic()
+        self.clock = self.start - (checkpoint["seconds"] if checkpoint else 0)  # as if it had never been interrupted
+        self._trim_log()
+
+    def _new_folder(self, asked):
+        """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
+        if asked and ((asked / f"{self.name}.pt").exists() or (asked / "log.jsonl").exists()):
+            raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
+        names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
+        folder = asked or next(path for name in names if not (path := Path("runs", name)).exists())
+        folder.mkdir(parents=True, exist_ok=bool(asked))
+        return folder
+
+    def _trim_log(self):
+        """Drop the lines after `step`: a killed run had logged more than it had saved, perhaps half a line."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            with written_whole(path) as scratch:
+                scratch.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= self.step))
+
+    def seconds(self):
+        return time.monotonic() - self.clock
+
+    def progress(self):
+        """The share of --epochs or --minutes that is over, from 0 on."""
+        return self.step / self.total_steps if self.args.epochs else self.seconds() / 60 / self.args.minutes
+
+    def epoch(self):
+        return self.step / self.steps_per_epoch
+
+    def batch(self):
+        """The indices of this step's images: int64 (B,), a function of (seed, step) alone."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        return epoch_batches(self.num_images, self.args.batch_size, self.args.seed, epoch)[i]
+
+    def seed(self, generator):
+        """Make what a step draws depend on (seed, step) alone: a run goes on without a generator's state."""
+        generator.manual_seed(int(np.random.SeedSequence([self.args.seed, self.step]).generate_state(1)[0]))
+
+    def bar(self):
+        """tqdm's progress bar, for `show`."""
+        bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
+        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
+        return tqdm(total=1.0, initial=min(self.progress(), 1.0), bar_format=bar_format, mininterval=interval)
+
+    def show(self, bar, text):
+        speed = (self.step - self.first_step) * self.args.batch_size / (time.monotonic() - self.start)
+        bar.set_postfix_str(f"epoch {int(self.epoch())}, {text}, {speed:.0f} images/s", refresh=False)
+        bar.update(min(self.progress(), 1.0) - bar.n)
+
+    def log(self, line):
+        """Add a line, a dict of numbers, to log.jsonl."""
+        line = {"step": self.step, "epoch": self.epoch(), "seconds": self.seconds(), **line}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def check_finite(self, **values):
+        """Raise InputError unless all values are finite numbers."""
+        if not all(map(math.isfinite, values.values())):
+            said = ", ".join(f"{name} {value}" for name, value in values.items())
+            kept = (
+                f"what {self.folder} holds is kept. Go on with a lower --lr than {self.args.lr}, and look at the data"
+            )
+            raise InputError(f"step {self.step}: {said}: not finite, stopped; {kept}")
+
+    def picture(self):
+        """Where the grid of samples of this step belongs."""
+        return self.folder / f"samples/step_{self.step:07d}.png"
+
+    def save_due(self):
+        return time.monotonic() - self.last_save >= 60 * self.args.save_every
+
+    def save(self, content):
+        """Write the checkpoint: `content`, and where the run stands."""
+        state = {
+            "format": FORMAT, "model": self.name, "step": self.step, "seconds": self.seconds(),
+            "images": self.step * self.args.batch_size, "torch": str(torch.__version__),
+        }  # fmt: skip
+        with written_whole(self.folder / f"{self.name}.pt") as scratch:
+            torch.save({**state, **content}, scratch)
+        self.last_save = time.monotonic()
+
+    def end(self, stopped, script):
+        """Say how the run ended and what comes next; returns the exit code."""
+        where = shlex.quote(self.folder.as_posix())
+        print(f"{self.step} steps, {self.epoch():.2f} epochs, {self.seconds() / 60:.1f} minutes")
+        if stopped:
+            print(f"Stopped and saved. Go on with:\n  python {script}.py --resume --run-dir {where}")
+            return 130
+        print(f"Draw samples with:\n  python {script}.py --checkpoint {where} --class all --num-samples 10")
+        return 0
 
 
 # --- Embeddings -------------------------------------------------------------------------------------------------

@@ -19,25 +19,20 @@ smaller network, AdamW with an annealed learning rate, gradient clipping, and x_
 """
 
 import argparse
-import itertools
-import json
 import math
-import shlex
-import signal
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IDX_SETS, IMAGE_SIZE, NULL_LABEL, InputError, UNet, epoch_batches, load_data
-from common import draw_noise, file_stem, noise_streams, parse_classes, to_float, written_whole
-from common import check_output, filmstrip, save_gif, save_images, save_picture, trajectory_frames
+from common import IDX_SETS, IMAGE_SIZE, LOG_EVERY, NULL_LABEL, InputError, Parser, Run, UNet, draw_noise
+from common import errors_in_one_line, find_checkpoint, load_checkpoint, load_run_data, noise_streams, number
+from common import parse_classes, parse_run, pick_device, sampled_file, save_images, save_sampled, signals_caught
+from common import to_float, whole_numbers
+
 
 NAME = "ddpm"
 SAMPLES_FROM = ("ddpm", "ddim")  # checkpoints of these scripts hold the same network, trained in the same way
@@ -235,18 +230,9 @@ def power_ema(length):
 def train(args, checkpoint=None):
     """Train, or go on from a checkpoint of this script, until --epochs or --minutes are over. Returns the exit code."""
     device = pick_device(args.device)
-    torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers next to zero
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32; on a CPU the same setting costs a third of the speed
     torch.manual_seed(args.seed)  # for the initial weights
-    data = load_data(args.data, args.data_dir, args.channels)
-    print(data)
-    if checkpoint and data.class_names != checkpoint["class_names"]:
-        raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
+    data = load_run_data(args, checkpoint)
     images, labels = data.images.to(device), data.labels.to(device)
-    steps_per_epoch = len(epoch_batches(len(images), args.batch_size, args.seed, 0))
-    total_steps = math.ceil(round(args.epochs * steps_per_epoch, 6)) if args.epochs else None
-
     if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
         raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
     network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
@@ -257,59 +243,37 @@ def train(args, checkpoint=None):
     optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
     by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
-    step, clock = 0, time.monotonic()  # clock: when the run would have begun, had it never been interrupted
     if checkpoint:
-        step, clock = checkpoint["step"], clock - checkpoint["seconds"]
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
-        ema_model.n_averaged.fill_(step)
+        ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
-    run_dir = args.run_dir if checkpoint else new_run_dir(args.run_dir)
-    trim_log(run_dir / "log.jsonl", step)
+    run = Run(NAME, args, len(images), checkpoint)
     config = {k: getattr(args, k) for k in FIXED + FREE}
-    kept = f"what {run_dir} holds is kept. Go on with a lower --lr than {args.lr}, and look at the data"
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
     def save():
         steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
         grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
-        if not grid.isfinite().all():
-            raise InputError(f"step {step}: the weights are no longer finite: stopped; {kept}")
-        save_images(grid, grid_labels.tolist(), data.class_names, run_dir / f"samples/step_{step:07d}.png", columns=8)
-        content = {
-            "format": FORMAT, "model": NAME, "config": config, "network": network, "class_names": data.class_names,
-            "step": step, "seconds": time.monotonic() - clock, "images": step * args.batch_size,
-            "torch": str(torch.__version__), "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
-        }  # fmt: skip
-        with written_whole(run_dir / f"{NAME}.pt") as scratch:
-            torch.save(content, scratch)
+        run.check_finite(samples=grid.abs().max().item())
+        save_images(grid, grid_labels.tolist(), data.class_names, run.picture(), columns=8)
+        run.save({
+            "config": config, "network": network, "class_names": data.class_names, "weights": model.state_dict(),
+            "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
+        })  # fmt: skip
 
-    def progress():
-        return step / total_steps if args.epochs else (time.monotonic() - clock) / 60 / args.minutes
-
-    print(f"run {run_dir} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
-    first_step, start = step, time.monotonic()
-    last_save, epoch, order = start, None, None
-    bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
-    bar = tqdm(total=1.0, initial=min(progress(), 1.0), bar_format=bar_format, mininterval=interval)
-    with signals_caught() as stopped:
+    with signals_caught() as stopped, run.bar() as bar:
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while not stopped and (done := progress()) < 1:
-            if epoch != step // steps_per_epoch:
-                epoch = step // steps_per_epoch
-                order = epoch_batches(len(images), args.batch_size, args.seed, epoch).to(device)
+        while not stopped and (done := run.progress()) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step, done)
-
-            # What a step draws depends on (seed, step) alone, so that a run can go on without a generator's state.
-            generator.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
-            batch = order[step % steps_per_epoch]
+                group["lr"] = learning_rate(args, run.step, done)
+            run.seed(generator)
+            batch = run.batch().to(device)
             x_0, y = to_float(images[batch]), labels[batch]
             t = stratified_t(len(y), args.num_timesteps, generator)
             eps = torch.randn(x_0.shape, generator=generator, device=device)
@@ -327,123 +291,35 @@ def train(args, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
-                bar.close()
-                raise InputError(f"step {step}: loss {loss.item()}, gradient {grad_norm.item()}: stopped; {kept}")
+            run.check_finite(loss=loss.item(), gradient=grad_norm.item())
             optimizer.step()
             ema_model.update_parameters(model)
-            step += 1
+            run.step += 1
 
             nothing = image_losses(torch.zeros_like(target), target, args.loss)
             by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
-            now = time.monotonic()
-            speed = (step - first_step) * args.batch_size / (now - start)
-            bar.set_postfix_str(f"epoch {epoch}, loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
-            bar.update(min(progress(), 1.0) - bar.n)
-            if step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
-                line = {
-                    "step": step, "epoch": step / steps_per_epoch, "seconds": now - clock,
+            run.show(bar, f"loss {loss.item():.4f}")
+            if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
+                run.log({
                     "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-                }  # fmt: skip
-                with (run_dir / "log.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                })  # fmt: skip
                 by_tenth.zero_()
-            if now - last_save >= 60 * args.save_every:
+            if run.save_due():
                 save()
-                last_save = time.monotonic()
-        bar.close()
         save()
-    print(f"{step} steps, {step / steps_per_epoch:.2f} epochs, {(time.monotonic() - clock) / 60:.1f} minutes")
-    where = shlex.quote(run_dir.as_posix())
-    if stopped:
-        print(f"Stopped and saved. Go on with:\n  python {NAME}.py --resume --run-dir {where}")
-        return 130
-    print(f"Draw samples with:\n  python {NAME}.py --checkpoint {where} --class all --num-samples 10")
-    return 0
+    return run.end(stopped, NAME)
 
 
 # --- Run state --------------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of the checkpoint file
-LOG_EVERY = 50  # steps
 # The flags that make a run what it is, and those that may change when it goes on.
 FIXED = (
     "data", "channels", "widths", "depths", "patch", "attention", "emb_channels", "num_timesteps", "schedule",
     "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
 FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every")
-
-
-@contextmanager
-def signals_caught():
-    """Yield a list that the first Ctrl-C or SIGTERM is added to; the second ends the program as usual."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, handlers[number])
-
-    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def pick_device(name):
-    """'auto' -> the best device there is; InputError if the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
-    if not there[name]:
-        raise InputError(f"--device {name} is not to be had on this machine: use --device auto")
-    return torch.device(name if name != "auto" else next(d for d in there if there[d]))
-
-
-def new_run_dir(asked):
-    """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
-    if asked and ((asked / f"{NAME}.pt").exists() or (asked / "log.jsonl").exists()):
-        raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
-    names = itertools.chain([NAME], (f"{NAME}-{i}" for i in itertools.count(2)))
-    run_dir = asked or next(path for name in names if not (path := Path("runs", name)).exists())
-    run_dir.mkdir(parents=True, exist_ok=bool(asked))
-    return run_dir
-
-
-def trim_log(path, step):
-    """Drop the lines after `step`: a run that was killed had logged more than it had saved, perhaps half a line."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        with written_whole(path) as scratch:
-            scratch.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
-
-
-def find_checkpoint(asked):
-    """The file asked for, or the one in the folder asked for; else that of the newest run; else the shipped weights."""
-    if asked:
-        places = [asked / f"{name}.pt" for name in SAMPLES_FROM] if asked.is_dir() else [asked]
-    else:
-        runs = sorted(Path("runs").glob(f"*/{NAME}.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-        places = [*runs, *(Path(__file__).parent / f"pretrained/{name}.pt" for name in SAMPLES_FROM)]
-    for path in places:
-        if path.is_file():
-            return path
-    raise InputError(f"there is no {' or '.join(map(str, places))}: train first, with python {NAME}.py --train")
-
-
-def load_checkpoint(path, names):
-    """Read a checkpoint made by one of the scripts `names`; InputError says what is wrong with it."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        name, version = checkpoint["model"], checkpoint["format"]
-    except Exception as error:  # whatever the reader of a foreign or broken file stumbles over
-        raise InputError(f"{path} is not a checkpoint of {' or '.join(names)}, or not a whole one") from error
-    if name not in names:
-        raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
-    if version != FORMAT:
-        raise InputError(f"{path} has checkpoint format {version}; this {NAME}.py reads format {FORMAT}")
-    return checkpoint
 
 
 def ema_network(checkpoint, device):
@@ -454,32 +330,6 @@ def ema_network(checkpoint, device):
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line; argparse would print the usage before it
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: int or float in [low, high], or in (low, high] with above."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
-        return value
-
-    return parse
-
-
-def whole_numbers(text):
-    """An argparse type: '32,96' -> (32, 96)."""
-    return tuple(number(int, 1, 65536)(part) for part in text.split(","))
 
 
 def default_guidance(config):
@@ -541,70 +391,35 @@ def build_parser():
 
 def draw(args):
     """Sample from a checkpoint and write what was asked for."""
-    path = find_checkpoint(args.checkpoint)
+    path = find_checkpoint((NAME,), args.checkpoint, SAMPLES_FROM)
     checkpoint = load_checkpoint(path, SAMPLES_FROM)
     config, names = checkpoint["config"], checkpoint["class_names"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
+    steps = config["num_timesteps"] if args.steps is None else args.steps
     classes, count = parse_classes(args.class_, names), args.num_samples
-    output = args.output or Path(f"{NAME}_{file_stem(names[classes[0]]) if len(classes) == 1 else 'samples'}.png")
-    is_gif = output.suffix == ".gif"
-    check_output(output, [".png"] if args.filmstrip else [".png", ".npz", ".gif", ""])
+    endings = [".png"] if args.filmstrip else [".png", ".npz", ".gif", ""]
+    output = sampled_file(args.output, NAME, classes, names, endings)
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
         raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
-    args.steps = config["num_timesteps"] if args.steps is None else args.steps
-    if args.steps > config["num_timesteps"]:
-        raise InputError(f"--steps {args.steps} is more than the {config['num_timesteps']} of the training")
+    if steps > config["num_timesteps"]:
+        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
     model = ema_network(checkpoint, pick_device(args.device))
     labels = torch.tensor(classes).repeat_interleave(count)
-    trace = [] if args.filmstrip or is_gif else None
+    trace = [] if args.filmstrip or output.suffix == ".gif" else None
     images = sample(
-        model=model, config=config, labels=labels, steps=args.steps, guidance=guidance, variance=args.variance,
+        model=model, config=config, labels=labels, steps=steps, guidance=guidance, variance=args.variance,
         clip=args.clip, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), trace=trace,
     )  # fmt: skip
-    if not images.isfinite().all():
-        raise InputError(f"{path} gives numbers that are not finite: it is damaged, or its training went astray")
-    columns = count if 1 < count <= 20 else min(10, len(labels))
-    if args.filmstrip:
-        save_picture(filmstrip(trace), output)
-    elif is_gif:
-        save_gif(trajectory_frames(trace, columns), output)
-    else:
-        save_images(images, labels.tolist(), names, output, columns)
+    save_sampled(images, labels, names, output, count, trace, args.filmstrip)
     print(f"wrote {output} (weights: {path})")
     return 0
 
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.epochs and args.minutes:
-            raise InputError("give --epochs or --minutes, not both")
-        if args.checkpoint and (args.train or args.resume):
-            raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
-        if not args.train and not args.resume:
-            if args.run_dir or args.epochs or args.minutes:
-                raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
-            return draw(args)
-        if not args.resume:
-            args.epochs = args.epochs if args.epochs or args.minutes else 20.0
-            return train(args)
-        path = find_checkpoint(args.run_dir)
-        checkpoint = load_checkpoint(path, (NAME,))
-        if "optimizer" not in checkpoint:
-            raise InputError(f"{path} holds weights to sample with, not a run to go on with")
-        length = {} if args.epochs or args.minutes else {k: checkpoint["config"][k] for k in ("epochs", "minutes")}
-        parser.set_defaults(**{**checkpoint["config"], "epochs": None, "minutes": None, **length})
-        args = parser.parse_args(argv)  # again: what is typed still wins over the checkpoint
-        args.run_dir = path.parent
-        for k in FIXED:
-            if getattr(args, k) != checkpoint["config"][k]:
-                raise InputError(f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run")
-        return train(args, checkpoint)
-    except (InputError, argparse.ArgumentTypeError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+    with errors_in_one_line(parser):
+        args, checkpoint = parse_run(parser, argv, (NAME,), FIXED)
+        return train(args, checkpoint) if args.train or args.resume else draw(args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import onnx
 import torch
 
 import infer_onnx
-from common import IMAGE_SIZE, NULL_LABEL, InputError, draw_noise, noise_streams, to_uint8, written_whole
+from common import IMAGE_SIZE, NULL_LABEL, InputError, draw_noise, find_checkpoint, load_checkpoint, noise_streams
+from common import to_uint8, written_whole
 from infer_onnx import METADATA_FORMAT, METADATA_KEY
 
 STEPS = {"ddim": 20, "ddpm": 250}  # what each model is drawn with where nobody asks for another number
@@ -128,10 +129,10 @@ def compare(script, checkpoint, network, path):
 def export(name, checkpoint_path, output, weights):
     """Export one model; returns the path of the .onnx file."""
     script = importlib.import_module(name)
-    path = script.find_checkpoint(checkpoint_path)
+    path = find_checkpoint((name,), checkpoint_path, script.SAMPLES_FROM)
     if weights and weights.exists() and weights.samefile(path):
         raise InputError(f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with")
-    checkpoint = script.load_checkpoint(path, script.SAMPLES_FROM)
+    checkpoint = load_checkpoint(path, script.SAMPLES_FROM)
     network = script.ema_network(checkpoint, torch.device("cpu"))
     card = model_card(script, checkpoint, network)
     proto = export_denoiser(network, card["image_shape"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch
     assert "python ddim.py --checkpoint runs/ddim" in capsys.readouterr().out
     # a second run gets a folder of its own, and the newest run is the one to sample from
     assert ddim.main(["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]) == 0
-    assert ddim.find_checkpoint(None).parent == ddim.Path("runs/ddim-2")
+    assert common.find_checkpoint(("ddim",)).parent == Path("runs/ddim-2")
     assert ddim.main(["--class", "0", "--steps", "2"]) == 0
     assert Image.open("ddim_o.png").size == (8 * 32, 8 * 32)
 
@@ -309,7 +310,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch
 def test_training_learns(tiny_run):
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert checkpoint["step"] == 18
-    data = ddim.load_data("kmnist", checkpoint["config"]["data_dir"])
+    data = common.load_data("kmnist", checkpoint["config"]["data_dir"])
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
     x_0, eps, t = common.to_float(data.images), torch.randn(60, 1, 32, 32), torch.arange(60) * 16
     alpha_bar_t = ddim.make_alpha_bars("cosine", 1000)[t].float().view(-1, 1, 1, 1)
