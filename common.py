@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torchvision import datasets
 from torchvision.transforms import functional as TF
@@ -413,6 +413,55 @@ def filmstrip(trace):
     return image_grid(rows.flatten(0, 2), columns=len(moments))
 
 
+def in_the_plane(codes, how, others=None):
+    """Codes (N, D), and others (M, D) after them, as points (N + M, 2) of a map.
+
+    how: "pca", the two principal directions of the codes, or "tsne" (scikit-learn), fitted to all of them together.
+    Codes of two numbers are points already.  Raises InputError where scikit-learn is missing.
+    """
+    every = codes if others is None else torch.cat([codes, others])
+    if codes.shape[1] == 2:
+        return every
+    if how == "pca":
+        directions = torch.linalg.svd(codes - codes.mean(dim=0), full_matrices=False).Vh[:2]
+        return (every - codes.mean(dim=0)) @ directions.T
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or take pca") from error
+    return torch.from_numpy(TSNE(init="pca", random_state=0).fit_transform(every.numpy()))
+
+
+def save_map(points, labels, class_names, path, walks=()):
+    """Write points (N, 2) as dots with a colour for each class, and walks [(points (S, 2), label), ...] as lines."""
+    size, margin = 900, 20
+    every = torch.cat([points, *(walk for walk, _ in walks)])
+    low, high = every.min(dim=0).values, every.max(dim=0).values
+    colours = [
+        ImageColor.getrgb(f"hsv({360 * y // len(class_names)}, 90%, {85 - 30 * (y % 2)}%)")
+        for y in range(len(class_names))
+    ]
+    picture = Image.new("RGB", (size + 150, size), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def place(points):
+        x, y = ((points - low) / (high - low).clamp(min=1e-9) * (size - 2 * margin) + margin).T.tolist()
+        return list(zip(x, [size - v for v in y], strict=True))
+
+    for (x, y), label in zip(place(points), labels.tolist(), strict=True):
+        pen.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=colours[label])
+    for walk, label in walks:
+        spots = place(walk)
+        pen.line(spots, fill="black", width=4)
+        pen.line(spots, fill=colours[label], width=2)
+        for (x, y), radius in ((spots[0], 4), (spots[-1], 7)):  # a small dot where it starts, a large one where it ends
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colours[label], outline="black")
+    for y, (name, colour) in enumerate(zip(class_names[:40], colours, strict=False)):
+        pen.ellipse((size, margin + 20 * y, size + 10, margin + 20 * y + 10), fill=colour)
+        pen.text((size + 16, margin + 20 * y), name, fill="black")
+    save_picture(picture, path)
+
+
 def save_picture(picture, path):
     """Write a PIL picture as PNG."""
     with written_whole(path) as scratch:
@@ -441,8 +490,9 @@ def save_sampled(images, labels, class_names, path, count, trace=None, strip=Fal
     columns = count if 1 < count <= 20 else min(10, len(images))
     if strip:
         save_picture(filmstrip(trace), path)
-    elif path.suffix == ".gif":
-        save_gif(trajectory_frames(trace, columns), path)
+    elif path.suffix == ".gif":  # of the walk, or of one sample of each class after the other
+        each = images.unflatten(0, (-1, count)).unbind(1)
+        save_gif(trajectory_frames(trace, columns) if trace else [image_grid(x, min(10, len(x))) for x in each], path)
     else:
         save_images(images, labels.tolist(), class_names, path, columns)
 
@@ -476,8 +526,38 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def whole_numbers(text):
-    """An argparse type: '32,96' -> (32, 96)."""
-    return tuple(number(int, 1, 65536)(part) for part in text.split(","))
+    """An argparse type: '32,96' -> (32, 96), at most five numbers: 32 pixels can be halved no more often."""
+    numbers = tuple(number(int, 1, 65536)(part) for part in text.split(","))
+    if len(numbers) > 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than five numbers")
+    return numbers
+
+
+def run_parser(name, doc, batch_size=128):
+    """The flags that all model scripts share: the run, its data, what to draw. The script adds its own."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=f"{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--train", action="store_true", help="train; without it, draw samples")
+    add("--resume", action="store_true", help="go on with the newest run, or that of --run-dir; needs no other flag")
+    add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
+    add("--batch-size", type=number(int, 1), default=batch_size, help=f"images at a time ({batch_size})")
+    add = parser.add_argument_group("length of the run, one of the two").add_argument
+    add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
+    add("--minutes", type=number(float, 0, above=True), help="wall time, resumed or not; the rate reaches 0 just then")
+    add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
+    add("--data-dir", help="where a named set's files are (data, then Debian's folder, then a download)")
+    add("--channels", type=int, choices=(1, 3), default=1, help="of the images: 1 grey, 3 colour (1)")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, all (all)")
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
+    add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
+    add("--output", type=Path, help="a .png grid, an .npz, a .gif, or a folder for PNGs (NAME_CLASS.png)")
+    return parser
 
 
 @contextmanager
@@ -543,11 +623,12 @@ def find_checkpoint(names, asked=None, shipped=()):
     else:
         runs = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
         runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        places = [*runs, *(Path(__file__).parent / f"pretrained/{name}.pt" for name in shipped or names)]
+        places = [*runs, *(Path(__file__).parent / f"pretrained/{name}.pt" for name in shipped)]
     for path in places:
         if path.is_file():
             return path
-    raise InputError(f"there is no {' or '.join(map(str, places))}: train first, with --train")
+    wanted = " or ".join(map(str, places)) or f"runs/*/{names[0]}.pt"
+    raise InputError(f"there is no {wanted}: train first, with --train")
 
 
 def load_checkpoint(path, names):
@@ -593,23 +674,25 @@ def signals_caught():
 class Run:
     """Where a run stands: its folder, step and clock. It counts, shows and logs; the training is the script's.
 
-    name: of the checkpoint file;  args: the script's flags;  num_images: in the data;  checkpoint: to go on from.
+    name: of the script;  args: its flags;  num_images: in the data;  checkpoint: to go on from;  part: what is trained,
+    if not all of it;  folder: that of an earlier part;  share: of --epochs or --minutes.
     folder, step and steps_per_epoch are there to be used; the script adds to `step`.
     """
 
-    def __init__(self, name, args, num_images, checkpoint=None):
-        self.name, self.args, self.num_images = name, args, num_images
+    def __init__(self, name, args, num_images, checkpoint=None, part="", folder=None, share=1.0):
+        self.name, self.part, self.args, self.num_images, self.share = name, part, args, num_images, share
+        self.stem, self.log_file = part or name, f"{part}_log.jsonl" if part else "log.jsonl"
         self.steps_per_epoch = len(epoch_batches(num_images, args.batch_size, args.seed, 0))
-        self.total_steps = math.ceil(round(args.epochs * self.steps_per_epoch, 6)) if args.epochs else None
+        self.total_steps = math.ceil(round(args.epochs * share * self.steps_per_epoch, 6)) if args.epochs else None
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
-        self.folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
+        self.folder = folder or (args.run_dir if checkpoint else self._new_folder(args.run_dir))
         self.start = self.last_save = time.monotonic()
         self.clock = self.start - (checkpoint["seconds"] if checkpoint else 0)  # as if it had never been interrupted
         self._trim_log()
 
     def _new_folder(self, asked):
         """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
-        if asked and ((asked / f"{self.name}.pt").exists() or (asked / "log.jsonl").exists()):
+        if asked and ((asked / f"{self.stem}.pt").exists() or (asked / self.log_file).exists()):
             raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
         names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
         folder = asked or next(path for name in names if not (path := Path("runs", name)).exists())
@@ -618,7 +701,7 @@ class Run:
 
     def _trim_log(self):
         """Drop the lines after `step`: a killed run had logged more than it had saved, perhaps half a line."""
-        path = self.folder / "log.jsonl"
+        path = self.folder / self.log_file
         if path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
             with written_whole(path) as scratch:
@@ -629,7 +712,9 @@ class Run:
 
     def progress(self):
         """The share of --epochs or --minutes that is over, from 0 on."""
-        return self.step / self.total_steps if self.args.epochs else self.seconds() / 60 / self.args.minutes
+        return (
+            self.step / self.total_steps if self.args.epochs else self.seconds() / 60 / (self.args.minutes * self.share)
+        )
 
     def epoch(self):
         return self.step / self.steps_per_epoch
@@ -657,7 +742,7 @@ class Run:
     def log(self, line):
         """Add a line, a dict of numbers, to log.jsonl."""
         line = {"step": self.step, "epoch": self.epoch(), "seconds": self.seconds(), **line}
-        with (self.folder / "log.jsonl").open("a") as file:
+        with (self.folder / self.log_file).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def check_finite(self, **values):
@@ -671,7 +756,7 @@ class Run:
 
     def picture(self):
         """Where the grid of samples of this step belongs."""
-        return self.folder / f"samples/step_{self.step:07d}.png"
+        return self.folder / f"samples/{self.part or 'step'}_{self.step:07d}.png"
 
     def save_due(self):
         return time.monotonic() - self.last_save >= 60 * self.args.save_every
@@ -679,21 +764,22 @@ class Run:
     def save(self, content):
         """Write the checkpoint: `content`, and where the run stands."""
         state = {
-            "format": FORMAT, "model": self.name, "step": self.step, "seconds": self.seconds(),
+            "format": FORMAT, "model": self.stem, "step": self.step, "seconds": self.seconds(),
             "images": self.step * self.args.batch_size, "torch": str(torch.__version__),
         }  # fmt: skip
-        with written_whole(self.folder / f"{self.name}.pt") as scratch:
+        with written_whole(self.folder / f"{self.stem}.pt") as scratch:
             torch.save({**state, **content}, scratch)
         self.last_save = time.monotonic()
 
-    def end(self, stopped, script):
+    def end(self, stopped):
         """Say how the run ended and what comes next; returns the exit code."""
         where = shlex.quote(self.folder.as_posix())
         print(f"{self.step} steps, {self.epoch():.2f} epochs, {self.seconds() / 60:.1f} minutes")
         if stopped:
-            print(f"Stopped and saved. Go on with:\n  python {script}.py --resume --run-dir {where}")
+            print(f"Stopped and saved. Go on with:\n  python {self.name}.py --resume --run-dir {where}")
             return 130
-        print(f"Draw samples with:\n  python {script}.py --checkpoint {where} --class all --num-samples 10")
+        if not self.part:
+            print(f"Draw samples with:\n  python {self.name}.py --checkpoint {where} --class all --num-samples 10")
         return 0
 
 

@@ -21,17 +21,16 @@ smaller network, AdamW with an annealed learning rate, gradient clipping, and x_
 import argparse
 import math
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IDX_SETS, IMAGE_SIZE, LOG_EVERY, NULL_LABEL, InputError, Parser, Run, UNet, draw_noise
-from common import errors_in_one_line, find_checkpoint, load_checkpoint, load_run_data, noise_streams, number
-from common import parse_classes, parse_run, pick_device, sampled_file, save_images, save_sampled, signals_caught
-from common import to_float, whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, InputError, Run, UNet, draw_noise, errors_in_one_line
+from common import find_checkpoint, load_checkpoint, load_run_data, noise_streams, number, parse_classes, parse_run
+from common import pick_device, run_parser, sampled_file, save_images, save_sampled, signals_caught, to_float
+from common import whole_numbers
 
 
 NAME = "ddpm"
@@ -309,7 +308,7 @@ def train(args, checkpoint=None):
             if run.save_due():
                 save()
         save()
-    return run.end(stopped, NAME)
+    return run.end(stopped)
 
 
 # --- Run state --------------------------------------------------------------------------------------------------
@@ -338,23 +337,8 @@ def default_guidance(config):
 
 
 def build_parser():
-    on_off, raw = argparse.BooleanOptionalAction, argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"{NAME}.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("--train", action="store_true", help="train; without it, draw samples")
-    add("--resume", action="store_true", help="go on with the newest run, or that of --run-dir; needs no other flag")
-    add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
-    add("--batch-size", type=number(int, 1), default=128, help="images at a time (128)")
-    add = parser.add_argument_group("length of the run, one of the two").add_argument
-    add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
-    add("--minutes", type=number(float, 0, above=True), help="wall time, resumed or not; the rate reaches 0 just then")
-    add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
-    add("--data-dir", help="where a named set's files are (data, then Debian's folder, then a download)")
-    add("--channels", type=int, choices=(1, 3), default=1, help="of the images: 1 grey, 3 colour (1)")
+    on_off = argparse.BooleanOptionalAction
+    parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4").add_argument
     add("--widths", type=whole_numbers, default=(32, 96), help="channels at each resolution, finest first (32,96)")
     add("--depths", type=whole_numbers, default=(1, 3), help="residual blocks at each resolution (1,3)")
@@ -377,10 +361,6 @@ def build_parser():
     add("--bf16", action=on_off, default=False, help="bfloat16 autocast, for GPUs (off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, all (all)")
-    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
-    add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
-    add("--output", type=Path, help="a .png grid, an .npz, a .gif of the trajectory, or a folder for PNGs")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (T)")
     add("--variance", choices=("small", "large"), default="small", help="of the noise: posterior's, or beta_t (small)")

@@ -11,6 +11,7 @@
 
     python infer_onnx.py --class Sneaker                         one Sneaker
     python infer_onnx.py --class all --num-samples 10            ten of each class
+    python infer_onnx.py --model vae --class Bag                 another model: vae, gan, ddpm, ddim, ldm, or a file
     python infer_onnx.py --info                                  what the model file says of itself
 
 The model is the newest of runs/*/NAME.onnx (your own, made by export.py), else pretrained/NAME.onnx. The file says all
@@ -20,6 +21,7 @@ Exit codes: 0 done, 2 wrong flags, 3 wrong model file, 4 provider not to be had,
 """
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import difflib
@@ -31,19 +33,29 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
 METADATA_FORMAT = 1
-CARD_KEYS = (
-    "model", "kind", "class_names", "null_label", "image_shape", "alpha_bars", "prediction", "steps", "guidance",
-    "guidance_fixed", "probe",
-)  # fmt: skip
+CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
+KIND_KEYS = {
+    "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_fixed"),
+    "codes": ("latent_dim", "prior"),  # an image for a code: VAE and GAN
+}
+# The flags that a model has a use for, besides those that all share.
+MODEL_FLAGS = {
+    "ddim": ("steps", "guidance", "eta"),
+    "ddpm": ("steps", "guidance", "variance"),
+    "ldm": ("steps", "guidance", "eta"),
+    "vae": ("truncation", "prior", "interpolate", "reconstruct", "between"),
+    "gan": ("truncation", "interpolate"),
+}
 
 
 class InputError(ValueError):
@@ -80,13 +92,50 @@ def find_model(name):
     raise ModelError(f"no model {name!r} in runs/ or pretrained/: name a file with --model, or make one with export.py")
 
 
-def load_model(path, provider="auto", threads=0, tf32=True):
-    """Read and check a model file.
+@dataclass
+class Model:
+    """A model file, read and checked, with the parts that it names: an encoder (VAE) or a decoder (LDM)."""
 
-    provider: auto (CUDA if it can run, else CPU), cuda (or ProviderError) or cpu.
-    Returns (session, card, sha256, trouble): card is what the file says of itself, trouble why CUDA was not used.
+    session: ort.InferenceSession
+    parts: dict  # name -> session
+    card: dict  # what the file says of itself
+    sha256: str
+    trouble: str | None  # why CUDA is not used
+
+
+def load_model(path, provider="auto", threads=0, tf32=True):
+    """Read and check a model file and its parts beside it. Returns a Model.
+
+    provider: auto (CUDA if it can run, else CPU), cuda (or ProviderError) or cpu.  Raises ModelError.
     """
     path = Path(path)
+    trouble = None if provider == "cpu" else cuda_trouble()
+    content = read_model(path)
+    session = open_session(path, content, threads)
+    card = read_card(session, path)
+    contents = {"": content}
+    for name, part in card["parts"].items():
+        contents[name] = read_model(path.with_name(Path(part["file"]).name))
+        if hashlib.sha256(contents[name]).hexdigest() != part["sha256"]:
+            raise ModelError(f"{path.with_name(part['file'])} is not the {name} of {path}: export both again")
+    sessions = {name: open_session(path, contents[name], threads) for name in card["parts"]} | {"": session}
+    if provider != "cpu" and trouble is None:
+        try:
+            on_cuda = {name: open_session(path, content, threads, tf32) for name, content in contents.items()}
+            if on_cuda[""].get_providers()[0] == "CUDAExecutionProvider":  # not a matter of course
+                sessions = on_cuda
+            else:
+                trouble = "onnxruntime could not load its CUDA provider"
+        except ModelError as error:  # the model is sound, so this is CUDA's: memory, a busy device, ...
+            trouble = f"CUDA did not start: {one_line(error.__cause__)}"
+    if provider == "cuda" and trouble:
+        raise ProviderError(f"no CUDA: {trouble}")
+    session = sessions.pop("")
+    return Model(session, sessions, card, hashlib.sha256(content).hexdigest(), trouble)
+
+
+def read_model(path):
+    """The bytes of a model file; ModelError where they cannot be ONNX."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -95,29 +144,20 @@ def load_model(path, provider="auto", threads=0, tf32=True):
         raise ModelError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull")
     if content.startswith(b"PK"):
         raise ModelError(f"{path} is a checkpoint or another archive, not ONNX: export it with export.py")
-    trouble = None if provider == "cpu" else cuda_trouble()
+    return content
+
+
+def open_session(path, content, threads, tf32=None):
+    """A session of onnxruntime, on the CPU; on CUDA if tf32 says how."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error is ours to report, in one line
     options.intra_op_num_threads = threads
+    cuda = ("CUDAExecutionProvider", {"use_tf32": str(int(bool(tf32))), "cudnn_conv_algo_search": "HEURISTIC"})
+    providers = ["CPUExecutionProvider"] if tf32 is None else [cuda, "CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own kinds, one for every way to be broken
         raise ModelError(f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}") from error
-    card = read_card(session, path)
-    if provider != "cpu" and trouble is None:
-        cuda_options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
-        providers = [("CUDAExecutionProvider", cuda_options), "CPUExecutionProvider"]
-        try:
-            on_cuda = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
-            if on_cuda.get_providers()[0] == "CUDAExecutionProvider":  # not a matter of course
-                session = on_cuda
-            else:
-                trouble = "onnxruntime could not load its CUDA provider"
-        except Exception as error:  # the model is sound, so this is CUDA's: memory, a busy device, ...
-            trouble = f"CUDA did not start: {one_line(error)}"
-    if provider == "cuda" and trouble:
-        raise ProviderError(f"no CUDA: {trouble}")
-    return session, card, hashlib.sha256(content).hexdigest(), trouble
 
 
 def read_card(session, path):
@@ -128,15 +168,18 @@ def read_card(session, path):
     try:
         card = json.loads(text)
         version = card["format"]
-        missing = [key for key in CARD_KEYS if key not in card]
-    except (ValueError, TypeError, KeyError) as error:
+        missing = [key for key in (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ())) if key not in card]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} has broken metadata: {one_line(error)}") from error
     if version != METADATA_FORMAT:
-        raise ModelError(f"{path} has metadata format {version}, this infer_onnx.py reads {METADATA_FORMAT}: update it")
-    if missing or card["kind"] != "diffusion":
         raise ModelError(
-            f"{path}: " + (f"no {missing[0]} in its metadata" if missing else f"unknown kind {card['kind']!r}")
+            f"{path} has metadata format {version}, this infer_onnx.py reads {METADATA_FORMAT}: "
+            + ("update infer_onnx.py" if isinstance(version, int) and version > METADATA_FORMAT else "export it again")
         )
+    if missing:
+        raise ModelError(f"{path}: no {missing[0]} in its metadata")
+    if card["kind"] not in KIND_KEYS or card["model"] not in MODEL_FLAGS:
+        raise ModelError(f"{path}: unknown kind {card['kind']!r} or model {card['model']!r}")
     return card
 
 
@@ -275,15 +318,45 @@ def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", c
     return x_t
 
 
+def draw_codes(prior, labels, streams, latent_dim, truncation=None):
+    """One latent code for each image: float32 (N, D).
+
+    prior: None for N(0, 1), else of each class y a mixture: component k with the probability weights[y, k], then
+    means[y, k] + scales[y, k] @ noise;  labels: list of int;  streams: as draw_noise takes them;  truncation: redraw
+    noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
+    """
+    codes = draw_noise(streams, (latent_dim,))
+    while truncation and (beyond := np.abs(codes) > truncation).any():
+        codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
+    if prior is not None:
+        for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
+            k = int((stream.random() >= np.cumsum(prior["weights"][y])[:-1]).sum())
+            codes[i] = prior["means"][y][k] + prior["scales"][y][k] @ codes[i]
+    return codes
+
+
+def fitted_prior(card):
+    """The mixture of each class in a card, as arrays for draw_codes; None is N(0, 1)."""
+    if card["prior"] is None:
+        return None
+    numbers = {key: np.frombuffer(base64.b64decode(part["float32"]), "<f4") for key, part in card["prior"].items()}
+    return {key: numbers[key].reshape(part["shape"]) for key, part in card["prior"].items()}
+
+
+def run_session(session, **feed):
+    """The first output of a session for named inputs; RunError if it fails."""
+    try:
+        return session.run(None, feed)[0]
+    except Exception as error:  # onnxruntime's own kinds; memory is the usual one
+        raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}") from error
+
+
 def denoiser(session, y, guidance, null_label):
     """denoise(x_t, t) -> network output, with classifier-free guidance as in ddim.py's `guided`. y: int64 (B,)."""
     null = np.full_like(y, null_label)
 
     def run(x_t, t, labels):
-        try:
-            return session.run(None, {"x_t": x_t, "t": np.full(len(labels), t, np.int64), "y": labels})[0]
-        except Exception as error:  # onnxruntime's own kinds; memory is the usual one
-            raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}") from error
+        return run_session(session, x_t=x_t, t=np.full(len(labels), t, np.int64), y=labels)
 
     def denoise(x_t, t):
         if guidance in (0, 1):
@@ -294,40 +367,96 @@ def denoiser(session, y, guidance, null_label):
     return denoise
 
 
+def as_bytes(images):
+    """Images in [-1, 1] -> uint8 0..255; RunError if they are no finite numbers."""
+    if not np.isfinite(images).all():
+        raise RunError("the network gave numbers that are not finite")
+    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def in_batches(model, draw, count, batch_size):
+    """uint8 images, `count` of them, of draw(indices); on CUDA in batches of one size, since cuDNN tunes for each."""
+    on_cuda, images = model.session.get_providers()[0] == "CUDAExecutionProvider", []
+    for first in range(0, count, batch_size):
+        indices = list(range(first, min(first + batch_size, count)))
+        size = len(indices)
+        if on_cuda and first > 0:
+            indices += indices[-1:] * (batch_size - size)
+        images.append(as_bytes(draw(indices)[:size]))
+        if count > batch_size and sys.stderr.isatty():
+            print(f"\r{first + size} of {count} images", end="", file=sys.stderr, flush=True)
+    if count > batch_size and sys.stderr.isatty():
+        print(file=sys.stderr)
+    return np.concatenate(images)
+
+
 def sample(
-    session, card, labels, *, steps, guidance, eta=0.0, variance="small", seed=0, batch_size=100, clip=True
+    model, labels, *, steps=None, guidance=None, eta=0.0, variance="small", truncation=None, prior="fitted", seed=0,
+    batch_size=100,
 ):  # fmt: skip
     """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, i), not on the batch.
 
-    labels: list of int, classes of the card;  eta: for ddim models;  variance: for ddpm models.
+    model: from load_model;  labels: list of int, classes of its card;  steps, guidance: of diffusion models, else the
+    card's;  eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;  prior: for vae.
     Raises ValueError for other labels, RunError if the network fails or gives no finite numbers.
     """
+    card = model.card
     if not labels or not all(0 <= y < len(card["class_names"]) for y in labels):  # CUDA would read past the table
         raise ValueError(f"labels {labels} must be one or more of 0..{len(card['class_names']) - 1}")
+    if card["kind"] == "codes":
+        mixture = fitted_prior(card) if prior == "fitted" else None
+        codes = draw_codes(mixture, labels, noise_streams(seed, range(len(labels))), card["latent_dim"], truncation)
+        return decode_codes(model, codes, class_weights(labels, len(card["class_names"])), batch_size)
+    guidance = card["guidance"] if guidance is None else guidance
     alpha_bars = np.array(card["alpha_bars"], np.float64)
-    pairs = time_pairs(len(alpha_bars), steps)
-    on_cuda, images = session.get_providers()[0] == "CUDAExecutionProvider", []
-    for first in range(0, len(labels), batch_size):
-        indices = list(range(first, min(first + batch_size, len(labels))))
-        count = len(indices)
-        if on_cuda and first > 0:
-            indices += indices[-1:] * (batch_size - count)  # cuDNN searches anew for every new shape
+    pairs = time_pairs(len(alpha_bars), card["steps"] if steps is None else steps)
+    latent = card.get("latent_shape")
+    walk, option = (ddpm_sample, variance) if card["model"] == "ddpm" else (ddim_sample, eta)
+
+    def drawn(indices):
         streams = noise_streams(seed, indices)
 
-        def draw(streams=streams):
-            return draw_noise(streams, card["image_shape"])
+        def draw():
+            return draw_noise(streams, latent or card["image_shape"])
 
-        denoise = denoiser(session, np.array([labels[i] for i in indices], np.int64), guidance, card["null_label"])
-        walk, option = (ddpm_sample, variance) if card["model"] == "ddpm" else (ddim_sample, eta)
-        x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], option, clip, draw)[:count]
-        if not np.isfinite(x_0).all():
-            raise RunError("the network gave numbers that are not finite")
-        images.append(((x_0.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
-        if len(labels) > batch_size and sys.stderr.isatty():
-            print(f"\r{first + count} of {len(labels)} images", end="", file=sys.stderr, flush=True)
-    if len(labels) > batch_size and sys.stderr.isatty():
-        print(file=sys.stderr)
-    return np.concatenate(images)
+        y = np.array([labels[i] for i in indices], np.int64)
+        denoise = denoiser(model.session, y, guidance, card["null_label"])
+        x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], option, not latent, draw)
+        if not latent:
+            return x_0
+        mean, std = (np.array(card[key], np.float32).reshape(-1, 1, 1) for key in ("latent_mean", "latent_std"))
+        return run_session(model.parts["decoder"], z=x_0 * std + mean)
+
+    return in_batches(model, drawn, len(labels), batch_size)
+
+
+def class_weights(labels, num_classes):
+    """What a decoder takes for classes: float32 (N, num_classes), 1 for the label."""
+    return np.eye(num_classes, dtype=np.float32)[labels]
+
+
+def decode_codes(model, codes, classes, batch_size=100):
+    """uint8 images of codes float32 (N, D) and class weights float32 (N, classes)."""
+    return in_batches(
+        model, lambda i: run_session(model.session, z=codes[i], classes=classes[i]), len(codes), batch_size
+    )
+
+
+def on_the_way(model, ends, labels, count, keep_length):
+    """uint8 images on the way from one code to another and from one class to another, `count` of them.
+
+    ends: codes float32 (2, D);  labels: two classes;  keep_length: lengthen codes as a straight line shortens noise.
+    """
+    weight = np.linspace(0, 1, count, dtype=np.float32)[:, None]
+    classes = class_weights(labels, len(model.card["class_names"]))
+    codes, lengths = line(*ends, weight), [np.linalg.norm(z) for z in ends]
+    if keep_length:
+        codes = codes / np.linalg.norm(codes, axis=1, keepdims=True) * line(*lengths, weight)
+    return decode_codes(model, codes.astype(np.float32), line(*classes, weight))
+
+
+def line(a, b, weight):
+    return a + weight * (b - a)
 
 
 # --- Noise and classes, as in common.py -------------------------------------------------------------------------
@@ -463,11 +592,25 @@ def build_parser():
     add(
         "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
     )
-    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class (1)")
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
-    add("--eta", type=number(float, 0, 1), help="of ddim models: 0 deterministic ... 1 as noisy as DDPM (0)")
-    add("--variance", choices=("small", "large"), help="of ddpm models: the posterior's, or beta_t (small)")
+    add("--eta", type=number(float, 0, 1), help="of ddim and ldm: 0 deterministic ... 1 as noisy as DDPM (0)")
+    add("--variance", choices=("small", "large"), help="of ddpm: the posterior's, or beta_t (small)")
+    add("--truncation", type=number(float, 0.1), help="of vae and gan: redraw noise beyond +- this (not)")
+    add("--prior", choices=("fitted", "normal"), help="of vae: where codes are drawn from (fitted)")
+    add(
+        "--interpolate",
+        choices=("noise", "class"),
+        help="of vae and gan: between two noises of a class, or two classes",
+    )
+    add(
+        "--reconstruct",
+        metavar="FILE",
+        nargs="+",
+        help="of vae: images (with --class), and as decoded from their codes",
+    )
+    add("--between", metavar="FILE", nargs=2, help="of vae: from one image to the other, in --num-samples frames")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
     add("--model", default="ddim", help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
@@ -481,14 +624,38 @@ def build_parser():
     return parser
 
 
-def check(session, card):
+def read_image(path, image_shape):
+    """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized."""
+    try:
+        with Image.open(path) as picture:
+            picture = picture.convert("L" if image_shape[0] == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable image ({one_line(error)})") from error
+    if picture.size == (28, 28):
+        picture = ImageOps.expand(picture, 2)
+    elif picture.size != (32, 32):
+        picture = picture.resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = np.array(picture).reshape(32, 32, -1).transpose(2, 0, 1)
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def evaluation(model, count):
+    """A function that evaluates the network once, for `count` images: noise and class of the card's probe."""
+    card = model.card
+    probe, classes = card["probe"], len(card["class_names"])
+    if card["kind"] == "codes":
+        z = draw_noise(noise_streams(probe["seed"], range(count)), [card["latent_dim"]])
+        return lambda: run_session(model.session, z=z, classes=class_weights([probe["y"]] * count, classes))
+    x_t = draw_noise(noise_streams(probe["seed"], range(count)), card.get("latent_shape", card["image_shape"]))
+    denoise = denoiser(model.session, np.full(count, probe["y"], np.int64), 1, card["null_label"])
+    return lambda: denoise(x_t, probe["t"])
+
+
+def check(model):
     """Run the network on the card's probe; RunError if its output is not what it was at the export."""
-    probe = card["probe"]
-    x_t = draw_noise(noise_streams(probe["seed"], [0]), card["image_shape"])
-    denoise = denoiser(session, np.array([probe["y"]], np.int64), 1, card["null_label"])
-    found = denoise(x_t, probe["t"]).ravel()[: len(probe["output"])]
-    difference = float(np.abs(found - np.array(probe["output"], np.float32)).max())
-    limit = 1e-4 if session.get_providers()[0] == "CPUExecutionProvider" else 1e-2  # CUDA: TF32
+    expected = np.array(model.card["probe"]["output"], np.float32)
+    difference = float(np.abs(evaluation(model, 1)().ravel()[: len(expected)] - expected).max())
+    limit = 1e-4 if model.session.get_providers()[0] == "CPUExecutionProvider" else 1e-2  # CUDA: TF32
     if not difference <= limit:
         raise RunError(
             f"the check failed: outputs differ by {difference:.1e} from those at the export, limit {limit:.0e}"
@@ -496,58 +663,90 @@ def check(session, card):
     print(f"check passed: outputs within {difference:.1e} of those at the export")
 
 
-def benchmark(session, card, steps, guidance):
+def benchmark(model, steps, guidance):
     """Print the median time of a network evaluation and of an image at several batch sizes."""
     print("batch  ms per evaluation  ms per evaluation and image  images/s at these steps and guidance")
     passes = steps * (1 if guidance in (0, 1) else 2)
     for batch in (1, 4, 16, 64):
-        denoise = denoiser(session, np.zeros(batch, np.int64), 1, card["null_label"])
-        x_t = draw_noise(noise_streams(0, range(batch)), card["image_shape"])
-        times = []
+        evaluate, times = evaluation(model, batch), []
         for _ in range(12):
             start = time.perf_counter()
-            denoise(x_t, 0)
+            evaluate()
             times.append(time.perf_counter() - start)
         median = sorted(times[2:])[5]  # the first two warm up
         print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {batch / median / passes:36.1f}")
 
 
+def draw_images(model, args, classes, options):
+    """What the flags ask for: (uint8 images, their labels, columns of the grid)."""
+    card, count = model.card, args.num_samples
+    if args.reconstruct or args.between:
+        if len(classes) != 1:
+            raise InputError("--reconstruct and --between need one --class, that of the images")
+        x = np.stack([read_image(path, card["image_shape"]) for path in args.reconstruct or args.between])
+        weights = class_weights(classes * len(x), len(card["class_names"]))
+        codes = run_session(model.parts["encoder"], x=x, classes=weights)
+        if args.between:
+            return on_the_way(model, codes, classes * 2, count, False), classes * count, count
+        images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, args.batch_size)])
+        return images, classes * len(images), len(x)
+    if args.interpolate:
+        same = args.interpolate == "noise"
+        pairs, images = [[y, y] for y in classes] if same else [classes], []
+        mixture = fitted_prior(card) if options.get("prior", "fitted") == "fitted" else None
+        for pair in pairs:
+            streams = noise_streams(args.seed, [0, 1] if same else [0, 0])
+            codes = draw_codes(mixture, pair, streams, card["latent_dim"], args.truncation)
+            images.append(on_the_way(model, codes, pair, count, card["prior"] is None))
+        return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
+    labels = [y for y in classes for _ in range(count)]
+    images = sample(model, labels, seed=args.seed, batch_size=args.batch_size, **options)
+    return images, labels, count if 1 < count <= 20 else min(10, len(labels))
+
+
 def run(args):
     path = find_model(args.model)
-    session, card, sha256, trouble = load_model(path, args.provider, args.threads, args.tf32)
-    names, where = card["class_names"], session.get_providers()[0]
+    model = load_model(path, args.provider, args.threads, args.tf32)
+    card, name = model.card, model.card["model"]
+    names, where = card["class_names"], model.session.get_providers()[0]
     if args.info:
-        short = {k: v if k not in ("alpha_bars", "probe") else "..." for k, v in card.items()}
-        print(json.dumps({"file": str(path), "sha256": sha256, **short}, indent=1))
+        short = {k: v if k not in ("alpha_bars", "probe", "prior") else "..." for k, v in card.items()}
+        print(json.dumps({"file": str(path), "sha256": model.sha256, **short}, indent=1))
         return
-    steps = card["steps"] if args.steps is None else args.steps
-    guidance = card["guidance"] if args.guidance is None else args.guidance
-    if steps > len(card["alpha_bars"]):
-        raise InputError(f"--steps {steps} is more than the {len(card['alpha_bars'])} of the training")
-    options = {"variance": args.variance or "small"} if card["model"] == "ddpm" else {"eta": args.eta or 0.0}
-    for flag in {"eta", "variance"} - {*options}:
-        if getattr(args, flag) is not None:
-            raise InputError(f"--{flag} is not for {card['model']} models: leave it out")
-    if card["guidance_fixed"] and guidance != card["guidance"]:
-        raise InputError(f"this model knows no other --guidance than {card['guidance']}")
-    print(f"running on {where}" + (f"; not on CUDA: {trouble}" if trouble else ""))
+    for flag in dict.fromkeys(flag for flags in MODEL_FLAGS.values() for flag in flags):
+        if flag not in MODEL_FLAGS[name] and getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is not for {name} models: leave it out")
+    options = {flag: getattr(args, flag) for flag in ("eta", "variance", "truncation", "prior")}
+    options = {flag: value for flag, value in options.items() if value is not None}
+    if card["kind"] == "diffusion":
+        options |= {k: card[k] if getattr(args, k) is None else getattr(args, k) for k in ("steps", "guidance")}
+        if options["steps"] > len(card["alpha_bars"]):
+            raise InputError(f"--steps {options['steps']} is more than the {len(card['alpha_bars'])} of the training")
+        if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
+            raise InputError(f"this model knows no other --guidance than {card['guidance']}")
+    print(f"running on {where}" + (f"; not on CUDA: {model.trouble}" if model.trouble else ""))
     if args.check:
-        return check(session, card)
+        return check(model)
     if args.benchmark:
-        return benchmark(session, card, steps, guidance)
+        return benchmark(model, options.get("steps", 1), options.get("guidance", 1))
     classes = parse_classes(args.class_, names)
-    labels = [y for y in classes for _ in range(args.num_samples)]
+    special = [flag for flag in ("interpolate", "reconstruct", "between") if getattr(args, flag)]
+    if len(special) > 1:
+        raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
+    if (args.interpolate or args.between) and args.num_samples < 2:
+        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
+    if args.interpolate == "class" and len(classes) != 2:
+        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{what}.png")
     check_output(output, [".png", ".npz", ""])
     start = time.perf_counter()
-    options |= {"steps": steps, "guidance": guidance, "seed": args.seed}
-    images = sample(session, card, labels, batch_size=args.batch_size, **options)
+    images, labels, columns = draw_images(model, args, classes, options)
     seconds = time.perf_counter() - start
-    texts = {"model": card["model"], "model_sha256": sha256, **options, "Software": "infer_onnx.py"}
-    columns = args.num_samples if 1 < args.num_samples <= 20 else min(10, len(labels))
+    texts = {"model": name, "model_sha256": model.sha256, **options, "seed": args.seed, "Software": "infer_onnx.py"}
     save(images, labels, names, output, columns, texts)
-    print(f"wrote {output}: {len(labels)} x {steps} steps in {seconds:.2f} s, guidance {guidance}, model {path}")
+    said = ", ".join(f"{key} {value}" for key, value in {**options, "seed": args.seed}.items())
+    print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {said}, model {path}")
 
 
 def main(argv=None):

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib
 import os
 import struct
 import sys
@@ -20,6 +21,15 @@ import ddim  # noqa: E402
 
 # Flags of a network and a run so small that a step takes milliseconds; kmnist has no published sums to satisfy.
 TINY = ["--data", "kmnist", "--widths", "8,16", "--depths", "1,2", "--emb-channels", "16", "--batch-size", "20"]
+# The same for each script.
+SHARED = ["--data", "kmnist", "--emb-channels", "16", "--batch-size", "20"]
+TINY_FLAGS = {
+    "ddim": TINY,
+    "ddpm": TINY,
+    "vae": [*SHARED, "--widths", "8,16", "--latent-dim", "4", "--prior-components", "2"],
+    "gan": [*SHARED, "--widths", "8,16", "--widths-d", "8,16", "--latent-dim", "4"],
+    "ldm": [*SHARED, "--widths", "16", "--depths", "1", "--autoencoder-widths", "8,16"],
+}
 TINY_NETWORK = {"widths": (8, 16), "depths": (1, 2), "emb_channels": 16}
 
 
@@ -83,6 +93,21 @@ def tiny_run(tmp_path_factory, data_dir):
     flags = ["--train", "--epochs", "6", "--warmup", "2", "--data-dir", data_dir, "--run-dir", str(run_dir), *TINY]
     assert ddim.main(flags) == 0
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory, data_dir):
+    """A function: the folder of a finished run of a script with its tiny network, made when first asked for."""
+    made = {}
+
+    def run_of(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "run"
+            flags = ["--train", "--epochs", "6", "--warmup", "2", "--data-dir", data_dir, "--run-dir", str(made[name])]
+            assert importlib.import_module(name).main([*flags, *TINY_FLAGS[name]]) == 0
+        return made[name]
+
+    return run_of
 
 
 @pytest.fixture

@@ -1,0 +1,189 @@
+"""What all five scripts promise: they train, go on, draw, say what is wrong, and can be copied."""
+
+import importlib
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS
+from PIL import Image
+
+import common
+
+NAMES = [*TINY_FLAGS]
+# What must not depend on where a run was interrupted; a save adds a line on the samples to the log.
+PASSING = ("seconds", "config")
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def script(name):
+    return importlib.import_module(name)
+
+
+def log_of(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "grad_norm" in line or "lr" in line]
+
+
+def state(run_dir):
+    """All that a run has made: what its checkpoints hold, its logs, its last grid."""
+    found = {}
+    for path in sorted(run_dir.glob("*.pt")):
+        checkpoint = torch.load(path, weights_only=True)
+        found[path.name] = {k: v for k, v in checkpoint.items() if k not in PASSING}
+    for path in sorted(run_dir.glob("*log.jsonl")):
+        found[path.name] = log_of(path)
+    found["grid"] = max((run_dir / "samples").glob("step*")).read_bytes()
+    return found
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(name, script, in_tmp, data_dir, monkeypatch):
+    monkeypatch.setattr(script, "LOG_EVERY", 2)
+    flags = ["--train", "--epochs", "4", "--data-dir", data_dir, *TINY_FLAGS[name]]
+    assert script.main([*flags, "--run-dir", "whole"]) == 0
+    update, calls = script.AveragedModel.update_parameters, []
+
+    def interrupt(self, model):
+        update(self, model)
+        calls.append(1)
+        if len(calls) in (2, 7):  # of the LDM: once in each stage
+            signal.raise_signal(signal.SIGINT if len(calls) == 2 else signal.SIGTERM)
+
+    monkeypatch.setattr(script.AveragedModel, "update_parameters", interrupt)
+    assert script.main([*flags, "--run-dir", "broken"]) == 130
+    assert script.main(["--resume", "--run-dir", "broken"]) == 130
+    assert script.main(["--resume", "--run-dir", "broken"]) == 0
+    assert len(calls) == 12
+    whole, broken = state(in_tmp / "whole"), state(in_tmp / "broken")
+    assert whole.keys() == broken.keys() and len(whole) >= 3
+    for key in whole:
+        assert equal(whole[key], broken[key]), key
+
+
+def test_a_run_leaves_what_is_needed_to_draw(name, script, tiny_runs, in_tmp):
+    run_dir = tiny_runs(name)
+    checkpoint = torch.load(run_dir / f"{name}.pt", weights_only=True)
+    assert checkpoint["model"] == name and len(checkpoint["class_names"]) == 10
+    assert checkpoint["step"] == {"ldm": 14}.get(name, 18)  # of 18; a quarter went to the autoencoder
+    before = sorted(run_dir.rglob("*"))
+    for output in ("x.png", "x.npz", "x.gif", "folder"):
+        assert (
+            script.main(["--checkpoint", str(run_dir), "--class", "o,su", "--num-samples", "3", "--output", output])
+            == 0
+        )
+    arrays = np.load("x.npz")
+    assert arrays["x"].shape == (6, 1, 32, 32) and arrays["y"].tolist() == [0, 0, 0, 2, 2, 2]
+    assert arrays["x"].std() > 5
+    with Image.open("folder/00005_su.png") as picture:
+        assert np.array_equal(np.array(picture), arrays["x"][5, 0])
+    assert Image.open("x.gif").n_frames > 2 and sorted(run_dir.rglob("*")) == before
+
+
+def test_an_image_depends_on_seed_and_index_alone(name, script, tiny_runs, in_tmp):
+    def drawn(*flags):
+        argv = ["--checkpoint", str(tiny_runs(name)), "--class", "o", "--num-samples", "7", "--output", "x.npz", *flags]
+        assert script.main(argv) == 0
+        return np.load("x.npz")["x"].astype(int)
+
+    whole = drawn()
+    assert np.abs(whole - drawn("--batch-size", "3")).max() <= 1
+    assert np.abs(whole[:4] - drawn("--num-samples", "4")).max() <= 1
+    assert np.abs(whole - drawn("--seed", "1")).max() > 1
+    assert len({image.tobytes() for image in whole}) == 7
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_trains_on_a_folder_of_pictures_in_grey_and_colour(name, script, in_tmp, channels):
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (in_tmp / "pets" / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(in_tmp / "pets" / label / f"{i}.png")
+    flags = ["--epochs", "2", "--channels", str(channels), *TINY_FLAGS[name], "--data", "pets", "--batch-size", "4"]
+    assert script.main(["--train", *flags]) == 0
+    assert script.main(["--class", "Dog", "--num-samples", "2", "--output", "dog.npz"]) == 0
+    assert np.load("dog.npz")["x"].shape == (2, channels, 32, 32)
+
+
+def test_diverging_stops_and_keeps_what_there_was(name, script, in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "6", "--data-dir", data_dir, "--save-every", "0", "--warmup", "0"]
+    with pytest.raises(SystemExit, match="2"):
+        script.main([*flags, *TINY_FLAGS[name], "--lr", "1e30"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"not finite, stopped; what runs/{name} holds is kept" in error
+    for path in (in_tmp / "runs" / name).glob("*.pt"):
+        weights = torch.load(path, weights_only=True)["weights"]
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train", "--epochs", "1", "--minutes", "1"], "not both"),
+        (["--train", "--epochs", "0"], "above 0"),
+        (["--train", "--batch-size", "61", "--data", "kmnist"], "not in 1..60"),
+        (["--train", "--data", "nowhere"], "no data set 'nowhere'"),
+        (["--train", "--lr", "nan"], "not a number above 0"),
+        (["--epochs", "1"], "go with --train"),
+        (["--resume"], "train first"),
+        (["--class", "Sneakr"], "no class 'Sneakr'"),
+        (["--num-samples", "0"], "from 1"),
+        (["--output", "x.jpg"], "must end in .png"),
+        (["--checkpoint", "nowhere.pt"], "there is no nowhere.pt"),
+        (["--nonsense"], "unrecognized"),
+    ],
+)
+def test_bad_input_is_one_line(name, script, tiny_runs, in_tmp, data_dir, capsys, flags, message):
+    if "--train" in flags:
+        flags = [*flags, "--data-dir", data_dir]
+    elif not {"--resume", "--epochs", "--checkpoint"} & {*flags}:
+        flags = ["--checkpoint", str(tiny_runs(name)), *flags]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        script.main(flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"{name}.py: error: ") and message in error
+    assert not [path for path in in_tmp.rglob("*") if path.is_file()]
+
+
+def test_a_checkpoint_of_another_script_is_refused(name, script, tiny_runs, in_tmp, capsys):
+    other = "gan" if name == "vae" else "vae"
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--checkpoint", str(tiny_runs(other) / f"{other}.pt")])
+    assert f"is a checkpoint of {other}, not of {name}" in capsys.readouterr().err
+
+
+def test_what_is_fixed_stays(name, script, tiny_runs, capsys):
+    for flag, value in (("--batch-size", "21"), ("--emb-channels", "20"), ("--seed", "4")):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(["--resume", "--run-dir", str(tiny_runs(name)), flag, value])
+        assert f"{flag} is " in capsys.readouterr().err
+
+
+def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
+    """What a run was trained with can be read from its file; flags that draw do not belong there."""
+    config = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)["config"]
+    flags = {action.dest for action in script.build_parser()._actions}
+    common_flags = {"help", "train", "resume", "run_dir", "class_", "num_samples", "checkpoint", "output"}
+    drawing = {"guidance", "steps", "eta", "variance", "clip", "filmstrip", "interpolate", "invert", "prior"}
+    drawing |= {"truncation", "reconstruct", "between", "map", "walk"}
+    assert {*config} == flags - common_flags - drawing
+    assert config["data"] == "kmnist" and common.FORMAT == 1

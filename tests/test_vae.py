@@ -1,0 +1,236 @@
+"""vae.py: its equations against independent oracles, its prior, its pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS
+from PIL import Image
+from torch import distributions
+
+import common
+import vae
+
+
+def test_kl_is_that_of_torchs_distributions():
+    mu, logvar = torch.randn(5, 7), torch.randn(5, 7)
+    oracle = distributions.kl_divergence(
+        distributions.Normal(mu, (0.5 * logvar).exp()), distributions.Normal(torch.zeros(()), torch.ones(()))
+    )
+    assert torch.allclose(vae.kl_divergence(mu, logvar), oracle.sum(dim=1), atol=1e-5)
+    assert vae.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
+
+
+def test_codes_have_the_mean_and_variance_asked_for():
+    mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, 4.0]]).clamp(min=1).log()
+    z = vae.reparameterise(mu, logvar, torch.randn(100_000, 2))
+    assert torch.allclose(z.mean(dim=0), mu[0], atol=0.03) and torch.allclose(
+        z.std(dim=0), torch.tensor([1.0, 2.0]), atol=0.03
+    )
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "sigma", "bce"])
+def test_reconstruction_losses_are_negative_log_likelihoods(kind):
+    """Of torch's distributions, up to a constant that neither logits nor scale change."""
+    logits, x = torch.randn(4, 1, 6, 6), torch.rand(4, 1, 6, 6) * 2 - 1
+    x_hat = logits.tanh()
+    if kind == "sigma":
+        sigma = (x - x_hat).square().mean().sqrt()
+        oracle = -distributions.Normal(x_hat, sigma).log_prob(x) - 0.5 * np.log(2 * np.pi)
+    elif kind == "l2":
+        oracle = -distributions.Normal(x_hat, 1.0).log_prob(x) - 0.5 * np.log(2 * np.pi)
+    elif kind == "l1":
+        oracle = -distributions.Laplace(x_hat, 1.0).log_prob(x) - np.log(2)
+    else:
+        values, p = (x + 1) / 2, (x_hat + 1) / 2
+        oracle = -(values * p.log() + (1 - values) * (1 - p).log())
+    assert torch.allclose(vae.reconstruction_loss(logits, x, kind), oracle.flatten(1).sum(dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_optimal_sigma_is_optimal():
+    """No other scale gives the batch a smaller loss, and the gradient is that with the scale held."""
+    logits, x = torch.randn(8, 1, 4, 4, requires_grad=True), torch.rand(8, 1, 4, 4) * 2 - 1
+    found = vae.reconstruction_loss(logits, x, "sigma").sum()
+    squares = (x - logits.tanh()).square()
+    for factor in (0.9, 1.1):
+        sigma = squares.mean().sqrt().detach() * factor
+        assert found < (0.5 * squares / sigma**2 + sigma.log()).sum()
+
+
+def test_losses_do_not_change_with_the_batch_size():
+    logits, x, mu = torch.randn(6, 1, 4, 4), torch.rand(6, 1, 4, 4) * 2 - 1, torch.randn(6, 3)
+    for kind in ("l2", "l1", "bce"):
+        whole = vae.reconstruction_loss(logits, x, kind)
+        assert torch.allclose(whole[:2], vae.reconstruction_loss(logits[:2], x[:2], kind))
+    assert torch.allclose(vae.kl_divergence(mu, mu)[:2], vae.kl_divergence(mu[:2], mu[:2]))
+
+
+# --- Prior ------------------------------------------------------------------------------------------------------
+
+
+def two_lumps(count=4000):
+    """Codes of two classes: class 0 has two lumps, class 1 a slanted one."""
+    rng = np.random.default_rng(0)
+    lumps = rng.normal(0, 0.3, (count, 2)) + np.where(rng.random((count, 1)) < 0.25, 3.0, -1.0)
+    slanted = rng.normal(0, 1, (count, 2)) @ np.array([[1.0, 0.9], [0.0, 0.4]]) + 5
+    codes = torch.from_numpy(np.concatenate([lumps, slanted])).float()
+    return codes, torch.arange(2).repeat_interleave(count)
+
+
+def drawn(prior, label, count=20_000, dim=2):
+    arrays = prior and {key: value.numpy() for key, value in prior.items()}
+    return vae.draw_codes(arrays, [label] * count, common.noise_streams(3, range(count)), dim)
+
+
+def test_a_mixture_is_found_again():
+    codes, labels = two_lumps()
+    prior = vae.fit_prior(codes, labels, 2, 2, seed=0)
+    assert sorted(prior["weights"][0].tolist()) == pytest.approx([0.25, 0.75], abs=0.03)
+    assert sorted(prior["means"][0, :, 0].tolist()) == pytest.approx([-1, 3], abs=0.05)
+    found = drawn(prior, 0)
+    assert (found[:, 0] > 1).mean() == pytest.approx(0.25, abs=0.03)
+    assert not ((found[:, 0] > 0.5) & (found[:, 0] < 1.5)).any()  # nothing between the lumps
+    for label in (0, 1):
+        own, found = codes[labels == label].numpy(), drawn(prior, label)
+        assert np.allclose(found.mean(axis=0), own.mean(axis=0), atol=0.06)
+        assert np.allclose(np.cov(found.T), np.cov(own.T), atol=0.12)
+
+
+def test_one_gaussian_needs_no_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    codes, labels = two_lumps()
+    prior = vae.fit_prior(codes, labels, 3, 1, seed=0)
+    found = drawn(prior, 1)
+    assert np.allclose(np.cov(found.T), np.cov(codes[labels == 1].numpy().T), atol=0.1)
+    assert np.allclose(np.cov(drawn(prior, 2).T), np.eye(2), atol=0.05)  # a class without images
+
+
+def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(in_tmp, data_dir, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert vae.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]) == 0
+    assert "scikit-learn is not installed" in capsys.readouterr().out
+    prior = torch.load("runs/vae/vae.pt", weights_only=True)["prior"]
+    assert prior["weights"].shape == (10, 1)
+
+
+def test_truncated_noise_stays_inside_and_is_no_other_batch_s():
+    streams = lambda indices: common.noise_streams(0, indices)  # noqa: E731
+    codes = vae.draw_codes(None, [0] * 500, streams(range(500)), 8, truncation=0.7)
+    assert np.abs(codes).max() <= 0.7 and codes.std() == pytest.approx(0.39, abs=0.03)
+    assert np.array_equal(codes[7:9], vae.draw_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7))
+    free = vae.draw_codes(None, [0] * 500, streams(range(500)), 8)
+    assert np.array_equal(codes[np.abs(free).max(axis=1) <= 0.7], free[np.abs(free).max(axis=1) <= 0.7])
+
+
+def test_the_run_ends_with_the_mixture_asked_for(tiny_runs, tmp_path, in_tmp):
+    checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
+    assert checkpoint["prior"]["weights"].shape == (10, 2) and checkpoint["prior"]["scales"].shape == (10, 2, 4, 4)
+    flags = ["--checkpoint", str(tiny_runs("vae")), "--class", "o", "--num-samples", "5", "--output"]
+    assert vae.main([*flags, "fitted.npz"]) == vae.main([*flags, "normal.npz", "--prior", "normal"]) == 0
+    assert not np.array_equal(np.load("fitted.npz")["x"], np.load("normal.npz")["x"])
+
+
+# --- Figures of the log -----------------------------------------------------------------------------------------
+
+
+def test_diversity_is_one_for_real_images_and_falls_with_collapse():
+    reals = torch.rand(40, 1, 8, 8)
+    assert vae.diversity(reals[:20], reals[20:]) == pytest.approx(1, abs=0.05)
+    assert vae.diversity(reals[:1].expand(20, -1, -1, -1), reals) == pytest.approx(0, abs=1e-3)
+    half = 0.5 * reals[:20] + 0.5 * reals[:1]
+    assert vae.diversity(half, reals) == pytest.approx(0.5, abs=0.1)
+
+
+def test_collapse_is_said_in_words(capsys, data_dir):
+    data = common.load_data("kmnist", data_dir)
+    grid = common.to_float(data.images[data.labels == 0][:4])
+    grid = torch.cat([grid, grid[:1].expand(4, -1, -1, -1)])
+    labels = torch.tensor([0] * 4 + [1] * 4)
+    found = vae.class_diversity(grid, labels, data, warn=True)
+    assert found["o"] > 0.8 and found["ki"] == pytest.approx(0, abs=1e-3)
+    said = capsys.readouterr().out
+    assert "collapse" in said and "ki (0.00)" in said and "o (" not in said
+    vae.class_diversity(grid, labels, data, warn=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monkeypatch):
+
+    monkeypatch.setattr(vae, "LOG_EVERY", 3)
+    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, "--kl-warmup", "1", *TINY_FLAGS["vae"]]
+    assert vae.main(flags) == 0
+    lines = [json.loads(line) for line in Path("runs/vae/log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "kl" in line]
+    assert [line["step"] for line in steps] == [3, 6] and steps[0]["kl_weight"] < steps[1]["kl_weight"] < 1
+    ends = [line for line in lines if "active_units" in line]
+    assert len(ends) == 3 and 0 <= ends[-1]["active_units"] <= 4 and len(ends[-1]["diversity"]) == 10
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_reconstructions_and_the_way_between_two_images(tiny_runs, in_tmp, capsys):
+    at = ["--checkpoint", str(tiny_runs("vae"))]
+    assert vae.main([*at, "--reconstruct", "0", "3", "--output", "x.npz"]) == 0
+    assert "mean absolute error" in capsys.readouterr().out
+    config = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["config"]
+    test_set = common.load_data("kmnist", config["data_dir"], train=False)
+    x = np.load("x.npz")["x"]
+    assert x.shape == (4, 1, 32, 32) and np.array_equal(x[1], test_set.images[3].numpy())
+    assert vae.main([*at, "--between", "0", "3", "--num-samples", "5", "--output", "way.npz"]) == 0
+    way = np.load("way.npz")["x"]
+    assert len(way) == 5 and np.abs(way[[0, -1]].astype(int) - x[2:]).max() <= 1  # its ends are the reconstructions
+    Image.fromarray(x[0, 0]).save("given.png")
+    own = test_set.class_names[test_set.labels[0]]
+    assert vae.main([*at, "--reconstruct", "given.png", "--class", own, "--output", "file.npz"]) == 0
+    assert np.abs(np.load("file.npz")["x"][1].astype(int) - x[2]).max() <= 1
+
+
+def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
+    at = ["--checkpoint", str(tiny_runs("vae")), "--num-samples", "4"]
+    assert vae.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
+    assert vae.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
+    noise, classes = np.load("noise.npz")["x"].astype(int), np.load("class.npz")["x"].astype(int)
+    assert len(noise) == 8 and len(classes) == 4
+    assert np.abs(noise[0] - classes[0]).max() <= 1 and np.abs(noise[4] - classes[-1]).max() <= 1
+
+
+@pytest.mark.parametrize("latent_dim", ["2", "4"])
+def test_map_and_walk(in_tmp, data_dir, latent_dim, capsys):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"], "--latent-dim", latent_dim]
+    assert vae.main(flags) == 0
+    assert vae.main(["--map", "pca", "--output", "map.png"]) == 0
+    assert len(Image.open("map.png").getcolors(1000)) > 10  # ten colours
+    if latent_dim == "2":
+        assert vae.main(["--walk", "--class", "o", "--num-samples", "5", "--output", "walk.npz"]) == 0
+        assert np.load("walk.npz")["x"].shape[0] == 25
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            vae.main(["--walk", "--class", "o"])
+        assert "--walk is for --latent-dim 2 (here 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--interpolate", "noise"], "need --num-samples 2"),
+        (["--interpolate", "class", "--num-samples", "3"], "give two"),
+        (["--reconstruct", "0", "--map", "pca"], "one at a time"),
+        (["--reconstruct", "99"], "'99' is not a whole number from 0 to 59"),
+        (["--reconstruct", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
+        (["--reconstruct", "nowhere.png"], "needs one --class"),
+        (["--map", "umap"], "invalid choice"),
+        (["--truncation", "0"], "from 0.1"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_runs, in_tmp, capsys, flags, message):
+    tiny_runs("vae")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        vae.main(["--checkpoint", str(tiny_runs("vae")), *flags])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and list(in_tmp.iterdir()) == []
