@@ -340,7 +340,7 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4").add_argument
-    add("--widths", type=whole_numbers, default=(32, 96), help="channels at each resolution, finest first (32,96)")
+    add("--widths", type=whole_numbers, default=(32, 96), help="channels by resolution, finest first (32,96)")
     add("--depths", type=whole_numbers, default=(1, 3), help="residual blocks at each resolution (1,3)")
     add("--patch", type=int, choices=(1, 2, 4), default=2, help="pixels a side folded into channels at the start (2)")
     add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")

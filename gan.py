@@ -365,12 +365,7 @@ def build_parser():
     parser = run_parser(NAME, __doc__, batch_size=64)
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code (64)")
-    add(
-        "--widths",
-        type=whole_numbers,
-        default=(32, 64, 128),
-        help="channels at each resolution, finest first (32,64,128)",
-    )
+    add("--widths", type=whole_numbers, default=(32, 64, 128), help="channels by resolution, finest first (32,64,128)")
     add("--widths-d", type=whole_numbers, default=(32, 64, 128), help="the same of the discriminator (32,64,128)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
     add = parser.add_argument_group("method").add_argument

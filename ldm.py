@@ -102,11 +102,9 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def to_latents(self, images, batch_size=500):
         """Images (N, C, 32, 32), uint8 or in [-1, 1] -> standardised latents z_0 (N, latent_channels, 8, 8)."""
-        device, latents = self.latent_mean.device, []
-        for x in images.split(batch_size):
-            x = to_float(x.to(device)) if x.dtype == torch.uint8 else x.to(device)
-            latents.append((self.autoencoder.encode(x)[0] - self.latent_mean) / self.latent_std)
-        return torch.cat(latents)
+        parts = images.to(self.latent_mean.device).split(batch_size)
+        parts = [self.autoencoder.encode(to_float(x) if x.dtype == torch.uint8 else x)[0] for x in parts]
+        return (torch.cat(parts) - self.latent_mean) / self.latent_std
 
     @torch.no_grad()
     def to_images(self, z_0):
@@ -344,9 +342,8 @@ def train_autoencoder(args, data, device, checkpoint, share):
     }  # fmt: skip
     model = Autoencoder(**network).to(device, memory_format=torch.channels_last)
     forward = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps"
-    )
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
     sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
@@ -541,22 +538,15 @@ def build_parser():
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("stages").add_argument
     add("--stage", choices=("1", "2", "both"), default="both", help="1 autoencoder, 2 diffusion on its latents (both)")
-    add(
-        "--stage-1-share", type=number(float, 0.01, 0.99), default=0.25, help="of --epochs or --minutes, if both (0.25)"
-    )
+    add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.25, help="of the length, if both (0.25)")
     add("--autoencoder", metavar="PATH", help="an autoencoder.pt to use in stage 2, instead of a stage 1")
     add = parser.add_argument_group("autoencoder").add_argument
     add("--latent-channels", type=number(int, 1, 256), default=4, help="of the latents, which are 8x8 (4)")
     add("--autoencoder-widths", type=whole_numbers, default=(32, 64), help="channels at 16x16 and at 8x8 (32,64)")
     add("--channel-attention", action=on_off, default=True, help="in encoder and decoder (on)")
-    add(
-        "--kl-weight",
-        type=number(float, 0),
-        default=1e-3,
-        help="of the KL divergence; tiny, keeps latents in bounds (0.001)",
-    )
+    add("--kl-weight", type=number(float, 0), default=1e-3, help="of KL; tiny, keeps latents in bounds (0.001)")
     add = parser.add_argument_group("network").add_argument
-    add("--widths", type=whole_numbers, default=(96,), help="channels at each resolution, finest first (96)")
+    add("--widths", type=whole_numbers, default=(96,), help="channels by resolution, finest first (96)")
     add("--depths", type=whole_numbers, default=(3,), help="residual blocks at each resolution (3)")
     add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
@@ -580,10 +570,8 @@ def build_parser():
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
-    add("--map", choices=("pca", "tsne"), help="the trajectory's path over the training latents in two dimensions")
-    add(
-        "--reconstruct", metavar="IMAGE", nargs="+", help="files (with --class) or test images' indices, and as decoded"
-    )
+    add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
+    add("--reconstruct", metavar="IMAGE", nargs="+", help="files (with --class) or test images, and decoded")
     add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or a test image's index")
     return parser
 
@@ -636,10 +624,8 @@ def draw(args):
         latents = model.to_latents(data.images[:5000]).flatten(1).cpu()
         walks = torch.stack([z_t for _, z_t, _ in trace], dim=1).flatten(2).cpu()  # (N, moments, numbers)
         points = in_the_plane(latents, args.map, walks.flatten(0, 1))
-        walks = points[len(latents) :].unflatten(0, walks.shape[:2])
-        save_map(
-            points[: len(latents)], data.labels[:5000], names, output, list(zip(walks, labels.tolist(), strict=True))
-        )
+        paths = zip(points[len(latents) :].unflatten(0, walks.shape[:2]), labels.tolist(), strict=True)
+        save_map(points[: len(latents)], data.labels[:5000], names, output, list(paths))
     else:
         decoded = trace and [(t, model.to_images(z_t).cpu(), model.to_images(z_0).cpu()) for t, z_t, z_0 in trace]
         save_sampled(images, labels, names, output, count, decoded, args.filmstrip)

@@ -272,9 +272,8 @@ def train(args, checkpoint=None):
     network["num_classes"] = num_classes = len(data.class_names)
     model = VAE(**network).to(device, memory_format=torch.channels_last)
     forward = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps"
-    )
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
     sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
@@ -386,28 +385,15 @@ def build_parser():
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=32, help="numbers in a latent code; 2 can be mapped (32)")
-    add(
-        "--widths",
-        type=whole_numbers,
-        default=(48, 96, 128),
-        help="channels at each resolution, finest first (48,96,128)",
-    )
+    add("--widths", type=whole_numbers, default=(48, 96, 128), help="channels by resolution, finest first (48,96,128)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
     add(
-        "--reconstruction",
-        choices=("sigma", "l2", "l1", "bce"),
-        default="sigma",
-        help="p(x | z); sigma is learned (sigma)",
+        "--reconstruction", choices=("sigma", "l2", "l1", "bce"), default="sigma", help="p(x | z); sigma adapts (sigma)"
     )
     add("--kl-weight", type=number(float, 0), default=1.0, help="of the KL divergence, after its warm-up (1)")
     add("--kl-warmup", type=number(float, 0, 1), default=0.1, help="share of the run in which it grows from 0 (0.1)")
-    add(
-        "--prior-components",
-        type=number(int, 0, 1000),
-        default=10,
-        help="Gaussians fitted per class; 0 is N(0, 1) (10)",
-    )
+    add("--prior-components", type=number(int, 0, 1000), default=10, help="per class; 0 is N(0, 1) (10)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=number(float, 0, above=True), default=2e-3, help="learning rate after the warm-up (0.002)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
@@ -420,11 +406,9 @@ def build_parser():
     add("--prior", choices=("fitted", "normal"), default="fitted", help="where codes are drawn from (fitted)")
     add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
     add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
-    add(
-        "--reconstruct", metavar="IMAGE", nargs="+", help="files (with --class) or test images' indices, and as decoded"
-    )
+    add("--reconstruct", metavar="IMAGE", nargs="+", help="files (with --class) or test images, and decoded")
     add("--between", metavar="IMAGE", nargs=2, help="from one image to the other, in --num-samples frames")
-    add("--map", choices=("pca", "tsne"), help="codes of the test set in two dimensions; if they have 2, those")
+    add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
     add("--walk", action="store_true", help="of 2 latent numbers: the images on a grid over the plane, of one class")
     return parser
 

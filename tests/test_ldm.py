@@ -1,0 +1,182 @@
+"""ldm.py: its stages, its latents, and that what it draws is the true trajectory."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS
+from PIL import Image
+
+import common
+import ldm
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_runs):
+    checkpoint = ldm.load_checkpoint(tiny_runs("ldm") / "ldm.pt", ("ldm",))
+    return checkpoint, ldm.ema_network(checkpoint, torch.device("cpu"))
+
+
+def training_images(checkpoint):
+    return common.load_data("kmnist", checkpoint["config"]["data_dir"]).images
+
+
+@pytest.mark.parametrize(("channels", "latents", "attention"), [(1, 4, True), (3, 1, False)])
+def test_shapes(channels, latents, attention):
+    model = ldm.Autoencoder(channels, latents, (8, 16), attention)
+    x, eps = torch.rand(2, channels, 32, 32) * 2 - 1, torch.randn(2, latents, 8, 8)
+    back, mu, logvar = model(x, eps)
+    assert back.shape == x.shape and mu.shape == logvar.shape == eps.shape and back.abs().max() <= 1
+    weighed = sum("weigh." in name for name in model.state_dict())
+    assert (weighed > 0) == attention
+
+
+def test_channel_attention_weighs_channels_by_their_means():
+    block = ldm.ConvBlock(8, True)
+    torch.nn.init.normal_(block.conv2.weight)
+    x = torch.randn(2, 8, 4, 4)
+    plain = ldm.ConvBlock(8, False)
+    plain.load_state_dict({k: v for k, v in block.state_dict().items() if "weigh." not in k})
+    h, weighed = plain(x) - x, block(x) - x
+    shares = weighed / h
+    assert torch.allclose(shares, shares[:, :, :1, :1].expand_as(shares), atol=1e-3)  # one for each channel
+    assert (shares > 0).all() and (shares < 1).all() and shares.std() > 0.001
+
+
+def test_latents_of_the_training_set_have_mean_0_and_std_1(loaded):
+    checkpoint, model = loaded
+    z_0 = model.to_latents(training_images(checkpoint))
+    assert z_0.shape == (60, 4, 8, 8)
+    assert torch.allclose(z_0.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(z_0.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert model.latent_std.flatten().tolist() != [1.0] * 4  # measured, not left as they were
+
+
+def test_to_latents_and_to_images_undo_each_other_s_scale(loaded):
+    """What lies between them is the autoencoder alone."""
+    checkpoint, model = loaded
+    x = common.to_float(training_images(checkpoint)[:8])
+    direct = model.autoencoder.decoder(model.autoencoder.encode(x)[0])
+    assert torch.allclose(model.to_images(model.to_latents(x)), direct, atol=1e-5)
+    assert torch.equal(model.to_latents(common.to_uint8(x)), model.to_latents(x))
+
+
+class Oracle(torch.nn.Module):
+    """A denoiser that knows z_0: its v is exact at every t."""
+
+    def __init__(self, z_0, alpha_bars):
+        super().__init__()
+        self.z_0, self.alpha_bars, self.calls = z_0, alpha_bars, []
+
+    def forward(self, z_t, t, y):
+        a = self.alpha_bars[t].float().view(-1, 1, 1, 1)
+        eps = (z_t - a**0.5 * self.z_0) / (1 - a) ** 0.5
+        self.calls.append((int(t[0]), eps))
+        return a**0.5 * eps - (1 - a) ** 0.5 * self.z_0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_sampling_ends_in_the_decoded_latents_of_an_oracle(loaded, steps):
+    checkpoint, model = loaded
+    z_0 = model.to_latents(training_images(checkpoint)[:3]) * 3  # beyond [-1, 1]: latents are not clipped
+    oracle = Oracle(z_0, ldm.make_alpha_bars("cosine", 1000))
+    expected, denoiser = model.to_images(z_0), model.denoiser
+    model.denoiser, trace = oracle, []
+    try:
+        labels = torch.zeros(3, dtype=torch.int64)
+        found = ldm.sample(
+            model=model, config=checkpoint["config"], labels=labels, steps=steps, guidance=1, trace=trace
+        )
+    finally:
+        model.denoiser = denoiser
+    assert torch.allclose(found, expected, atol=2e-3)
+    assert [t for t, _ in oracle.calls] == [t for t, _, _ in trace[:-1]] and len(trace) == steps + 1
+    noises = torch.stack([eps for _, eps in oracle.calls])
+    assert torch.allclose(noises, noises[:1].expand_as(noises), atol=1e-3)  # the trace is one path, not re-noised
+
+
+def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatch):
+    monkeypatch.setattr(ldm, "LOG_EVERY", 2)
+    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    assert ldm.main([*flags, "--stage", "1", "--run-dir", "first"]) == 0
+    assert not Path("first/ldm.pt").exists()
+    lines = [json.loads(line) for line in Path("first/autoencoder_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "kl" in line] == [2, 4, 6]
+    errors = [line["grey_level_error"] for line in lines if "grey_level_error" in line]
+    assert len(errors) == 2 and 0 < errors[1] < errors[0]
+    assert ldm.main([*flags, "--stage", "2", "--autoencoder", "first/autoencoder.pt", "--run-dir", "second"]) == 0
+    assert not Path("second/autoencoder.pt").exists()
+    assert ldm.main([*flags, "--autoencoder", "first", "--run-dir", "third"]) == 0  # a folder will do, and the stage
+    first, second, third = (torch.load(path, weights_only=True) for path in Path().glob("*/*.pt"))
+    if "autoencoder" not in second:
+        first, second = second, first
+    assert second["step"] == third["step"] == 6
+    for key, value in first["ema"].items():
+        assert torch.equal(value, second["ema"][f"autoencoder.{key}"])
+    assert torch.equal(second["ema"]["latent_std"], third["ema"]["latent_std"])
+
+
+def test_both_stages_share_the_epochs(tiny_runs):
+    stages = [torch.load(tiny_runs("ldm") / f"{name}.pt", weights_only=True) for name in ("autoencoder", "ldm")]
+    assert [checkpoint["step"] for checkpoint in stages] == [5, 14]  # of 18: a quarter and the rest, rounded up
+
+
+def test_an_autoencoder_for_other_images_is_refused(tiny_runs, in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--channels", "3"]
+    with pytest.raises(SystemExit, match="2"):
+        ldm.main([*flags, "--autoencoder", str(tiny_runs("ldm") / "autoencoder.pt")])
+    assert "the autoencoder is for --channels 1, not 3" in capsys.readouterr().err.splitlines()[-1]
+    assert not (in_tmp / "runs").exists()
+
+
+def test_pictures(tiny_runs, in_tmp, capsys):
+    at = ["--checkpoint", str(tiny_runs("ldm")), "--steps", "5"]
+    assert ldm.main([*at, "--class", "o", "--filmstrip", "--output", "strip.png"]) == 0
+    assert Image.open("strip.png").width > 2.5 * Image.open("strip.png").height  # six moments, two rows
+    assert ldm.main([*at, "--class", "o,ki", "--map", "pca", "--output", "map.png"]) == 0
+    assert len(Image.open("map.png").getcolors(1000)) > 10
+    assert ldm.main([*at, "--reconstruct", "0", "1", "--output", "back.npz"]) == 0
+    assert np.load("back.npz")["x"].shape == (4, 1, 32, 32)
+    assert ldm.main([*at, "--invert", "0", "--output", "there.gif"]) == 0
+    assert Image.open("there.gif").n_frames == 11  # 5 steps there, 5 back, and the end
+    assert capsys.readouterr().out.count("mean absolute error") == 2
+
+
+def test_inversion_finds_back_with_many_steps(tiny_runs, in_tmp, capsys):
+    errors = []
+    for flags in (["--reconstruct", "0"], ["--invert", "0", "--steps", "5"], ["--invert", "0", "--steps", "200"]):
+        assert ldm.main(["--checkpoint", str(tiny_runs("ldm")), *flags, "--output", "x.npz"]) == 0
+        errors.append(float(capsys.readouterr().out.split("error ")[1].split()[0]))
+    assert abs(errors[2] - errors[0]) < 0.5 and abs(errors[1] - errors[0]) >= abs(errors[2] - errors[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "1001"], "more than the 1000"),
+        (["--invert", "0", "--map", "pca"], "one at a time"),
+        (["--invert", "0", "--eta", "0.5"], "--eta 0"),
+        (["--map", "pca", "--output", "x.gif"], "must end in .png"),
+        (["--train", "--stage", "3"], "invalid choice"),
+        (["--train", "--stage-1-share", "1"], "from 0.01 to 0.99"),
+        (["--train", "--autoencoder-widths", "8"], "must be two numbers"),
+        (["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--stage", "2"], "more than 4"),
+        (["--train", "--stage", "2", "--autoencoder", "nowhere.pt"], "there is no nowhere.pt"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_runs, in_tmp, data_dir, capsys, flags, message):
+    run_dir = str(tiny_runs("ldm"))
+    if "more than 4" in message:
+        flags = [*flags, "--autoencoder", f"{run_dir}/autoencoder.pt"]
+    flags = (
+        [*flags, "--data", "kmnist", "--data-dir", data_dir]
+        if "--train" in flags
+        else ["--checkpoint", run_dir, *flags]
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        ldm.main(flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and list(in_tmp.iterdir()) == []
