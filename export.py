@@ -68,8 +68,8 @@ class Means(torch.nn.Module):
 
 def graphs_of(name, network, config, num_classes):
     """What to export: {"": (module, {input: a value of batch 2}, output), and perhaps a part by its name: ...}."""
-    image, labels = (config["channels"], IMAGE_SIZE, IMAGE_SIZE), torch.zeros(2, dtype=torch.int64)
-    classes = torch.eye(num_classes)[labels]
+    image, classes = (config["channels"], IMAGE_SIZE, IMAGE_SIZE), torch.eye(num_classes)[:1].repeat(2, 1)
+    t_and_y = {"t": torch.zeros(2, dtype=torch.int64), "y": torch.zeros(2, dtype=torch.int64)}  # not one tensor twice
     if name == "gan":
         return {"": (network, {"z": torch.zeros(2, network.latent_dim), "classes": classes}, "image")}
     if name == "vae":
@@ -78,10 +78,10 @@ def graphs_of(name, network, config, num_classes):
             "encoder": (Means(network.encoder), {"x": torch.zeros(2, *image), "classes": classes}, "mu"),
         }
     if name != "ldm":
-        return {"": (network, {"x_t": torch.zeros(2, *image), "t": labels, "y": labels}, "output")}
+        return {"": (network, {"x_t": torch.zeros(2, *image), **t_and_y}, "output")}
     latent = torch.zeros(2, config["latent_channels"], 8, 8)
     return {
-        "": (network.denoiser, {"x_t": latent, "t": labels, "y": labels}, "output"),
+        "": (network.denoiser, {"x_t": latent, **t_and_y}, "output"),
         "decoder": (network.autoencoder.decoder, {"z": latent}, "image"),
     }
 

@@ -42,7 +42,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
-METADATA_FORMAT = 1
+METADATA_FORMAT = 2
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
 KIND_KEYS = {
     "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_fixed"),

@@ -1,6 +1,7 @@
 """export.py and infer_onnx.py: the same pictures without torch, honest providers, every bad file with its exit code."""
 
 import ctypes
+import importlib
 import json
 import re
 import subprocess
@@ -17,15 +18,15 @@ from PIL import Image
 
 import common
 import ddim
-import ddpm
 import export
 import infer_onnx
+import vae
 
 SHIPPED = ROOT / "pretrained" / "ddim.onnx"
 # A Python in which torch, torchvision and whatever else is not in requirements-infer.txt cannot be imported.
 WITHOUT_TORCH = """
 import runpy, sys
-for name in ("torch", "torchvision", "onnx", "onnxscript", "tqdm", "scipy", "sklearn", "matplotlib", "common", "ddim"):
+for name in ("torch", "torchvision", "onnx", "onnxscript", "tqdm", "scipy", "sklearn", "common", "ddim", "vae"):
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -40,15 +41,35 @@ def infer(*argv, cwd):
 
 @pytest.fixture(scope="module")
 def exported(tiny_run):
-    """The tiny run, exported for real; returns the path of the .onnx file, in the run's folder."""
+    """The tiny run of ddim.py, exported for real; returns the path of the .onnx file, in the run's folder."""
     assert export.main(["ddim", "--checkpoint", str(tiny_run), "--weights", str(tiny_run / "small.pt")]) == 0
     return tiny_run / "ddim.onnx"
 
 
 @pytest.fixture(scope="module")
 def loaded(exported):
-    session, card, _, _ = infer_onnx.load_model(exported, "cpu")
-    return session, card
+    return infer_onnx.load_model(exported, "cpu")
+
+
+@pytest.fixture(scope="module")
+def exports(tiny_runs):
+    """A function: the .onnx file of a script's tiny run, exported when first asked for."""
+    made = {}
+
+    def export_of(name):
+        if name not in made:
+            assert export.main([name, "--checkpoint", str(tiny_runs(name))]) == 0
+            made[name] = tiny_runs(name) / f"{name}.onnx"
+        return made[name]
+
+    return export_of
+
+
+def torch_network(name, run_dir):
+    """The script, the checkpoint, and the network that it samples with."""
+    script = importlib.import_module(name)
+    checkpoint = common.load_checkpoint(run_dir / f"{name}.pt", (name,))
+    return script, checkpoint, script.ema_network(checkpoint, torch.device("cpu"))
 
 
 # --- Export -----------------------------------------------------------------------------------------------------
@@ -66,7 +87,7 @@ def test_the_file_is_one_small_portable_graph(exported):
 
 
 def test_the_metadata_says_all(loaded, tiny_run):
-    _, card = loaded
+    card = loaded.card
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert card["model"] == "ddim" and card["class_names"] == checkpoint["class_names"]
     assert card["image_shape"] == [1, 32, 32] and card["null_label"] == common.NULL_LABEL
@@ -76,11 +97,10 @@ def test_the_metadata_says_all(loaded, tiny_run):
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
-    session, _ = loaded
     network = ddim.ema_network(ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",)), torch.device("cpu"))
     x_t, t = torch.randn(batch, 1, 32, 32), torch.randint(0, 1000, (batch,))
     y = torch.arange(batch) % 11 - 1
-    found = session.run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
+    found = loaded.session.run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
     assert np.abs(found - network(x_t, t, y).numpy()).max() < 1e-4
 
 
@@ -91,40 +111,152 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
     options = {"steps": steps, "guidance": guidance, "eta": eta, "seed": 5}
     expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
     for batch_size in (6, 4):
-        found = infer_onnx.sample(*loaded, list(range(6)), batch_size=batch_size, **options)
+        found = infer_onnx.sample(loaded, list(range(6)), batch_size=batch_size, **options)
         assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
     assert found.std() > 10  # not all black
 
 
-@pytest.mark.parametrize("variance", ["small", "large"])
-def test_pictures_of_ddpm_equal_those_of_torch(tiny_run, in_tmp, monkeypatch, variance, exported):
-    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
-    network = ddim.ema_network(checkpoint, torch.device("cpu"))
-    with_card(exported, "ddpm.onnx", lambda card: {**card, "model": "ddpm"})
-    session, card, _, _ = infer_onnx.load_model(Path("ddpm.onnx"), "cpu")
-    options = {"steps": 12, "guidance": 1.5, "variance": variance, "seed": 5}
-    expected = ddpm.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
-    found = infer_onnx.sample(session, card, list(range(6)), batch_size=4, **options)
-    assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
+OPTIONS = {
+    "ddpm": [{"steps": 12, "guidance": 1.5}, {"steps": 6, "guidance": 1, "variance": "large"}],
+    "ldm": [{"steps": 8, "guidance": 1.5}, {"steps": 5, "guidance": 0, "eta": 1.0}],
+    "gan": [{}, {"truncation": 0.5}],
+    "vae": [{}, {"truncation": 0.5}],
+}
 
 
-def test_a_checkpoint_of_ddpm_is_exported_with_its_own_sampler(tiny_run, in_tmp, capsys):
-    torch.save({**torch.load(tiny_run / "ddim.pt", weights_only=True), "model": "ddpm"}, "ddpm.pt")
-    assert export.main(["ddpm", "--checkpoint", "ddpm.pt"]) == 0
-    card = infer_onnx.load_model(Path("ddpm.onnx"), "cpu")[1]
-    assert card["model"] == "ddpm" and card["steps"] == 250
-    assert infer_onnx.main(["--model", "ddpm.onnx", "--steps", "3", "--variance", "large", "--output", "x.png"]) == 0
-    assert Image.open("x.png").text["variance"] == "large"
-    assert "--eta is not for ddpm" in main_code(["--model", "ddpm.onnx", "--eta", "0"], capsys)[1]
+@pytest.mark.parametrize(("name", "options"), [(name, option) for name in OPTIONS for option in OPTIONS[name]])
+def test_pictures_of_the_other_models_equal_those_of_torch(tiny_runs, exports, name, options):
+    script, checkpoint, network = torch_network(name, tiny_runs(name))
+    known = {"config": checkpoint["config"]} if "steps" in options else {}
+    if name == "vae":
+        known["prior"] = checkpoint["prior"]
+    labels = torch.arange(10).repeat(2)
+    expected = common.to_uint8(script.sample(model=network, labels=labels, seed=5, **known, **options)).numpy()
+    model = infer_onnx.load_model(exports(name), "cpu")
+    for batch_size in (20, 7):
+        found = infer_onnx.sample(model, labels.tolist(), seed=5, batch_size=batch_size, **options)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    assert found.std() > 5  # not all black
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+@pytest.mark.parametrize("flags", [["--interpolate", "noise"], ["--interpolate", "class"], ["--truncation", "0.4"]])
+def test_ways_between_and_truncation_equal_those_of_torch(tiny_runs, exports, in_tmp, name, flags):
+    flags = [*flags, "--class", "o,su", "--num-samples", "4", "--seed", "3"]
+    assert (
+        importlib.import_module(name).main(["--checkpoint", str(tiny_runs(name)), *flags, "--output", "torch.npz"]) == 0
+    )
+    assert infer("--model", exports(name), *flags, "--output", "onnx.npz", cwd=in_tmp).returncode == 0
+    expected, found = np.load("torch.npz"), np.load("onnx.npz")
+    assert np.array_equal(expected["y"], found["y"])
+    assert np.abs(expected["x"].astype(int) - found["x"]).max() <= 1
+
+
+def test_reconstructions_and_the_way_between_images_equal_those_of_torch(tiny_runs, exports, in_tmp):
+    config = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["config"]
+    images = common.load_data("kmnist", config["data_dir"], train=False).images
+    for i, crop in enumerate((slice(None), slice(2, 30))):  # 32x32 as it is, 28x28 to be padded
+        Image.fromarray(images[i, 0, crop, crop].numpy()).save(f"{i}.png")
+    for flags in (["--reconstruct", "0.png", "1.png"], ["--between", "0.png", "1.png", "--num-samples", "5"]):
+        flags = [*flags, "--class", "su"]
+        assert vae.main(["--checkpoint", str(tiny_runs("vae")), *flags, "--output", "torch.npz"]) == 0
+        done = infer("--model", exports("vae"), *flags, "--output", "onnx.npz", cwd=in_tmp)
+        assert done.returncode == 0, done.stderr
+        found = np.load("onnx.npz")["x"]
+        assert np.abs(np.load("torch.npz")["x"].astype(int) - found).max() <= 1
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ldm"])
+def test_every_model_is_drawn_and_checked_without_torch(exports, tmp_path, name):
+    at = ["--model", exports(name)]
+    done = infer(*at, "--class", "su", "--num-samples", "2", "--output", "x.png", cwd=tmp_path)
+    assert done.returncode == 0 and Image.open(tmp_path / "x.png").text["model"] == name, done.stderr
+    assert "check passed" in infer(*at, "--check", cwd=tmp_path).stdout
+    assert len(infer(*at, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
+    info = json.loads(infer(*at, "--info", cwd=tmp_path).stdout)
+    assert info["model"] == name and info["training"]["step"] > 0
+    assert len(info["class_names"]) == 10 and info["parameters"] > 1000
+
+
+def test_the_card_holds_the_fitted_prior(tiny_runs, exports):
+    prior = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["prior"]
+    found = infer_onnx.fitted_prior(infer_onnx.load_model(exports("vae"), "cpu").card)
+    assert found.keys() == prior.keys() and all(np.array_equal(found[key], prior[key].numpy()) for key in prior)
+    model = infer_onnx.load_model(exports("vae"), "cpu")
+    assert not np.array_equal(infer_onnx.sample(model, [0] * 5), infer_onnx.sample(model, [0] * 5, prior="normal"))
+
+
+@pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
+def test_a_part_that_is_missing_or_of_another_export_exits_with_3(exports, in_tmp, capsys, name, part):
+    content = exports(name).with_name(f"{name}_{part}.onnx").read_bytes()
+    Path("x.onnx").write_bytes(exports(name).read_bytes())
+    code, error = main_code(["--model", "x.onnx"], capsys)
+    assert code == 3 and f"{name}_{part}.onnx cannot be read" in error
+    Path(f"{name}_{part}.onnx").write_bytes(content + b" ")
+    code, error = main_code(["--model", "x.onnx"], capsys)
+    assert code == 3 and f"is not the {part} of x.onnx: export both again" in error
+    Path(f"{name}_{part}.onnx").write_bytes(content)
+    assert infer_onnx.main(["--model", "x.onnx"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("vae", ["--steps", "5"]),
+        ("gan", ["--guidance", "2"]),
+        ("gan", ["--reconstruct", "x.png"]),
+        ("gan", ["--prior", "normal"]),
+        ("ddpm", ["--eta", "0"]),
+        ("ldm", ["--variance", "small"]),
+        ("ldm", ["--truncation", "0.5"]),
+        ("ddpm", ["--interpolate", "noise"]),
+    ],
+)
+def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys, name, flags):
+    code, error = main_code(["--model", exports(name), *flags], capsys)
+    assert code == 2 and f"{flags[0]} is not for {name} models: leave it out" in error and list(in_tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--interpolate", "noise"], "need --num-samples 2"),
+        (["--interpolate", "class", "--num-samples", "3"], "give two"),
+        (["--reconstruct", "a.png", "--interpolate", "noise"], "one at a time"),
+        (["--reconstruct", "a.png"], "need one --class"),
+        (["--reconstruct", "a.png", "--class", "o"], "a.png is not a readable image"),
+    ],
+)
+def test_bad_flags_of_a_vae_exit_with_2(exports, in_tmp, capsys, flags, message):
+    code, error = main_code(["--model", exports("vae"), *flags], capsys)
+    assert code == 2 and message in error and list(in_tmp.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_script_is_not_exported(tiny_run, in_tmp):
     torch.save({**torch.load(tiny_run / "ddim.pt", weights_only=True), "model": "vae"}, "vae.pt")
     with pytest.raises(SystemExit, match="2"):
         export.main(["ddpm", "--checkpoint", "vae.pt"])
 
 
+def test_all_exports_every_script_that_has_a_run(in_tmp, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["all"])
+    assert "there is no run in runs/" in capsys.readouterr().err
+    for name in ("gan", "ddim"):
+        (in_tmp / "runs" / name).mkdir(parents=True)
+        (in_tmp / "runs" / name / f"{name}.pt").write_bytes(b"")
+    seen = []
+    monkeypatch.setattr(export, "export", lambda name, *_: seen.append(name) or Path("x.onnx"))
+    assert export.main(["all"]) == 0 and seen == ["gan", "ddim"]
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["all", "--output", "x.onnx"])
+
+
 def test_labels_out_of_range_never_reach_the_network(loaded):
     for labels in ([0, -1], [0, 10], [99], []):
         with pytest.raises(ValueError, match="labels"):
-            infer_onnx.sample(*loaded, labels, steps=1, guidance=1)
+            infer_onnx.sample(loaded, labels, steps=1, guidance=1)
 
 
 def test_small_weights_sample_like_the_checkpoint(exported, tiny_run, in_tmp):
@@ -145,7 +277,7 @@ def broken_weights(proto):
 def test_a_graph_that_differs_is_not_kept(exported, tiny_run, in_tmp, monkeypatch, capsys):
     proto = onnx.load(exported)
     broken_weights(proto)
-    monkeypatch.setattr(export, "export_denoiser", lambda *_: proto)
+    monkeypatch.setattr(export, "export_graph", lambda *_: proto)
     with pytest.raises(SystemExit, match="5"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
     assert re.search("outputs differ by .*no file was written", capsys.readouterr().err)
@@ -163,7 +295,7 @@ def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, ca
 
 def test_without_a_run_the_shipped_model_is_exported_here_and_stays_as_it_is(exported, in_tmp, monkeypatch):
     before = SHIPPED.read_bytes()
-    monkeypatch.setattr(export, "export_denoiser", lambda *_: onnx.load(SHIPPED))  # spares the exporter's time
+    monkeypatch.setattr(export, "export_graph", lambda *_: onnx.load(SHIPPED))  # spares the exporter's time
     for flags in ([], ["--checkpoint", str(SHIPPED.with_suffix(".pt"))]):
         assert export.main(["ddim", *flags]) == 0
         assert (in_tmp / "ddim.onnx").is_file() and SHIPPED.read_bytes() == before
@@ -202,7 +334,7 @@ def test_shipped_model_draws_a_sneaker_without_torch(tmp_path):
     assert "wrote sneaker.png" in done.stdout and "running on " in done.stdout and done.stderr == ""
     picture = Image.open(tmp_path / "sneaker.png")
     assert picture.text["class"] == "Sneaker" and picture.text["seed"] == "0" and picture.text["steps"] == "20"
-    assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu")[2]
+    assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu").sha256
     pixels = np.array(picture)[::8, ::8].astype(int)  # 32x32
     rows = pixels[4:28, 4:28].mean(axis=1)
     assert rows[-14:].mean() > 2 * rows[:6].mean()  # a shoe: dark above, bright below
@@ -265,6 +397,8 @@ def make_bad_file(kind, exported, tiny_run, path):
         onnx.save(proto, path)
     elif kind == "newer metadata":
         with_card(exported, path, lambda card: {**card, "format": 99})
+    elif kind == "older metadata":
+        with_card(exported, path, lambda card: {**card, "format": 1})
     elif kind == "broken metadata":
         with_card(exported, path, lambda card: "{")
     elif kind == "unknown kind":
@@ -292,7 +426,8 @@ def make_bad_file(kind, exported, tiny_run, path):
         ("a checkpoint", "export it with export.py"),
         ("a Git LFS pointer", "git lfs pull"),
         ("another model", "not one that export.py wrote"),
-        ("newer metadata", "metadata format 99"),
+        ("newer metadata", "metadata format 99, this infer_onnx.py reads 2: update infer_onnx.py"),
+        ("older metadata", "metadata format 1, this infer_onnx.py reads 2: export it again"),
         ("broken metadata", "broken metadata"),
         ("unknown kind", "unknown kind 'flow'"),
         ("side-car weights missing", "not an ONNX model that onnxruntime can load"),
@@ -306,7 +441,7 @@ def test_bad_model_files_exit_with_3(exported, tiny_run, tmp_path, kind, message
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("key", ["format", *infer_onnx.CARD_KEYS])
+@pytest.mark.parametrize("key", ["format", *infer_onnx.CARD_KEYS, *infer_onnx.KIND_KEYS["diffusion"]])
 def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
     with_card(exported, "x.onnx", lambda card: {k: v for k, v in card.items() if k != key})
     code, error = main_code(["--model", "x.onnx"], capsys)
@@ -528,10 +663,9 @@ def test_shipped_files_are_small(file):
 
 def test_shipped_model_passes_its_own_check_and_equals_the_shipped_weights(capsys):
     assert infer_onnx.main(["--model", str(SHIPPED), "--check"]) == 0
-    session, card, _, _ = infer_onnx.load_model(SHIPPED, "cpu")
-    checkpoint = ddim.load_checkpoint(SHIPPED.with_suffix(".pt"), ("ddim",))
-    network = ddim.ema_network(checkpoint, torch.device("cpu"))
-    options = {"steps": 20, "guidance": card["guidance"], "seed": 0}
+    model = infer_onnx.load_model(SHIPPED, "cpu")
+    _, checkpoint, network = torch_network("ddim", SHIPPED.parent)
+    options = {"steps": 20, "guidance": model.card["guidance"], "seed": 0}
     expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(10), **options)
-    found = infer_onnx.sample(session, card, list(range(10)), **options)
+    found = infer_onnx.sample(model, list(range(10)), **options)
     assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
