@@ -385,7 +385,7 @@ def build_parser():
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=32, help="numbers in a latent code; 2 can be mapped (32)")
-    add("--widths", type=whole_numbers, default=(48, 96, 128), help="channels by resolution, finest first (48,96,128)")
+    add("--widths", type=whole_numbers, default=(32, 64, 96), help="channels by resolution, finest first (32,64,96)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
     add(

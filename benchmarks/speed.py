@@ -56,7 +56,7 @@ optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 ema_model = ddim.AveragedModel(model, multi_avg_fn=ddim.power_ema(0.08))
 x, t, y = torch.randn(BATCH, 1, 32, 32), torch.randint(0, 1000, (BATCH,)), torch.randint(0, 10, (BATCH,))
 shipped = Path(infer_onnx.__file__).parent / "pretrained" / "ddim.onnx"  # the default network, too
-session, _, _, _ = infer_onnx.load_model(shipped, "cpu")
+session = infer_onnx.load_model(shipped, "cpu").session
 feed = {"x_t": x.numpy(), "t": t.numpy(), "y": y.numpy()}
 with FlopCounterMode(display=False) as counter:
     model(x[:1], t[:1], y[:1])

@@ -9,10 +9,13 @@ from conftest import ROOT
 import ddim
 import ddpm
 import export
+import gan
 import infer_onnx
+import ldm
+import vae
 
 README = (ROOT / "README.md").read_text()
-PARSERS = {"ddim.py": ddim, "ddpm.py": ddpm, "export.py": export, "infer_onnx.py": infer_onnx}
+PARSERS = {f"{module.__name__}.py": module for module in (vae, gan, ddpm, ddim, ldm, export, infer_onnx)}
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 COMMANDS += [
