@@ -319,6 +319,11 @@ def power_ema(length):
 def train(args, checkpoint=None):
     """Train the stages asked for, or go on from a checkpoint of this script. Returns the exit code."""
     device = pick_device(args.device)
+    if len(args.autoencoder_widths) != 2 or min(args.autoencoder_widths) < 4:
+        raise InputError(f"--autoencoder-widths {args.autoencoder_widths} must be two numbers from 4")
+    if len(args.widths) > 4:
+        raise InputError(f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times")
+    UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)  # refuse it now
     data = load_run_data(args, checkpoint)
     share = {"1": 1.0, "2": 0.0}.get(args.stage, 0.0 if args.autoencoder else args.stage_1_share)
     folder = args.run_dir if checkpoint else None
@@ -334,8 +339,6 @@ def train_autoencoder(args, data, device, checkpoint, share):
     """Stage 1, the autoencoder. Returns the run's folder and the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     images = data.images.to(device)
-    if len(args.autoencoder_widths) != 2 or min(args.autoencoder_widths) < 4:
-        raise InputError(f"--autoencoder-widths {args.autoencoder_widths} must be two numbers from 4")
     network = {
         "channels": args.channels, "latent_channels": args.latent_channels, "widths": args.autoencoder_widths,
         "attention": args.channel_attention,
@@ -413,8 +416,6 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     autoencoder = checkpoint["autoencoder"] if checkpoint else stage_1["network"]
     if autoencoder["channels"] != args.channels:
         raise InputError(f"the autoencoder is for --channels {autoencoder['channels']}, not {args.channels}")
-    if len(args.widths) > 4:
-        raise InputError(f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times")
     network = {k: getattr(args, k) for k in ("widths", "depths", "attention", "emb_channels")}
     network |= {"channels": autoencoder["latent_channels"], "patch": 1, "num_classes": len(data.class_names)}
     model = LatentDiffusion(network, autoencoder).to(device, memory_format=torch.channels_last)
@@ -441,7 +442,8 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
     run = Run(NAME, args, len(latents), checkpoint, folder=folder, share=share)
     config = {k: getattr(args, k) for k in FIXED + FREE}
-    config["latent_channels"] = autoencoder["latent_channels"]
+    for key, flag in (("latent_channels",) * 2, ("widths", "autoencoder_widths"), ("attention", "channel_attention")):
+        config[flag] = autoencoder[key]  # of another run, perhaps
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
     def save():
@@ -512,10 +514,8 @@ FIXED = (
     "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer",
     "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = (
-    "data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every", "stage",
-    "stage_1_share", "autoencoder",
-)  # fmt: skip
+FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every")
+FREE += ("stage", "stage_1_share", "autoencoder")
 
 
 def ema_network(checkpoint, device):
