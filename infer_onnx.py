@@ -697,7 +697,7 @@ def draw_images(model, args, classes, options):
         for pair in pairs:
             streams = noise_streams(args.seed, [0, 1] if same else [0, 0])
             codes = draw_codes(mixture, pair, streams, card["latent_dim"], args.truncation)
-            images.append(on_the_way(model, codes, pair, count, card["prior"] is None))
+            images.append(on_the_way(model, codes, pair, count, card["model"] == "gan"))
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
     labels = [y for y in classes for _ in range(count)]
     images = sample(model, labels, seed=args.seed, batch_size=args.batch_size, **options)
