@@ -429,7 +429,8 @@ def in_the_plane(codes, how, others=None):
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or take pca") from error
-    return torch.from_numpy(TSNE(init="pca", random_state=0).fit_transform(every.numpy()))
+    perplexity = min(30, (len(every) - 1) / 3)
+    return torch.from_numpy(TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(every.numpy()))
 
 
 def save_map(points, labels, class_names, path, walks=()):

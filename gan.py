@@ -92,8 +92,8 @@ class PlainBlock(nn.Module):
 class Discriminator(nn.Module):
     """(x, classes) -> logits (B,): how real x is, as an image of its class.
 
-    Projection discriminator, Miyato & Koyama eq. (4): logit = <out, h(x)> + <row of the class, h(x)>, the second product
-    here divided by the length of h.  widths: channels at 16x16, 8x8, ....  With spectral, every layer is spectrally
+    Projection discriminator, Miyato & Koyama eq. (4): logit = <out, h(x)> + <row of the class, h(x)>, the latter here
+    divided by the length of h.  widths: channels at 16x16, 8x8, ....  With spectral, every layer is spectrally
     normalised (Miyato et al. 2018, arXiv:1802.05957).
     """
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -456,3 +457,42 @@ def test_default_unet_costs_what_it_may():
     with FlopCounterMode(display=False) as counter:
         UNet()(torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     assert 30e6 <= counter.get_total_flops() / 2 <= 55e6  # multiply-accumulates for one image
+
+
+# --- Maps -------------------------------------------------------------------------------------------------------
+
+
+def test_pca_finds_the_plane_that_codes_lie_in():
+    plane, _ = torch.linalg.qr(torch.randn(9, 2))
+    flat = torch.randn(200, 2) * torch.tensor([3.0, 1.0])
+    points = common.in_the_plane(flat @ plane.T + 5, "pca", others=torch.full((1, 9), 5.0))
+    assert points.shape == (201, 2)
+    assert torch.allclose(torch.pdist(points[:200]), torch.pdist(flat), atol=1e-3)  # no distance is lost
+    assert torch.allclose(points[200].norm(), flat.mean(dim=0).norm(), atol=1e-3)  # the others go through the same map
+    variances = points[:200].var(dim=0)
+    assert variances[0] > variances[1]
+
+
+def test_two_numbers_are_their_own_map():
+    codes = torch.randn(5, 2)
+    assert torch.equal(common.in_the_plane(codes, "pca", codes), torch.cat([codes, codes]))
+
+
+def test_tsne_keeps_lumps_apart(monkeypatch):
+    codes = torch.cat([torch.randn(40, 6), torch.randn(40, 6) + 30])
+    points = common.in_the_plane(codes, "tsne")
+    own, other = torch.cdist(points[:40], points[:40]).mean(), torch.cdist(points[:40], points[40:]).mean()
+    assert points.shape == (80, 2) and other > 2 * own
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(InputError, match="pip install scikit-learn"):
+        common.in_the_plane(codes, "tsne")
+
+
+def test_a_map_has_a_dot_for_each_point_and_a_line_for_each_walk(tmp_path):
+    points, labels = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1])
+    common.save_map(points, labels, ["a", "b"], tmp_path / "plain.png")
+    common.save_map(points, labels, ["a", "b"], tmp_path / "walks.png", [(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 1)])
+    plain, walks = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "walks"))
+    assert plain.shape == walks.shape == (900, 1050, 3)
+    assert (plain[450, 450] == 255).all() and (walks[450, 450] != 255).any()  # the line crosses the middle
+    assert (plain[880, 20] != 255).any() and (plain[20, 880] != 255).any()  # the y axis points up
