@@ -603,7 +603,7 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--train", "--checkpoint", "RUN"], "--checkpoint is to sample from"),
         (["--run-dir", "RUN"], "go with --train or --resume"),
         (["--epochs", "50"], "go with --train or --resume"),
-        (["--train", "--widths", "8,8,8,8,8,8", "--depths", "1,1,1,1,1,1"], "do not divide 32 pixels"),
+        (["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--patch", "4"], "do not divide 32 pixels"),
         (["--train", "--run-dir", "FILE"], "FILE"),
         (["--train", "--data", "x" * 300], "x" * 300),
         (["--resume", "--run-dir", "RUN", "--widths", "8"], "--widths is (8, 16) and cannot change"),
