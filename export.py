@@ -86,14 +86,14 @@ def graphs_of(name, network, config, num_classes):
     }
 
 
-def export_graph(module, inputs, output):
+def export_graph(module, inputs, *outputs):
     """The graph of a module as an onnx.ModelProto with a dynamic batch and no trace of this machine."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter's own progress report
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module, tuple(inputs.values()), f=None, dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=[*inputs], output_names=[output], dynamic_shapes=({0: "batch"},) * len(inputs),
+            input_names=[*inputs], output_names=[*outputs], dynamic_shapes=({0: "batch"},) * len(inputs),
         )  # fmt: skip
     proto = program.model_proto
     proto.ir_version = IR_VERSION

@@ -392,9 +392,9 @@ def in_batches(model, draw, count, batch_size):
 
 def sample(
     model, labels, *, steps=None, guidance=None, eta=0.0, variance="small", truncation=None, prior="fitted", seed=0,
-    batch_size=100,
+    first=0, batch_size=100,
 ):  # fmt: skip
-    """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, i), not on the batch.
+    """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, first + i), not on the batch.
 
     model: from load_model;  labels: list of int, classes of its card;  steps, guidance: of diffusion models, else the
     card's;  eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;  prior: for vae.
@@ -405,7 +405,8 @@ def sample(
         raise ValueError(f"labels {labels} must be one or more of 0..{len(card['class_names']) - 1}")
     if card["kind"] == "codes":
         mixture = fitted_prior(card) if prior == "fitted" else None
-        codes = draw_codes(mixture, labels, noise_streams(seed, range(len(labels))), card["latent_dim"], truncation)
+        streams = noise_streams(seed, range(first, first + len(labels)))
+        codes = draw_codes(mixture, labels, streams, card["latent_dim"], truncation)
         return decode_codes(model, codes, class_weights(labels, len(card["class_names"])), batch_size)
     guidance = card["guidance"] if guidance is None else guidance
     alpha_bars = np.array(card["alpha_bars"], np.float64)
@@ -414,7 +415,7 @@ def sample(
     walk, option = (ddpm_sample, variance) if card["model"] == "ddpm" else (ddim_sample, eta)
 
     def drawn(indices):
-        streams = noise_streams(seed, indices)
+        streams = noise_streams(seed, [first + i for i in indices])
 
         def draw():
             return draw_noise(streams, latent or card["image_shape"])

@@ -9,11 +9,15 @@ import sys
 import pytest
 from conftest import ROOT, TINY_FLAGS
 
+import common
+import evaluate
+
 MODELS = ["vae", "gan", "ddpm", "ddim", "ldm"]
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 BANNERS = ["Model", "Method", "Sampling", "Training", "Run state", "Command line"]
 # The interface of every script: the same name, each with the behaviour of its own model.
 INTERFACE = {"main", "train", "sample", "draw", "build_parser", "ema_network"}
+WITHOUT_TORCH = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
 # Flags whose default may differ from script to script.
 OWN_DEFAULTS = {"steps", "batch_size", "lr", "model", "widths", "depths", "latent_dim", "kl_weight"}
 
@@ -78,10 +82,19 @@ def test_a_script_imports_no_other_script(name):
 
 def test_common_imports_no_script_and_infer_onnx_no_torch():
     assert not set(imports(SOURCES["common"])) & {*SOURCES}
-    allowed = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
-    for name in ("infer_onnx", "evaluate"):
-        if name in SOURCES:
-            assert set(imports(SOURCES[name])) <= allowed | {"infer_onnx"}
+    assert set(imports(SOURCES["infer_onnx"])) <= WITHOUT_TORCH
+
+
+def test_evaluate_imports_torch_in_one_function():
+    inside = {"train_extractor": {"torch", "onnx", "common", "export"}, "draw_tsne": {"sklearn"}}
+    for node in ast.parse(SOURCES["evaluate"]).body:
+        allowed = WITHOUT_TORCH | {"infer_onnx", "tqdm"} | inside.get(getattr(node, "name", ""), set())
+        assert set(imports(ast.unparse(node))) <= allowed
+
+
+def test_evaluate_reads_the_same_data_as_common():
+    sets = {name: (kind.__name__, folder, sums) for name, (kind, folder, sums) in common.IDX_SETS.items()}
+    assert sets == evaluate.IDX_SETS and evaluate.IDX_FILES == common.IDX_FILES
 
 
 @pytest.mark.parametrize("name", SOURCES)

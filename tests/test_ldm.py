@@ -123,6 +123,15 @@ def test_both_stages_share_the_epochs(tiny_runs):
     assert [checkpoint["step"] for checkpoint in stages] == [5, 14]  # of 18: a quarter and the rest, rounded up
 
 
+def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    assert ldm.main([*flags, "--latent-channels", "1", "--no-channel-attention"]) == 0
+    checkpoint = ldm.load_checkpoint("runs/ldm/ldm.pt", ("ldm",))
+    model = ldm.ema_network(checkpoint, torch.device("cpu"))
+    assert model.to_latents(torch.zeros(2, 1, 32, 32)).shape == (2, 1, 8, 8)
+    assert ldm.main(["--class", "o", "--steps", "3"]) == 0 and Path("ldm_o.png").is_file()
+
+
 def test_an_autoencoder_for_other_images_is_refused(tiny_runs, in_tmp, data_dir, capsys):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--channels", "3"]
     with pytest.raises(SystemExit, match="2"):

@@ -187,6 +187,26 @@ def test_the_card_holds_the_fitted_prior(tiny_runs, exports):
     assert not np.array_equal(infer_onnx.sample(model, [0] * 5), infer_onnx.sample(model, [0] * 5, prior="normal"))
 
 
+def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
+    """Straight lines between codes, not those that keep the length of a GAN's noise."""
+    torch.save({**torch.load(tiny_runs("vae") / "vae.pt", weights_only=True), "prior": None}, "vae.pt")
+    with_card(exports("vae"), "vae.onnx", lambda card: {**card, "prior": None})
+    Path("vae_encoder.onnx").write_bytes(exports("vae").with_name("vae_encoder.onnx").read_bytes())
+    for flags in (["--num-samples", "4"], ["--num-samples", "4", "--interpolate", "noise"]):
+        assert vae.main(["--checkpoint", "vae.pt", *flags, "--output", "torch.npz"]) == 0
+        assert infer_onnx.main(["--model", "vae.onnx", *flags, "--output", "onnx.npz"]) == 0
+        assert np.abs(np.load("torch.npz")["x"].astype(int) - np.load("onnx.npz")["x"]).max() <= 1
+
+
+def test_part_of_the_samples_is_that_part(exports):
+    """Image first + i, so that samples can be drawn in pieces, on several machines."""
+    for name, options in (("gan", {}), ("ldm", {"steps": 3}), ("ddpm", {"steps": 3})):
+        model = infer_onnx.load_model(exports(name), "cpu")
+        labels = [i % 10 for i in range(9)]
+        whole = infer_onnx.sample(model, labels, seed=2, **options).astype(int)
+        assert np.abs(whole[4:7] - infer_onnx.sample(model, labels[4:7], seed=2, first=4, **options)).max() <= 1
+
+
 @pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
 def test_a_part_that_is_missing_or_of_another_export_exits_with_3(exports, in_tmp, capsys, name, part):
     content = exports(name).with_name(f"{name}_{part}.onnx").read_bytes()

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import ddim
 import ddpm
+import evaluate
 import export
 import gan
 import infer_onnx
@@ -15,7 +16,7 @@ import ldm
 import vae
 
 README = (ROOT / "README.md").read_text()
-PARSERS = {f"{module.__name__}.py": module for module in (vae, gan, ddpm, ddim, ldm, export, infer_onnx)}
+PARSERS = {f"{module.__name__}.py": module for module in (vae, gan, ddpm, ddim, ldm, export, infer_onnx, evaluate)}
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 COMMANDS += [

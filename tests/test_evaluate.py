@@ -1,0 +1,504 @@
+"""evaluate.py: every score against cases worked out by hand, bad samples that must score worse, runs without torch."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, idx_bytes, small_set, write_idx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image, ImageFilter
+
+import evaluate
+import export
+import infer_onnx
+
+CLASSES = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
+# A Python in which nothing can be imported but what evaluate.py needs to score.
+WITHOUT_TORCH = """
+import runpy, sys
+for name in ("torch", "torchvision", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib", "common", "export"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def write_extractor(path, seed, accuracy=1.0, data="kmnist"):
+    """An extractor of conftest.small_set: 16 random projections, and logits that look for the bar of each class."""
+    rng = np.random.default_rng(seed)
+    bars = np.zeros((28, 28, 10), np.float32)
+    for y in range(10):
+        bars[4:24, 2 * y + 2 : 2 * y + 6, y] = 1
+    weights = {"p": rng.normal(size=(784, 16)).astype(np.float32) / 28, "b": bars.reshape(784, 10)}
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "p"], ["features"]),
+        helper.make_node("MatMul", ["flat", "b"], ["logits"]),
+    ]
+    shapes = {"x": ["batch", 1, 28, 28], "features": ["batch", 16], "logits": ["batch", 10]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "extractor", [values["x"]], [values["features"], values["logits"]], initializers)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    card = {"format": 1, "data": data, "accuracy": accuracy, "architecture": "bars", "class_names": CLASSES}
+    helper.set_model_props(proto, {evaluate.CARD_KEY: json.dumps(card)})
+    onnx.save(proto, path)
+
+
+@pytest.fixture(scope="module")
+def extractors(tmp_path_factory):
+    """A folder with two extractors of the small set."""
+    folder = tmp_path_factory.mktemp("extractors")
+    write_extractor(folder / "extractor_kmnist.onnx", 0)
+    write_extractor(folder / "extractor2_kmnist.onnx", 1)
+    return folder
+
+
+def padded(images):
+    return np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
+
+
+@pytest.fixture(scope="module")
+def sets(extractors):
+    """400 training, 400 test images and 400 more of the same kind: (images, labels) each, and what they score with."""
+    train, test, more = ((padded(x), y.astype(np.int64)) for x, y in (small_set(40, seed) for seed in range(3)))
+    files = [extractors / f"extractor{number}_kmnist.onnx" for number in ("", 2)]
+    loaded = [evaluate.load_extractor(file, "kmnist", test, 1) for file in files]
+    return train, test, more, evaluate.make_reference(loaded, train, test)
+
+
+# --- Scores against known answers -------------------------------------------------------------------------------
+
+
+def test_frechet_distance_is_the_closed_formula():
+    a, b = np.diag([4.0, 9.0, 0.0]), np.diag([1.0, 16.0, 25.0])  # of commuting covariances: sum (sqrt(a) - sqrt(b))^2
+    assert evaluate.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b) == pytest.approx(25 + 1 + 1 + 25)
+    rng = np.random.default_rng(0)
+    a, b = (x @ x.T for x in rng.normal(size=(2, 6, 6)))  # of others: by the eigenvalues of the plain product
+    root = np.sqrt(np.linalg.eigvals(a @ b).real).sum()
+    expected = np.trace(a) + np.trace(b) - 2 * root
+    assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), b) == pytest.approx(expected)
+    assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_drawn_gaussians():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(20_000, 2)), rng.normal(size=(20_000, 2)) * [2, 3] + [1, 0]
+    assert evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b)) == pytest.approx(1 + 1 + 4, rel=0.03)
+
+
+def test_manifold_scores_of_points_on_a_line():
+    lines = ([0, 1, 2, 10, 30], [0.5, 5, 40, 41, 100, 101])
+    real, fake = (np.array([[x, 0] for x in xs], np.float32) for xs in lines)
+    radii = evaluate.neighbour_radii(real, 1)
+    assert radii.tolist() == [1, 1, 1, 64, 400]  # squared
+    # Of the fakes, 0.5 is in the balls of 0 and 1, 5 in that of 10, 40 and 41 in that of 30, the others in none: all
+    # reals but 2 have one. The balls of 0.5 and 5 reach 4.5 and hold 0, 1 and 2; no other holds a real.
+    scores = evaluate.manifold_scores(real, radii, fake, 1)
+    assert scores == pytest.approx({"precision": 4 / 6, "recall": 3 / 5, "density": 5 / 6, "coverage": 4 / 5})
+
+
+def test_blocks_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(2, 70, 5)).astype(np.float32)
+    squares = ((real[:, None] - fake[None]) ** 2).sum(axis=2)
+    assert np.allclose(evaluate.squared_distances(real, fake), squares, atol=1e-4)
+    whole = evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake)
+    monkeypatch.setattr(evaluate, "in_blocks", lambda rows: [slice(i, min(i + 9, rows)) for i in range(0, rows, 9)])
+    assert evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake) == whole
+    found, indices = evaluate.nearest(real, fake)
+    assert np.array_equal(indices, squares.argmin(axis=1)) and np.allclose(found, squares.min(axis=1), atol=1e-4)
+
+
+def test_class_scores_by_hand():
+    even = evaluate.class_scores(np.arange(20) % 10, np.arange(20) % 10)
+    assert even.pop("accuracy_by_class") == [1.0] * 10
+    assert even == {"label_accuracy": 1.0, "entropy": pytest.approx(1), "histogram": [0.1] * 10}
+    two = evaluate.class_scores(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2]))
+    assert two["label_accuracy"] == 0.5 and two["entropy"] == pytest.approx(np.log10(2))
+    one = evaluate.class_scores(np.array([3, 3]), None)
+    assert one["label_accuracy"] is None and one["entropy"] == 0 and one["histogram"][3] == 1
+
+
+def test_spread_is_that_of_the_seeds():
+    scores = evaluate.summary([{"ffid": 1.0, "histogram": [0, 1], "cas": 0.5}, {"ffid": 3.0, "histogram": [1, 0]}])
+    assert scores["ffid"] == {"mean": 2.0, "spread": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert scores["histogram"] == [0.5, 0.5] and scores["cas"]["spread"] is None
+
+
+# --- Scores that must move --------------------------------------------------------------------------------------
+
+
+def test_a_set_against_itself_is_perfect(sets):
+    _, (images, labels), _, reference = sets
+    scores = evaluate.score_images(reference, images, labels)
+    assert scores["ffid"] == pytest.approx(0, abs=1e-6) and scores["ffid2"] == pytest.approx(0, abs=1e-6)
+    assert all(scores[name] == 1 for name in ("precision", "recall", "density", "coverage", "label_accuracy"))
+
+
+def test_the_order_of_samples_is_nothing(sets):
+    _, _, (images, labels), reference = sets
+    order = np.random.default_rng(0).permutation(len(images))
+    first, second = (evaluate.score_images(reference, images[i], labels[i]) for i in (np.arange(len(images)), order))
+    for name in first:
+        assert first[name] == pytest.approx(second[name], abs=1e-5), name
+
+
+def blurred(images):
+    pictures = [Image.fromarray(image[0]).filter(ImageFilter.GaussianBlur(1.5)) for image in images]
+    return np.stack([np.array(picture)[None] for picture in pictures])
+
+
+def noisy(images):
+    noise = np.random.default_rng(0).normal(0, 60, images.shape)
+    return (images + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "worse"),
+    [
+        (blurred, {"precision", "density", "recall", "coverage"}),
+        (noisy, {"precision", "density", "coverage"}),
+        (lambda images: images[:1].repeat(len(images), axis=0), {"recall", "coverage", "entropy", "label_accuracy"}),
+    ],
+    ids=["blur", "noise", "collapse"],
+)
+def test_spoiled_samples_score_worse(sets, spoil, worse):
+    _, _, (images, labels), reference = sets
+    good = evaluate.score_images(reference, images, labels)
+    bad = evaluate.score_images(reference, spoil(images), labels)
+    assert good["ffid"] != good["ffid2"]
+    assert bad["ffid"] > 10 * good["ffid"] and bad["ffid2"] > 10 * good["ffid2"]
+    assert worse <= {
+        name for name in good if name not in ("ffid", "ffid2", "histogram") and bad[name] < 0.9 * good[name]
+    }
+
+
+def test_shuffled_labels_are_seen(sets):
+    _, _, (images, labels), reference = sets
+    assert evaluate.score_images(reference, images, labels)["label_accuracy"] == 1
+    shuffled = np.random.default_rng(0).permutation(labels)
+    assert evaluate.score_images(reference, images, shuffled)["label_accuracy"] < 0.2
+
+
+def test_copies_are_found_also_if_they_are_few(sets):
+    (train, _), _, (images, labels), reference = sets
+    real = evaluate.copy_ratios(reference.held_out, reference.train, reference.others)
+    assert 0.8 < np.median(real) < 1.2
+    assert evaluate.score_images(reference, train, labels)["copy_ratio"] < 0.02
+    some = np.concatenate([train[:40], images[40:]])
+    scores = evaluate.score_images(reference, some, labels)
+    assert scores["copy_ratio"] > 0.8 and 0.1 <= scores["copies"] < 0.15 and (real < reference.limit).mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda images: (images / 255).astype(np.uint8),  # 0..1 for 0..255
+        lambda images: (images // 4).astype(np.uint8),
+        lambda images: (images // 2 + 128).astype(np.uint8),  # -1..1 mapped twice
+        lambda images: np.zeros_like(images),
+        lambda images: images.astype(np.float32),
+        lambda images: images[:, 0],
+        lambda images: images[:, :, 2:30, 2:30],
+    ],
+)
+def test_a_wrong_range_or_shape_is_refused(sets, spoil):
+    _, _, (images, labels), reference = sets
+    with pytest.raises(infer_onnx.InputError, match="images"):
+        evaluate.score_images(reference, spoil(images), labels)
+
+
+def test_the_floor_is_of_training_images_but_for_what_they_cannot_say(sets):
+    train, test, _, reference = sets
+    args = evaluate.build_parser().parse_args(["--num-samples", "200", "--seeds", "3"])
+    floor = evaluate.score_floor(reference, train, test, 0.87, args)
+    assert floor["n"] == 200 and floor["seeds"] == 2 and floor["scores"]["label_accuracy"]["values"] == [0.87, 0.87]
+    assert floor["scores"]["copy_ratio"]["mean"] > 0.8 and floor["scores"]["copies"]["mean"] < 0.05
+    direct = evaluate.score_images(reference, train[0][200:], None)
+    assert floor["scores"]["ffid"]["values"][1] == direct["ffid"]
+
+
+# --- Data and extractors ----------------------------------------------------------------------------------------
+
+
+def test_data_is_found_padded_and_balanced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sums = write_idx(tmp_path / "data/KMNIST/raw", compress=True)
+    monkeypatch.setitem(evaluate.IDX_SETS, "kmnist", ("KMNIST", None, sums))
+    images, labels = evaluate.load_split("kmnist", None, True)
+    assert images.shape == (60, 1, 32, 32) and images[:, :, 2:30, 2:30].sum() == images.sum()
+    assert all(sorted(part) == list(range(10)) for part in labels.reshape(6, 10).tolist())
+    expected = {(image.tobytes(), label) for image, label in zip(*small_set(), strict=True)}
+    assert {(i[0, 2:30, 2:30].tobytes(), y) for i, y in zip(images, labels, strict=True)} == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "not a whole"), (idx_bytes(small_set()[0])[:-1], "not a whole"), (idx_bytes(np.ones((60, 9, 9))), "28x28")],
+)
+def test_broken_data_is_one_line(tmp_path, content, message):
+    write_idx(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(infer_onnx.InputError, match=message):
+        evaluate.load_split("kmnist", str(tmp_path), True)
+
+
+def test_data_of_another_sum_or_none_is_refused(tmp_path):
+    with pytest.raises(infer_onnx.InputError, match="--data-dir"):
+        evaluate.load_split("mnist", str(tmp_path), True)
+    write_idx(tmp_path)
+    with pytest.raises(infer_onnx.InputError, match="SHA-256"):
+        evaluate.load_split("fashion-mnist", str(tmp_path), True)
+
+
+def test_an_extractor_sees_the_middle_in_its_range():
+    seen = []
+
+    class Session:
+        def run(self, names, feed):
+            seen.append(feed["x"])
+            return feed["x"], feed["x"]
+
+    images = np.zeros((300, 1, 32, 32), np.uint8)
+    images[:, :, 2:30, 2:30] = 255
+    images[7, 0, 2, 3] = 51
+    x = evaluate.extract(Session(), images)[0]
+    assert len(seen) == 2 and x.shape == (300, 1, 28, 28) and x.dtype == np.float32
+    assert x[7, 0, 0, 1] == pytest.approx(-0.6) and (x == 1).sum() == x.size - 1
+
+
+def test_an_extractor_that_is_not_what_it_says_is_refused(sets, tmp_path):
+    _, test, _, _ = sets
+    write_extractor(tmp_path / "a.onnx", 0, accuracy=0.93)
+    write_extractor(tmp_path / "b.onnx", 0, data="mnist")
+    (tmp_path / "c.onnx").write_bytes((ROOT / "pretrained/ddim.onnx").read_bytes())
+    for name, message in (("a", "says 0.93"), ("b", "of mnist"), ("c", "not an extractor"), ("d", "--train-extractor")):
+        with pytest.raises(infer_onnx.InputError, match=message):
+            evaluate.load_extractor(tmp_path / f"{name}.onnx", "kmnist", test, 1)
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tiny_runs, tmp_path_factory):
+    """A folder with ddim.onnx and gan.onnx of tiny runs."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("ddim", "gan"):
+        assert export.main([name, "--checkpoint", str(tiny_runs(name)), "--output", str(folder / f"{name}.onnx")]) == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(models, extractors, data_dir, in_tmp, monkeypatch):
+    """A current folder in which the tiny models are found by name; returns the flags of a short run there."""
+    shutil.copytree(models, in_tmp / "runs/tiny")
+    monkeypatch.setattr(evaluate, "CHUNK", 20)
+    monkeypatch.setattr(evaluate, "BATCH", 10)
+    shared = ["--data", "kmnist", "--data-dir", data_dir, "--extractors", str(extractors), "--threads", "1"]
+    return [*shared, "--num-samples", "60", "--no-timing"]
+
+
+def failure(argv, capsys):
+    """Exit code and the one line that a call which must fail gives."""
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(argv)
+    error = capsys.readouterr().err
+    return caught.value.code, error.splitlines()[-1]
+
+
+def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp):
+    flags = [flag for flag in workplace if flag != "--no-timing"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "evaluate.py"), "ddim", "gan", "--steps", "2,3", *flags]
+    done = subprocess.run([*command, "--seeds", "2"], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((in_tmp / "results/results.json").read_text())
+    assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
+        ("ddim", 2, 4), ("ddim", 3, 6), ("gan", None, 1),
+    ]  # fmt: skip
+    for row in results["rows"]:
+        assert len(row["scores"]["ffid"]["values"]) == 2 and row["scores"]["ffid"]["spread"] > 0
+        assert row["sha256"] == hashlib.sha256((in_tmp / "runs/tiny" / row["file"]).read_bytes()).hexdigest()
+        assert row["parameters"] > 0 and row["bytes"] > 1000 and set(row["latency"]["batch"]) >= {"1", "100"}
+    assert results["floor"]["scores"]["ffid"]["mean"] < min(r["scores"]["ffid"]["mean"] for r in results["rows"])
+    text = (in_tmp / "results/table.md").read_text()
+    assert text == evaluate.table(results) and "60 (!)" in text and results["extractors"][1]["sha256"] in text
+    for name in ("quality_latency", "steps", "classes", "side_by_side", "samples_gan", "nearest_gan"):
+        assert Image.open(in_tmp / f"results/{name}.png").width > 100
+    assert len(list((in_tmp / "results").glob("samples_ddim*.png"))) == 2
+
+
+def test_samples_are_those_of_infer_onnx(workplace, in_tmp):
+    evaluate.main(["ddim", *workplace, "--steps", "2"])
+    drawn = np.concatenate([np.load(file)["x"] for file in (in_tmp / "results/cache").iterdir()])
+    model = infer_onnx.load_model(in_tmp / "runs/tiny/ddim.onnx", "cpu", 1)
+    batches = [infer_onnx.sample(model, list(range(10)), seed=seed, steps=2) for seed in range(6)]
+    assert {x.tobytes() for x in drawn} == {x.tobytes() for x in np.concatenate(batches)} and len(drawn) == 60
+
+
+def test_drawn_samples_are_not_drawn_again(workplace, in_tmp, monkeypatch, capsys):
+    assert evaluate.main(["ddim", "gan", *workplace, "--steps", "2"]) == 0
+    first = (in_tmp / "results/results.json").read_text()
+    (in_tmp / "runs/tiny/ddim.onnx").rename(in_tmp / "runs/tiny/renamed.onnx")  # its hash counts, not its name
+    sample = infer_onnx.sample
+    monkeypatch.setattr(infer_onnx, "sample", None)
+    assert evaluate.main(["runs/tiny/renamed.onnx", "gan", *workplace, "--steps", "2"]) == 0
+    again = json.loads((in_tmp / "results/results.json").read_text())
+    assert [r["scores"] for r in again["rows"]] == [r["scores"] for r in json.loads(first)["rows"]]
+    calls = []
+    monkeypatch.setattr(infer_onnx, "sample", lambda *a, **k: calls.append(k["seed"]) or sample(*a, **k))
+    evaluate.main(["runs/tiny/renamed.onnx", *workplace, "--steps", "3"])
+    assert calls == list(range(6))
+    evaluate.main(["runs/tiny/renamed.onnx", *workplace, "--steps", "3", "--seeds", "2"])
+    assert calls[6:] == list(range(10_000, 10_006))
+    next((in_tmp / "results/cache").iterdir()).write_bytes(b"PK broken")
+    evaluate.main(["runs/tiny/renamed.onnx", "gan", *workplace, "--steps", "2,3", "--seeds", "2"])
+    assert len(calls) == 12 + 6 + 6 + 2  # seed 1 of the two that had only seed 0, and the broken file
+
+
+def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp):
+    model = infer_onnx.load_model(in_tmp / "runs/tiny/ddim.onnx", "cpu", 1)
+    other = replace(model, sha256="0")
+    files = [
+        evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, m, options), seed, first, stop)
+        for m, options, seed, first, stop in [
+            (model, {"steps": 2}, 0, 0, 20), (other, {"steps": 2}, 0, 0, 20), (model, {"steps": 3}, 0, 0, 20),
+            (model, {"steps": 2}, 1, 0, 20), (model, {"steps": 2}, 0, 20, 40), (model, {"steps": 2}, 0, 0, 19),
+        ]
+    ]  # fmt: skip
+    assert len(set(files)) == 6
+    for content in ({"y": np.zeros(3)}, {"x": np.zeros((3, 1, 32, 32), np.uint8)}):
+        np.savez("wrong.npz", **content)
+        assert evaluate.read_chunk(in_tmp / "wrong.npz", 20) is None
+    assert evaluate.read_chunk(in_tmp / "none.npz", 20) is None
+
+
+def test_without_a_class_there_is_no_label_accuracy(workplace, in_tmp):
+    evaluate.main(["ddim", *workplace, "--steps", "1", "--guidance", "0,1"])
+    rows = json.loads((in_tmp / "results/results.json").read_text())["rows"]
+    assert ["label_accuracy" in row["scores"] for row in rows] == [False, True]
+
+
+def test_pictures_have_a_row_for_each_class(sets, in_tmp):
+    values = np.arange(100, dtype=np.uint8)[:, None, None, None]
+    images = np.broadcast_to(values, (100, 1, 32, 32)).copy()
+    evaluate.draw_sets(in_tmp, evaluate.Setting("gan", None, None, {}), images, sets[3])
+    picture = np.array(Image.open("samples_gan.png"))
+    scale = picture.shape[0] // 342
+    assert picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale].tolist() == values.reshape(10, 10).T.tolist()
+    pairs = np.array(Image.open("nearest_gan.png"))  # below each sample the nearest of the training images
+    scale = pairs.shape[0] // 122
+    below = pairs[32 * scale : 60 * scale : scale, 2 * scale : 30 * scale : scale]
+    assert (below == (sets[3].train * 255).round().reshape(-1, 28, 28)).all(axis=(1, 2)).any()
+
+
+def test_a_stopped_run_goes_on(workplace, in_tmp, monkeypatch, capsys):
+    sample, calls = infer_onnx.sample, []
+
+    def stop_at_the_fourth(*args, **options):
+        calls.append(options["seed"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sample(*args, **options)
+
+    monkeypatch.setattr(infer_onnx, "sample", stop_at_the_fourth)
+    code, error = failure(["gan", *workplace], capsys)
+    assert code == 130 and "goes on" in error and len(list((in_tmp / "results/cache").iterdir())) == 1
+    assert evaluate.main(["gan", *workplace]) == 0
+    assert calls == [0, 1, 2, 3, 2, 3, 4, 5]
+    monkeypatch.setattr(infer_onnx, "sample", sample)
+    evaluate.main(["gan", *workplace, "--output", "whole"])
+    stopped, whole = (json.loads((in_tmp / name / "results.json").read_text()) for name in ("results", "whole"))
+    assert stopped == whole
+
+
+def test_settings_follow_the_flags(workplace, capsys):
+    args = evaluate.build_parser().parse_args(["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"])
+    settings = evaluate.find_settings(args, CLASSES)
+    assert [(s.options["guidance"], s.options["steps"], s.passes()) for s in settings] == [
+        (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 10), (2, 1000, 2000),
+    ]  # fmt: skip
+    assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
+    every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
+    assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
+
+
+def test_few_or_unequal_samples_are_marked(sets):
+    reference = sets[3]
+    assert evaluate.marked(400, reference)  # as many as the reference, but few
+    reference.features[0], kept = np.zeros((10_000, 1)), reference.features[0]
+    assert not evaluate.marked(10_000, reference) and evaluate.marked(5_000, reference)
+    reference.features[0] = kept
+
+
+def test_opposite_orders_are_said():
+    rows = [
+        {"title": name, "scores": {"ffid": {"mean": a}, "ffid2": {"mean": b}}}
+        for name, a, b in (("vae", 9, 8), ("gan", 3, 1), ("ddim", 2, 5))
+    ]
+    assert evaluate.disagreements(rows) == ["ddim before gan"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-samples", "25"], "multiple of 10"),
+        (["--steps", "10,x"], "whole number"),
+        (["--data", "cifar"], "choose from"),
+        (["vqgan"], "no model 'vqgan'"),
+        (["--data", "mnist"], "SHA-256"),
+        (["--extractors", "nowhere"], "--train-extractor"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, argv, message):
+    code, error = failure([*workplace, *argv], capsys)
+    assert code == 2 and message in error and not (in_tmp / "results").exists()
+
+
+def test_missing_packages_are_said_before_the_work(workplace, in_tmp, capsys, monkeypatch):
+    for flag, module in (("--tsne", "sklearn"), ("--cas", "torch"), ("--train-extractor", "torch")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            code, error = failure([*workplace, flag], capsys)
+            assert code == 2 and module in error and not (in_tmp / "results").exists()
+
+
+def test_a_model_of_other_classes_or_a_wrong_range_is_refused(workplace, in_tmp, capsys, monkeypatch):
+    proto = onnx.load("runs/tiny/gan.onnx")
+    card = json.loads(proto.metadata_props[0].value)
+    helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps({**card, "class_names": CLASSES[::-1]})})
+    onnx.save(proto, "other.onnx")
+    code, error = failure(["other.onnx", *workplace], capsys)
+    assert code == 2 and "classes of kmnist" in error
+    monkeypatch.setattr(infer_onnx, "sample", lambda _, labels, **__: np.zeros((len(labels), 1, 32, 32), np.uint8))
+    code, error = failure(["gan", *workplace], capsys)
+    assert code == 2 and "gan: images have the values 0..0: a wrong range" in error
+    assert not (in_tmp / "results/results.json").exists()
+
+
+def test_extractors_are_trained_and_used(workplace, in_tmp, capsys):
+    made = [*workplace, "--extractors", "made"]
+    assert evaluate.main([*made, "--train-extractor", "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    for name in ("extractor_kmnist", "extractor2_kmnist"):
+        file = in_tmp / f"made/{name}.onnx"
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in out and file.stat().st_size < 2e6
+        assert str(in_tmp).encode() not in file.read_bytes()
+    data_dir = workplace[workplace.index("--data-dir") + 1]
+    train, test = (evaluate.load_split("kmnist", data_dir, split) for split in (True, False))
+    evaluate.train_extractor(train, test, 1, 3, in_tmp / "again.onnx", "kmnist", data_dir)
+    assert (in_tmp / "again.onnx").read_bytes() == (in_tmp / "made/extractor_kmnist.onnx").read_bytes()
+    assert evaluate.main(["gan", *made, "--cas", "--tsne"]) == 0
+    results = json.loads((in_tmp / "results/results.json").read_text())
+    assert results["extractors"][0]["class_names"] == CLASSES
+    assert 0 <= results["rows"][0]["scores"]["cas"]["mean"] <= 1 and "cas" in results["floor"]["scores"]
+    assert Image.open("results/tsne_gan.png").width == evaluate.WIDTH
