@@ -46,7 +46,7 @@ QUERIES = 2000  # images whose nearest neighbours are looked for, pixel by pixel
 FEW = 2000  # samples below which a table marks its scores
 CHUNK, BATCH = 1000, 100  # images in a file of the cache, and drawn at a time
 BATCHES, REPEATS, SECONDS = (1, 4, 16, 64, 100), 5, 3.0  # of the timing: so often, or so long, at each batch size
-EPOCHS, CAS_EPOCHS = 10, 3
+EPOCHS, CAS_EPOCHS = 6, 3
 CARD_KEY, CARD_FORMAT = "extractor_card", 1
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
 # Columns of the table: (name of the score, heading, format).
