@@ -47,3 +47,9 @@ def test_code_runs(code, monkeypatch):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_scores_are_those_of_the_table():
+    """Both tables of results/table.md, word for word: no figure is typed."""
+    lines = [line for line in (ROOT / "results/table.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) > 10 and all(line in README for line in lines)
