@@ -66,6 +66,17 @@ def write_idx(folder, compress=False, per_class=6):
     return tuple(sums)
 
 
+def equal(a, b):
+    """Whether two checkpoints, or parts of them, hold the same values, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 @pytest.fixture(autouse=True)
 def fixed():
     torch.manual_seed(0)

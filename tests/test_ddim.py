@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_NETWORK
+from conftest import ROOT, TINY, TINY_NETWORK, equal
 from PIL import Image
 
 import common
@@ -326,16 +326,6 @@ def state(run_dir):
         del checkpoint[key]
     log = [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(run_dir)]
     return checkpoint, log
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(in_tmp, data_dir, monkeypatch, capsys):

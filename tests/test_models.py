@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, equal
 from PIL import Image
 
 import common
@@ -42,16 +42,6 @@ def state(run_dir):
         found[path.name] = log_of(path)
     found["grid"] = max((run_dir / "samples").glob("step*")).read_bytes()
     return found
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(name, script, in_tmp, data_dir, monkeypatch):
