@@ -29,13 +29,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 IMAGE_SIZE = 32
 NULL_LABEL = -1  # "no class": the label of an image whose class was dropped, and of unconditional sampling
@@ -503,6 +510,7 @@ def save_sampled(images, labels, class_names, path, count, trace=None, strip=Fal
 
 FORMAT = 1  # of the checkpoint file
 LOG_EVERY = 50  # steps
+RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")  # may change when a run goes on
 
 
 class Parser(argparse.ArgumentParser):
@@ -543,6 +551,8 @@ def run_parser(name, doc, batch_size=128):
     add("--resume", action="store_true", help="go on with the newest run, or that of --run-dir; needs no other flag")
     add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
+    on_off = argparse.BooleanOptionalAction
+    add("--deterministic", action=on_off, default=False, help="the same bits again on CUDA too, slower (off)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
     add("--batch-size", type=number(int, 1), default=batch_size, help=f"images at a time ({batch_size})")
     add = parser.add_argument_group("length of the run, one of the two").add_argument
@@ -568,6 +578,10 @@ def errors_in_one_line(parser):
         yield
     except (InputError, argparse.ArgumentTypeError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch-size; what was saved is kept\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
 
@@ -585,6 +599,8 @@ def parse_run(parser, argv, names, fixed):
         raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
     if not args.train and not args.resume and (args.run_dir or args.epochs or args.minutes):
         raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
+    if not args.train and not args.resume and "LOCAL_RANK" in os.environ:
+        raise InputError("torchrun is for --train and --resume: draw with python")
     if not args.resume:
         args.epochs = args.epochs if args.epochs or args.minutes else 20.0
         return args, None
@@ -614,6 +630,40 @@ def pick_device(name):
     return device
 
 
+def training_device(args):
+    """The device to train on, made ready; in a process that torchrun started, together with the others.
+
+    Each process takes its share of every batch. The first alone speaks, logs and saves.  Raises InputError.
+    """
+    device = pick_device(args.device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library starts
+        torch.use_deterministic_algorithms(True)
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"more processes than GPUs: --nproc-per-node must be at most {torch.cuda.device_count()}")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if args.batch_size % dist.get_world_size():
+        raise InputError(f"--batch-size {args.batch_size} is no multiple of the {dist.get_world_size()} processes")
+    if dist.get_rank():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
+    return device
+
+
+def processes():
+    """The rank of this process, and how many torchrun started: (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def parallel(model):
+    """The model as it trains: in one of several processes, it leaves the mean of their gradients."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
 def find_checkpoint(names, asked=None, shipped=()):
     """The file asked for, or the one in the folder asked for; else that of the newest run; else a shipped one.
 
@@ -635,6 +685,9 @@ def find_checkpoint(names, asked=None, shipped=()):
 def load_checkpoint(path, names):
     """Read a checkpoint made by one of the scripts `names`; InputError says what is wrong with it."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load passes over damaged numbers
+                raise ValueError("a sum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         name, version = checkpoint["model"], checkpoint["format"]
     except Exception as error:  # whatever the reader of a foreign or broken file stumbles over
@@ -648,7 +701,12 @@ def load_checkpoint(path, names):
 
 def load_run_data(args, checkpoint=None):
     """The training data that the flags name, said in a line; InputError if a run that goes on had other classes."""
+    rank, world = processes()
+    if rank:
+        dist.barrier()  # only the first may have to download
     data = load_data(args.data, args.data_dir, args.channels)
+    if world > 1 and not rank:
+        dist.barrier()
     print(data)
     if checkpoint and data.class_names != checkpoint["class_names"]:
         raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
@@ -672,6 +730,15 @@ def signals_caught():
             signal.signal(number, handler)
 
 
+def new_folder(path):
+    """Make a folder; whether there was none."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
 class Run:
     """Where a run stands: its folder, step and clock. It counts, shows and logs; the training is the script's.
 
@@ -686,27 +753,73 @@ class Run:
         self.steps_per_epoch = len(epoch_batches(num_images, args.batch_size, args.seed, 0))
         self.total_steps = math.ceil(round(args.epochs * share * self.steps_per_epoch, 6)) if args.epochs else None
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
+        self.rank, self.world = processes()
         self.folder = folder or (args.run_dir if checkpoint else self._new_folder(args.run_dir))
         self.start = self.last_save = time.monotonic()
         self.clock = self.start - (checkpoint["seconds"] if checkpoint else 0)  # as if it had never been interrupted
-        self._trim_log()
 
     def _new_folder(self, asked):
         """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
-        if asked and ((asked / f"{self.stem}.pt").exists() or (asked / self.log_file).exists()):
-            raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
-        names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
-        folder = asked or next(path for name in names if not (path := Path("runs", name)).exists())
-        folder.mkdir(parents=True, exist_ok=bool(asked))
-        return folder
+        folder = [None]
+        if self.rank == 0:
+            if asked and ((asked / f"{self.stem}.pt").exists() or (asked / self.log_file).exists()):
+                raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
+            names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
+            folder = [asked or next(path for name in names if new_folder(path := Path("runs", name)))]
+            folder[0].mkdir(parents=True, exist_ok=True)
+        if self.world > 1:
+            dist.broadcast_object_list(folder)
+        return folder[0]
 
-    def _trim_log(self):
-        """Drop the lines after `step`: a killed run had logged more than it had saved, perhaps half a line."""
-        path = self.folder / self.log_file
-        if path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            with written_whole(path) as scratch:
-                scratch.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= self.step))
+    @contextmanager
+    def under_way(self):
+        """Yield (stopped, bar) while training: the signals caught, and tqdm's progress bar.
+
+        The folder belongs to this process meanwhile.  Raises InputError if it is another's already, and where files
+        cannot be written or other processes are lost.
+        """
+        bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
+        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
+        options = {"bar_format": bar_format, "mininterval": interval, "disable": self.rank > 0}
+        kept = f"what {self.folder} holds is kept. Go on with:  {self._command('--resume --run-dir')}"
+        try:
+            bar = tqdm(total=1.0, initial=min(self.progress(), 1.0), **options)
+            with self._own_folder(), signals_caught() as stopped, bar:
+                yield stopped, bar
+        except OSError as error:
+            raise InputError(f"cannot write ({error}); {kept}") from error
+        except RuntimeError as error:
+            if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise InputError(f"another process is gone, torchrun says which; {kept}") from error
+
+    @contextmanager
+    def _own_folder(self):
+        """Keep other runs out of the folder, where the system can; drop the log's lines after `step`.
+
+        A killed run had logged more than it had saved, perhaps half a line.
+        """
+        if self.rank:
+            yield
+            return
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError as error:
+                raise InputError(f"{self.folder} is the folder of a run that goes on: stop that, or wait") from error
+            path = self.folder / self.log_file
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]
+                with written_whole(path) as scratch:
+                    scratch.write_text("".join(f"{line}\n" for line in lines))
+            yield
+
+    def _is_logged(self, line):
+        try:
+            return json.loads(line)["step"] <= self.step
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def seconds(self):
         return time.monotonic() - self.clock
@@ -716,6 +829,31 @@ class Run:
         return (
             self.step / self.total_steps if self.args.epochs else self.seconds() / 60 / (self.args.minutes * self.share)
         )
+
+    def agreed_progress(self, stopped):
+        """`progress`, the same in all processes; a signal that one of them caught becomes known to the others."""
+        done = self.progress()
+        if self.world > 1:
+            said = torch.tensor([done, len(stopped)], dtype=torch.float64)
+            dist.all_reduce(said, dist.ReduceOp.MAX)
+            done, signals = said.tolist()
+            stopped += [None] * (int(signals) - len(stopped))
+        return done
+
+    def by_the_first(self, function):
+        """A decorator: in the other processes, a function that does nothing."""
+        return (lambda *args: None) if self.rank else function
+
+    def own(self, *batch):
+        """This process's share of a batch: of each tensor every world-th row, from its rank on."""
+        return [part[self.rank :: self.world] for part in batch]
+
+    def mean(self, values):
+        """The mean of a tensor over the processes, each of which has one of its own share of the batch."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
 
     def epoch(self):
         return self.step / self.steps_per_epoch
@@ -729,12 +867,6 @@ class Run:
         """Make what a step draws depend on (seed, step) alone: a run goes on without a generator's state."""
         generator.manual_seed(int(np.random.SeedSequence([self.args.seed, self.step]).generate_state(1)[0]))
 
-    def bar(self):
-        """tqdm's progress bar, for `show`."""
-        bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
-        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
-        return tqdm(total=1.0, initial=min(self.progress(), 1.0), bar_format=bar_format, mininterval=interval)
-
     def show(self, bar, text):
         speed = (self.step - self.first_step) * self.args.batch_size / (time.monotonic() - self.start)
         bar.set_postfix_str(f"epoch {int(self.epoch())}, {text}, {speed:.0f} images/s", refresh=False)
@@ -742,6 +874,9 @@ class Run:
 
     def log(self, line):
         """Add a line, a dict of numbers, to log.jsonl."""
+        if self.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         line = {"step": self.step, "epoch": self.epoch(), "seconds": self.seconds(), **line}
         with (self.folder / self.log_file).open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -760,7 +895,7 @@ class Run:
         return self.folder / f"samples/{self.part or 'step'}_{self.step:07d}.png"
 
     def save_due(self):
-        return time.monotonic() - self.last_save >= 60 * self.args.save_every
+        return self.rank == 0 and time.monotonic() - self.last_save >= 60 * self.args.save_every
 
     def save(self, content):
         """Write the checkpoint: `content`, and where the run stands."""
@@ -768,20 +903,30 @@ class Run:
             "format": FORMAT, "model": self.stem, "step": self.step, "seconds": self.seconds(),
             "images": self.step * self.args.batch_size, "torch": str(torch.__version__),
         }  # fmt: skip
-        with written_whole(self.folder / f"{self.stem}.pt") as scratch:
-            torch.save({**state, **content}, scratch)
+        try:
+            with written_whole(self.folder / f"{self.stem}.pt") as scratch:
+                torch.save({**state, **content}, scratch)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{self.folder / self.stem}.pt: {str(error).splitlines()[0]}") from error
         self.last_save = time.monotonic()
 
     def end(self, stopped):
         """Say how the run ended and what comes next; returns the exit code."""
-        where = shlex.quote(self.folder.as_posix())
+        if self.world > 1:
+            dist.barrier()  # for what the first has to save
         print(f"{self.step} steps, {self.epoch():.2f} epochs, {self.seconds() / 60:.1f} minutes")
         if stopped:
-            print(f"Stopped and saved. Go on with:\n  python {self.name}.py --resume --run-dir {where}")
+            print(f"Stopped and saved. Go on with:\n  {self._command('--resume --run-dir')}")
             return 130
         if not self.part:
+            where = shlex.quote(self.folder.as_posix())
             print(f"Draw samples with:\n  python {self.name}.py --checkpoint {where} --class all --num-samples 10")
         return 0
+
+    def _command(self, flags):
+        """The command line that starts this script in the same way, with flags and then the run's folder."""
+        start = "python" if self.world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
 
 
 # --- Embeddings -------------------------------------------------------------------------------------------------

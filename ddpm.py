@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, InputError, Run, UNet, draw_noise, errors_in_one_line
-from common import find_checkpoint, load_checkpoint, load_run_data, noise_streams, number, parse_classes, parse_run
-from common import pick_device, run_parser, sampled_file, save_images, save_sampled, signals_caught, to_float
-from common import whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, draw_noise, errors_in_one_line
+from common import find_checkpoint, load_checkpoint, load_run_data, noise_streams, number, parallel, parse_classes
+from common import parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
+from common import training_device, whole_numbers
 
 
 NAME = "ddpm"
@@ -228,7 +228,7 @@ def power_ema(length):
 
 def train(args, checkpoint=None):
     """Train, or go on from a checkpoint of this script, until --epochs or --minutes are over. Returns the exit code."""
-    device = pick_device(args.device)
+    device = training_device(args)
     torch.manual_seed(args.seed)  # for the initial weights
     data = load_run_data(args, checkpoint)
     images, labels = data.images.to(device), data.labels.to(device)
@@ -237,7 +237,7 @@ def train(args, checkpoint=None):
     network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
-    forward = torch.compile(model) if args.compile else model
+    forward = parallel(torch.compile(model) if args.compile else model)
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
@@ -252,6 +252,7 @@ def train(args, checkpoint=None):
     config = {k: getattr(args, k) for k in FIXED + FREE}
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
+    @run.by_the_first
     def save():
         steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
         grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
@@ -265,19 +266,19 @@ def train(args, checkpoint=None):
     print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
-    with signals_caught() as stopped, run.bar() as bar:
+    with run.under_way() as (stopped, bar):
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while not stopped and (done := run.progress()) < 1:
+        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
             batch = run.batch().to(device)
-            x_0, y = to_float(images[batch]), labels[batch]
-            t = stratified_t(len(y), args.num_timesteps, generator)
-            eps = torch.randn(x_0.shape, generator=generator, device=device)
-            dropped = torch.rand(len(y), generator=generator, device=device) < args.label_dropout
-            y = torch.where(dropped, NULL_LABEL, y)
+            t = stratified_t(len(batch), args.num_timesteps, generator)
+            eps = torch.randn(len(batch), *images.shape[1:], generator=generator, device=device)
+            dropped = torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            batch, t, eps, dropped = run.own(batch, t, eps, dropped)
+            x_0, y = to_float(images[batch]), torch.where(dropped, NULL_LABEL, labels[batch])
 
             alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
             x_t = q_sample(x_0, eps, alpha_bar_t)
@@ -292,15 +293,17 @@ def train(args, checkpoint=None):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             run.check_finite(loss=loss.item(), gradient=grad_norm.item())
             optimizer.step()
-            ema_model.update_parameters(model)
+            if run.rank == 0:
+                ema_model.update_parameters(model)
             run.step += 1
 
             nothing = image_losses(torch.zeros_like(target), target, args.loss)
-            by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
+            both, tenths = torch.stack([losses.detach(), nothing]), t * 10 // args.num_timesteps
+            by_tenth += run.mean(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
             run.show(bar, f"loss {loss.item():.4f}")
             if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
                 run.log({
-                    "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
+                    "loss": by_tenth[0].sum().item() / LOG_EVERY / len(t),
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
                 })  # fmt: skip
@@ -318,7 +321,7 @@ FIXED = (
     "data", "channels", "widths", "depths", "patch", "attention", "emb_channels", "num_timesteps", "schedule",
     "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every")
+FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
 
 
 def ema_network(checkpoint, device):
@@ -334,6 +337,14 @@ def ema_network(checkpoint, device):
 def default_guidance(config):
     """1.5 where the network knows both classes and "no class", else the only one that it knows."""
     return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.5)
+
+
+def check_sampling(config, steps, guidance):
+    """Raise InputError for what the training does not allow."""
+    if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
+        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+    if steps > config["num_timesteps"]:
+        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
 
 
 def build_parser():
@@ -379,10 +390,7 @@ def draw(args):
     classes, count = parse_classes(args.class_, names), args.num_samples
     endings = [".png"] if args.filmstrip else [".png", ".npz", ".gif", ""]
     output = sampled_file(args.output, NAME, classes, names, endings)
-    if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
-        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
-    if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+    check_sampling(config, steps, guidance)
     model = ema_network(checkpoint, pick_device(args.device))
     labels = torch.tensor(classes).repeat_interleave(count)
     trace = [] if args.filmstrip or output.suffix == ".gif" else None

@@ -46,7 +46,8 @@ QUERIES = 2000  # images whose nearest neighbours are looked for, pixel by pixel
 FEW = 2000  # samples below which a table marks its scores
 CHUNK, BATCH = 1000, 100  # images in a file of the cache, and drawn at a time
 BATCHES, REPEATS, SECONDS = (1, 4, 16, 64, 100), 5, 3.0  # of the timing: so often, or so long, at each batch size
-EPOCHS, CAS_EPOCHS, SEEDS = 6, 3, {1: 2, 2: 1}  # of the extractors: the better one of two became the first
+EPOCHS, SEEDS = {1: 6, 2: 9}, {1: 2, 2: 1}  # of the extractors: the second needs more passes to 93 %
+CAS_EPOCHS = 3
 CARD_KEY, CARD_FORMAT = "extractor_card", 1
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
 # Columns of the table: (name of the score, heading, format).
@@ -721,12 +722,13 @@ def train_extractor(train, test, number, epochs, path=None, data=None, data_dir=
         return nn.Sequential(layer, nn.BatchNorm2d(width_out), nn.ReLU())
 
     class Residual(nn.Module):
-        """Two convolutions and a shortcut, half the size (He et al. 2015, arXiv:1512.03385)."""
+        """Two convolutions and a shortcut (He et al. 2015, arXiv:1512.03385)."""
 
-        def __init__(self, width_in, width_out):
+        def __init__(self, width_in, width_out, stride):
             super().__init__()
-            self.inner = nn.Sequential(conv(width_in, width_out, 2), *conv(width_out, width_out)[:2])
-            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width_out, 1, 2, bias=False), nn.BatchNorm2d(width_out))
+            self.inner = nn.Sequential(conv(width_in, width_out, stride), *conv(width_out, width_out)[:2])
+            projection = nn.Conv2d(width_in, width_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width_out))
 
         def forward(self, x):
             return F.relu(self.inner(x) + self.shortcut(x))
@@ -743,8 +745,8 @@ def train_extractor(train, test, number, epochs, path=None, data=None, data_dir=
     seed = SEEDS[number]
     torch.manual_seed(seed)
     if number == 2:
-        architecture = "residual, 32-64-128 channels, strides"
-        body = nn.Sequential(conv(1, 32), Residual(32, 64), Residual(64, 128))
+        architecture = "residual, 32-64-64-128 channels, strides"
+        body = nn.Sequential(conv(1, 32), Residual(32, 64, 2), Residual(64, 64, 1), Residual(64, 128, 2))
     else:
         architecture = "plain, 32-32-64-64-128-128 channels, max pooling"
         first, second = (conv(1, 32), conv(32, 32), nn.MaxPool2d(2)), (conv(32, 64), conv(64, 64), nn.MaxPool2d(2))
@@ -781,7 +783,7 @@ def train_extractor(train, test, number, epochs, path=None, data=None, data_dir=
         }  # fmt: skip
         onnx.helper.set_model_props(proto, {CARD_KEY: json.dumps(card)})
         with written_whole(path) as scratch:
-            scratch.write_bytes(proto.SerializeToString())
+            scratch.write_bytes(infer_onnx.sealed(proto.SerializeToString()))
     return accuracy
 
 
@@ -790,7 +792,7 @@ def train_both(args):
     train, test = (load_split(args.data, args.data_dir, split) for split in (True, False))
     for number in (1, 2):
         path = extractor_file(args.extractors, args.data, number)
-        train_extractor(train, test, number, args.epochs, path, args.data, args.data_dir)
+        train_extractor(train, test, number, args.epochs or EPOCHS[number], path, args.data, args.data_dir)
         card = load_extractor(path, args.data, test, args.threads)[2]
         size = path.stat().st_size / 1e6
         print(
@@ -830,7 +832,7 @@ def build_parser():
     add("--tsne", action="store_true", help="a map of real and generated features (needs scikit-learn)")
     add("--cas", action="store_true", help="accuracy of a network trained on samples (draws 60,000; needs torch)")
     add("--train-extractor", action="store_true", help="train the extractors of --data instead (needs torch)")
-    add("--epochs", type=number(int, 1, 1000), default=EPOCHS, help=f"of --train-extractor ({EPOCHS})")
+    add("--epochs", type=number(int, 1, 1000), help="of --train-extractor, both networks (6 and 9)")
     home = Path(__file__).parent / "pretrained"
     add("--extractors", type=Path, default=home, metavar="FOLDER", help="where the extractors are, or go (pretrained)")
     return parser

@@ -218,11 +218,11 @@ def export(name, checkpoint_path, output, weights):
     output = output or (Path() if shipped else path.parent) / f"{name}.onnx"  # shipped files stay as they are
     protos = {part: export_graph(*graph) for part, graph in graphs.items()}
     files = {part: output.with_name(f"{output.stem}_{part}.onnx") if part else output for part in graphs}
-    contents = {part: proto.SerializeToString() for part, proto in protos.items() if part}
+    contents = {part: infer_onnx.sealed(proto.SerializeToString()) for part, proto in protos.items() if part}
     parts = {k: {"file": files[k].name, "sha256": hashlib.sha256(v).hexdigest()} for k, v in contents.items()}
     card = model_card(script, checkpoint, network, graphs[""][0], parts)
     onnx.helper.set_model_props(protos[""], {METADATA_KEY: json.dumps(card)})
-    contents[""] = protos[""].SerializeToString()  # last, and last to be written: it names the others
+    contents[""] = infer_onnx.sealed(protos[""].SerializeToString())  # written last: it names the others
     with tempfile.TemporaryDirectory() as scratch:  # they take their names only if the comparison passes
         for part, content in contents.items():
             Path(scratch, files[part].name).write_bytes(content)

@@ -31,10 +31,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, InputError, ResidualBlock, Run, draw_noise, errors_in_one_line
-from common import find_checkpoint, group_norm, load_checkpoint, load_run_data, noise_streams, number, parse_classes
-from common import parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, signals_caught
-from common import to_float, whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, draw_noise, errors_in_one_line
+from common import find_checkpoint, group_norm, load_checkpoint, load_run_data, noise_streams, number, parallel
+from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
+from common import training_device, whole_numbers
 
 NAME = "gan"
 SAMPLES_FROM = ("gan",)  # the scripts whose checkpoints this one draws from
@@ -242,7 +242,7 @@ def power_ema(length):
 
 def train(args, checkpoint=None):
     """Train, or go on from a checkpoint of this script, until --epochs or --minutes are over. Returns the exit code."""
-    device = pick_device(args.device)
+    device = training_device(args)
     torch.manual_seed(args.seed)  # for the initial weights
     data = load_run_data(args, checkpoint)
     images, labels = data.images.to(device), data.labels.to(device)
@@ -267,10 +267,12 @@ def train(args, checkpoint=None):
         optimizer_d.load_state_dict(checkpoint["optimizer_d"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
         penalty.fill_(checkpoint["penalty"])
+    forward_g, forward_d = parallel(generator), parallel(discriminator)
     run = Run(NAME, args, len(images), checkpoint)
     config = {k: getattr(args, k) for k in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
 
+    @run.by_the_first
     def save():
         grid = sample(model=ema_model.module, labels=grid_labels)
         run.check_finite(samples=grid.abs().max().item())
@@ -286,22 +288,23 @@ def train(args, checkpoint=None):
     sizes = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (generator, discriminator)]
     print(f"run {run.folder} on {device}, {sizes[0]} parameters, discriminator {sizes[1]}", flush=True)
     dice = torch.Generator(device)
-    with signals_caught() as stopped, run.bar() as bar:
+    with run.under_way() as (stopped, bar):
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while not stopped and (done := run.progress()) < 1:
+        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
             for group in optimizer_g.param_groups + optimizer_d.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(dice)
             batch = run.batch().to(device)
+            z_d, z_g = torch.randn(2, len(batch), args.latent_dim, generator=dice, device=device)
+            batch, z_d, z_g = run.own(batch, z_d, z_g)
             x, classes = to_float(images[batch]), one_hot(labels[batch], num_classes)
-            z_d, z_g = torch.randn(2, len(x), args.latent_dim, generator=dice, device=device)
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
             with autocast:
                 with torch.no_grad():
                     fake = generator(z_d, classes)
-                real_and_fake = discriminator(torch.cat([x, fake]), classes.repeat(2, 1))
+                real_and_fake = forward_d(torch.cat([x, fake]), classes.repeat(2, 1))
             real_logits, fake_logits = real_and_fake.float().chunk(2)
             loss_d = discriminator_loss(real_logits, fake_logits, args.loss)
             loss = loss_d
@@ -310,13 +313,14 @@ def train(args, checkpoint=None):
                 if args.loss == "relativistic":
                     penalty = penalty + gradient_penalty(discriminator, fake.float(), classes)  # R2
                 loss = loss_d + args.gamma / 2 * args.penalty_every * penalty
+                penalty = run.mean(penalty.detach())
             optimizer_d.zero_grad(set_to_none=True)
             loss.backward()
             optimizer_d.step()
 
             discriminator.requires_grad_(False)
             with autocast:
-                fake_logits_g = discriminator(generator(z_g, classes), classes).float()
+                fake_logits_g = discriminator(forward_g(z_g, classes), classes).float()
                 with torch.no_grad():
                     real_logits_g = discriminator(x, classes).float() if args.loss == "relativistic" else None
             loss_g = generator_loss(real_logits_g, fake_logits_g, args.loss)
@@ -325,10 +329,11 @@ def train(args, checkpoint=None):
             optimizer_g.step()
             discriminator.requires_grad_(True)
             run.check_finite(loss_g=loss_g.item(), loss_d=loss.item())
-            ema_model.update_parameters(generator)
+            if run.rank == 0:
+                ema_model.update_parameters(generator)
             run.step += 1
 
-            sums += torch.stack([loss_g, loss_d, real_logits.mean(), fake_logits.mean()]).detach()
+            sums += run.mean(torch.stack([loss_g, loss_d, real_logits.mean(), fake_logits.mean()]).detach())
             run.show(bar, f"G {loss_g.item():.3f}, D {loss_d.item():.3f}")
             if run.step % LOG_EVERY == 0:
                 names = ("loss_g", "loss_d", "real_logits", "fake_logits")
@@ -348,7 +353,7 @@ FIXED = (
     "data", "channels", "latent_dim", "widths", "widths_d", "emb_channels", "loss", "gamma", "penalty_every",
     "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "device", "bf16", "save_every")
+FREE = (*RUN_FLAGS, "lr", "warmup", "bf16")
 
 
 def ema_network(checkpoint, device):

@@ -43,6 +43,7 @@ from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
 METADATA_FORMAT = 2
+SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: field 14, metadata, of 74 bytes: the key, and a value of 64 bytes
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
 KIND_KEYS = {
     "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_fixed"),
@@ -144,7 +145,17 @@ def read_model(path):
         raise ModelError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull")
     if content.startswith(b"PK"):
         raise ModelError(f"{path} is a checkpoint or another archive, not ONNX: export it with export.py")
+    if content != sealed(content[: -len(SEAL) - 64]):
+        raise ModelError(f"{path} is damaged, or not a file that export.py wrote: export it again, or fetch it again")
     return content
+
+
+def sealed(content):
+    """The bytes of an ONNX model with their SHA-256 after them, which is one more entry of the metadata.
+
+    onnxruntime sees no damage to the weights: a single bit would silently draw other pictures.
+    """
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def open_session(path, content, threads, tf32=None):

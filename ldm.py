@@ -12,10 +12,10 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
     python ldm.py --class Sneaker                  draw a Sneaker with the newest weights
     python ldm.py --train --minutes 1              smoke run
 
-Differs from the paper: no perceptual and no adversarial loss, a class embedding with classifier-free guidance (Ho &
-Salimans 2022, arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans &
-Ho 2022, arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024,
-arXiv:2312.02696), latents standardised per channel.
+Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
+arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
+arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696),
+standardisation per channel.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import LOG_EVERY, NULL_LABEL, InputError, Run, UNet, draw_noise, errors_in_one_line, find_checkpoint
-from common import given_image, group_norm, in_the_plane, load_checkpoint, load_data, load_run_data, noise_streams
-from common import number, parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_map
-from common import save_sampled, signals_caught, to_float, to_uint8, whole_numbers, zero_init
+from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, draw_noise, errors_in_one_line
+from common import find_checkpoint, given_image, group_norm, in_the_plane, load_checkpoint, load_data, load_run_data
+from common import noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser, sampled_file
+from common import save_images, save_map, save_sampled, to_float, to_uint8, training_device, whole_numbers, zero_init
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one draws from
@@ -318,7 +318,7 @@ def power_ema(length):
 
 def train(args, checkpoint=None):
     """Train the stages asked for, or go on from a checkpoint of this script. Returns the exit code."""
-    device = pick_device(args.device)
+    device = training_device(args)
     if len(args.autoencoder_widths) != 2 or min(args.autoencoder_widths) < 4:
         raise InputError(f"--autoencoder-widths {args.autoencoder_widths} must be two numbers from 4")
     if len(args.widths) > 4:
@@ -339,14 +339,12 @@ def train_autoencoder(args, data, device, checkpoint, share):
     """Stage 1, the autoencoder. Returns the run's folder and the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     images = data.images.to(device)
-    network = {
-        "channels": args.channels, "latent_channels": args.latent_channels, "widths": args.autoencoder_widths,
-        "attention": args.channel_attention,
-    }  # fmt: skip
+    network = {"channels": args.channels, "latent_channels": args.latent_channels, "widths": args.autoencoder_widths}
+    network["attention"] = args.channel_attention
     model = Autoencoder(**network).to(device, memory_format=torch.channels_last)
-    forward = torch.compile(model) if args.compile else model
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+    forward = parallel(torch.compile(model) if args.compile else model)
+    decay, fused = args.weight_decay, device.type != "mps"
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
     sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
@@ -358,14 +356,14 @@ def train_autoencoder(args, data, device, checkpoint, share):
     run = Run(NAME, args, len(images), checkpoint, part="autoencoder", share=share)
     config = {k: getattr(args, k) for k in FIXED + FREE}
 
+    @run.by_the_first
     @torch.no_grad()
     def save():
         x = to_float(images[:400])
         back = ema_model.module.decoder(ema_model.module.encode(x)[0])
         run.check_finite(reconstructions=back.abs().max().item())
         run.log({"grey_level_error": (to_uint8(back).float() - images[:400].float()).abs().mean().item()})
-        pairs = torch.stack([x[:40], back[:40]], dim=1).flatten(0, 1).cpu()
-        save_images(pairs, [], data.class_names, run.picture(), columns=10)
+        save_images(torch.stack([x, back], dim=1)[:40].flatten(0, 1).cpu(), [], data.class_names, run.picture(), 10)
         run.save({
             "config": config, "network": network, "class_names": data.class_names, "weights": model.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums.tolist(),
@@ -373,15 +371,16 @@ def train_autoencoder(args, data, device, checkpoint, share):
 
     print(f"stage 1 in {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     generator = torch.Generator(device)
-    with signals_caught() as stopped, run.bar() as bar:
+    with run.under_way() as (stopped, bar):
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while not stopped and (done := run.progress()) < 1:
+        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
-            x = to_float(images[run.batch().to(device)])
-            eps = torch.randn(len(x), args.latent_channels, 8, 8, generator=generator, device=device)
+            eps = torch.randn(args.batch_size, args.latent_channels, 8, 8, generator=generator, device=device)
+            batch, eps = run.own(run.batch().to(device), eps)
+            x = to_float(images[batch])
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 x_hat, mu, logvar = forward(x, eps)
             reconstruction = (x - x_hat.float()).abs().flatten(1).sum(dim=1).mean()
@@ -393,9 +392,10 @@ def train_autoencoder(args, data, device, checkpoint, share):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             run.check_finite(loss=loss.item(), gradient=grad_norm.item())
             optimizer.step()
-            ema_model.update_parameters(model)
+            if run.rank == 0:
+                ema_model.update_parameters(model)
             run.step += 1
-            sums += torch.stack([reconstruction.detach(), kl.detach()])
+            sums += run.mean(torch.stack([reconstruction.detach(), kl.detach()]))
             run.show(bar, f"loss {loss.item():.2f}, KL {kl.item():.0f}")
             if run.step % LOG_EVERY == 0:
                 reconstruction, kl = (sums / LOG_EVERY).tolist()
@@ -429,7 +429,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     if not checkpoint:
         model.latent_std, model.latent_mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
         latents = (latents - model.latent_mean) / model.latent_std
-    forward = torch.compile(model.denoiser) if args.compile else model.denoiser
+    forward = parallel(torch.compile(model.denoiser) if args.compile else model.denoiser)
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     parameters = list(model.denoiser.parameters())
     optimizer = optimizer_class(parameters, args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
@@ -446,6 +446,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         config[flag] = autoencoder[key]  # of another run, perhaps
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
+    @run.by_the_first
     def save():
         steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
         grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
@@ -460,19 +461,19 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     print(f"stage 2 in {run.folder} on {device}, {sum(p.numel() for p in parameters):,} parameters", flush=True)
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
-    with signals_caught() as stopped, run.bar() as bar:
+    with run.under_way() as (stopped, bar):
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while not stopped and (done := run.progress()) < 1:
+        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
             batch = run.batch().to(device)
-            z_0, y = latents[batch], labels[batch]
-            t = stratified_t(len(y), args.num_timesteps, generator)
-            eps = torch.randn(z_0.shape, generator=generator, device=device)
-            dropped = torch.rand(len(y), generator=generator, device=device) < args.label_dropout
-            y = torch.where(dropped, NULL_LABEL, y)
+            t = stratified_t(len(batch), args.num_timesteps, generator)
+            eps = torch.randn(len(batch), *latents.shape[1:], generator=generator, device=device)
+            dropped = torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            batch, t, eps, dropped = run.own(batch, t, eps, dropped)
+            z_0, y = latents[batch], torch.where(dropped, NULL_LABEL, labels[batch])
 
             alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
             z_t = q_sample(z_0, eps, alpha_bar_t)
@@ -487,15 +488,17 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             run.check_finite(loss=loss.item(), gradient=grad_norm.item())
             optimizer.step()
-            ema_model.update_parameters(model)
+            if run.rank == 0:
+                ema_model.update_parameters(model)
             run.step += 1
 
             nothing = image_losses(torch.zeros_like(target), target, args.loss)
-            by_tenth.index_add_(1, t * 10 // args.num_timesteps, torch.stack([losses.detach(), nothing]))
+            both, tenths = torch.stack([losses.detach(), nothing]), t * 10 // args.num_timesteps
+            by_tenth += run.mean(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
             run.show(bar, f"loss {loss.item():.4f}")
             if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
                 run.log({
-                    "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
+                    "loss": by_tenth[0].sum().item() / LOG_EVERY / len(t),
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
                 })  # fmt: skip
@@ -514,8 +517,7 @@ FIXED = (
     "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer",
     "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = ("data_dir", "epochs", "minutes", "lr", "warmup", "grad_clip", "device", "bf16", "compile", "save_every")
-FREE += ("stage", "stage_1_share", "autoencoder")
+FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share", "autoencoder")
 
 
 def ema_network(checkpoint, device):
@@ -531,6 +533,14 @@ def ema_network(checkpoint, device):
 def default_guidance(config):
     """1.5 where the network knows both classes and "no class", else the only one that it knows."""
     return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.5)
+
+
+def check_sampling(config, steps, guidance):
+    """Raise InputError for what the training does not allow."""
+    if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
+        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+    if steps > config["num_timesteps"]:
+        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
 
 
 def build_parser():
@@ -591,30 +601,27 @@ def draw(args):
         raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
     endings = [".png"] if args.filmstrip or args.map else [".png", ".npz", ".gif", ""]
     output = sampled_file(args.output, NAME, classes, names, endings)
-    if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
-        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
-    if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+    check_sampling(config, steps, guidance)
     if args.eta > 0 and args.invert:
         raise InputError("--invert needs the deterministic sampler, --eta 0")
     model = ema_network(checkpoint, pick_device(args.device))
-    labels, trace = torch.tensor(classes).repeat_interleave(count), None
+    labels = torch.tensor(classes).repeat_interleave(count)
+    trace = [] if args.filmstrip or args.map or output.suffix == ".gif" else None
     if args.reconstruct or args.invert:
         given = [given_image(i, args.class_, config, names, args.data_dir) for i in args.reconstruct or [args.invert]]
         x, labels = (torch.cat(part) for part in zip(*given, strict=True))
         z_0 = model.to_latents(x)
         if args.invert:
             denoise, trace = guided(model.denoiser, labels.to(z_0.device), guidance), []
-            schedule = make_alpha_bars(config["schedule"], config["num_timesteps"])
-            pairs = time_pairs(config["num_timesteps"], steps)
-            z_T = ddim_invert(denoise, z_0, schedule, pairs, config["prediction"], trace)
-            z_0 = ddim_sample(denoise, z_T, schedule, pairs, config["prediction"], clip=False, trace=trace)
+            alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+            way = alpha_bars, time_pairs(config["num_timesteps"], steps), config["prediction"]
+            z_T = ddim_invert(denoise, z_0, *way, trace)
+            z_0 = ddim_sample(denoise, z_T, *way, clip=False, trace=trace)
         back = model.to_images(z_0).cpu()
         error = (to_uint8(back).float() - to_uint8(x).float()).abs().mean().item()
         print(f"mean absolute error {error:.2f} of 255 grey levels")
         images, labels, count = torch.cat([x, back]), labels.repeat(2), len(x)
     else:
-        trace = [] if args.filmstrip or args.map or output.suffix == ".gif" else None
         images = sample(
             model=model, config=config, labels=labels, steps=steps, guidance=guidance, eta=args.eta, seed=args.seed,
             batch_size=args.batch_size if trace is None else len(labels), trace=trace,

@@ -31,10 +31,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, InputError, ResidualBlock, Run, draw_noise, errors_in_one_line
+from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, draw_noise, errors_in_one_line
 from common import find_checkpoint, given_image, group_norm, in_the_plane, load_checkpoint, load_data, load_run_data
-from common import noise_streams, number, parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images
-from common import save_map, save_sampled, signals_caught, to_float, to_uint8, whole_numbers
+from common import noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser, sampled_file
+from common import save_images, save_map, save_sampled, to_float, to_uint8, training_device, whole_numbers
 
 
 NAME = "vae"
@@ -120,13 +120,14 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
-def reconstruction_loss(logits, x, kind):
+def reconstruction_loss(logits, x, kind, mean=lambda number: number):
     """-log p(x | z) of each image, summed over its values, less what is constant: (B,).
 
     l2 and l1     Gaussian and Laplace of scale 1: (x - x_hat)^2 / 2 and |x - x_hat|, x_hat = tanh(logits)
     sigma         Gaussian of the scale that the batch asks for (optimal sigma-VAE, section 3.3): sigma^2 is its mean
                   (x - x_hat)^2, and the loss (x - x_hat)^2 / (2 sigma^2) + log sigma
     bce           Bernoulli with the mean (x_hat + 1) / 2 for values (x + 1) / 2
+    mean: over all parts of the batch, of a number of this part.
     """
     if kind == "bce":  # (tanh(h) + 1) / 2 = sigmoid(2h)
         losses = F.binary_cross_entropy_with_logits(2 * logits, (x + 1) / 2, reduction="none")
@@ -136,7 +137,7 @@ def reconstruction_loss(logits, x, kind):
         losses = 0.5 * (x - logits.tanh()) ** 2
     else:
         squares = (x - logits.tanh()) ** 2
-        sigma_squared = squares.mean().detach()  # the minimum, so that no gradient flows through it
+        sigma_squared = mean(squares.mean().detach())  # the minimum, so that no gradient flows through it
         losses = 0.5 * squares / sigma_squared + 0.5 * sigma_squared.log()
     return losses.flatten(1).sum(dim=1)
 
@@ -264,14 +265,14 @@ def power_ema(length):
 
 def train(args, checkpoint=None):
     """Train, or go on from a checkpoint of this script, until --epochs or --minutes are over. Returns the exit code."""
-    device = pick_device(args.device)
+    device = training_device(args)
     torch.manual_seed(args.seed)  # for the initial weights
     data = load_run_data(args, checkpoint)
     images, labels = data.images.to(device), data.labels.to(device)
     network = {k: getattr(args, k) for k in ("channels", "latent_dim", "widths", "emb_channels")}
     network["num_classes"] = num_classes = len(data.class_names)
     model = VAE(**network).to(device, memory_format=torch.channels_last)
-    forward = torch.compile(model) if args.compile else model
+    forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
@@ -290,16 +291,14 @@ def train(args, checkpoint=None):
     quick = min(args.prior_components, 1)  # while training, one Gaussian will do
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
 
-    def fitted(count, components):
-        """The mixture that the first `count` images ask for, and their mu."""
+    @run.by_the_first
+    def save(count=2000, components=quick):
+        """Save with the mixture that the first `count` images ask for."""
         run.seed(cpu_generator := torch.Generator())
         mu, logvar = encode(ema_model.module, data.images[:count], data.labels[:count])
         run.check_finite(mu=mu.abs().max().item(), logvar=logvar.abs().max().item())
         codes = reparameterise(mu, logvar, torch.randn(mu.shape, generator=cpu_generator))
-        prior = components and fit_prior(codes, data.labels[:count], num_classes, components, args.seed)
-        return prior or None, mu
-
-    def save(prior, mu):
+        prior = fit_prior(codes, data.labels[:count], num_classes, components, args.seed) if components else None
         grid = sample(model=ema_model.module, prior=prior, labels=grid_labels)
         save_images(grid, grid_labels.tolist(), data.class_names, run.picture(), columns=8)
         run.log({
@@ -314,20 +313,21 @@ def train(args, checkpoint=None):
 
     print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     generator = torch.Generator(device)
-    with signals_caught() as stopped, run.bar() as bar:
+    with run.under_way() as (stopped, bar):
         if not checkpoint:
-            save(*fitted(2000, quick))  # from now on there is a run to go on with
-        while not stopped and (done := run.progress()) < 1:
+            save()  # from now on there is a run to go on with
+        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
             batch = run.batch().to(device)
+            eps = torch.randn(len(batch), args.latent_dim, generator=generator, device=device)
+            batch, eps = run.own(batch, eps)
             x, classes = to_float(images[batch]), one_hot(labels[batch], num_classes)
-            eps = torch.randn(len(x), args.latent_dim, generator=generator, device=device)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits, mu, logvar = forward(x, classes, eps)
-            reconstruction = reconstruction_loss(logits.float(), x, args.reconstruction).mean()
+            reconstruction = reconstruction_loss(logits.float(), x, args.reconstruction, run.mean).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
             kl_weight = args.kl_weight * (min(1.0, done / args.kl_warmup) if args.kl_warmup else 1.0)
             loss = reconstruction + kl_weight * kl
@@ -337,9 +337,10 @@ def train(args, checkpoint=None):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             run.check_finite(loss=loss.item(), gradient=grad_norm.item())
             optimizer.step()
-            ema_model.update_parameters(model)
+            if run.rank == 0:
+                ema_model.update_parameters(model)
             run.step += 1
-            sums += torch.stack([reconstruction.detach(), kl.detach()])
+            sums += run.mean(torch.stack([reconstruction.detach(), kl.detach()]))
             run.show(bar, f"loss {loss.item():.1f}, KL {kl.item():.1f}")
             if run.step % LOG_EVERY == 0:
                 reconstruction, kl = (sums / LOG_EVERY).tolist()
@@ -349,11 +350,11 @@ def train(args, checkpoint=None):
                 })  # fmt: skip
                 sums.zero_()
             if run.save_due():
-                save(*fitted(2000, quick))
-        save(*fitted(2000, quick))  # before what takes longer
+                save()
+        save()  # before what takes longer
     if not stopped and args.prior_components > 1:
         print(f"fitting {args.prior_components} Gaussians to the codes of each class", flush=True)
-        save(*fitted(len(images), args.prior_components))
+        save(len(images), args.prior_components)
     return run.end(stopped)
 
 
@@ -364,10 +365,7 @@ FIXED = (
     "data", "channels", "latent_dim", "widths", "emb_channels", "reconstruction", "kl_weight", "weight_decay",
     "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = (
-    "data_dir", "epochs", "minutes", "lr", "warmup", "kl_warmup", "grad_clip", "prior_components", "device", "bf16",
-    "compile", "save_every",
-)  # fmt: skip
+FREE = (*RUN_FLAGS, "lr", "warmup", "kl_warmup", "grad_clip", "prior_components", "bf16", "compile")
 
 
 def ema_network(checkpoint, device):

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib
+import json
 import os
 import struct
 import sys
@@ -75,6 +76,27 @@ def equal(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+# What must not depend on where a run was interrupted; a save adds a line on the samples to the log.
+PASSING = ("seconds", "config")
+
+
+def log_of(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "grad_norm" in line or "lr" in line]
+
+
+def state(run_dir):
+    """All that a run has made: what its checkpoints hold, its logs, its last grid."""
+    found = {}
+    for path in sorted(run_dir.glob("*.pt")):
+        checkpoint = torch.load(path, weights_only=True)
+        found[path.name] = {k: v for k, v in checkpoint.items() if k not in PASSING}
+    for path in sorted(run_dir.glob("*log.jsonl")):
+        found[path.name] = log_of(path)
+    found["grid"] = max((run_dir / "samples").glob("step*")).read_bytes()
+    return found
 
 
 @pytest.fixture(autouse=True)

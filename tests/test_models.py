@@ -1,20 +1,17 @@
 """What all five scripts promise: they train, go on, draw, say what is wrong, and can be copied."""
 
 import importlib
-import json
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, equal
+from conftest import TINY_FLAGS, equal, state
 from PIL import Image
 
 import common
 
 NAMES = [*TINY_FLAGS]
-# What must not depend on where a run was interrupted; a save adds a line on the samples to the log.
-PASSING = ("seconds", "config")
 
 
 @pytest.fixture(params=NAMES)
@@ -25,23 +22,6 @@ def name(request):
 @pytest.fixture
 def script(name):
     return importlib.import_module(name)
-
-
-def log_of(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "grad_norm" in line or "lr" in line]
-
-
-def state(run_dir):
-    """All that a run has made: what its checkpoints hold, its logs, its last grid."""
-    found = {}
-    for path in sorted(run_dir.glob("*.pt")):
-        checkpoint = torch.load(path, weights_only=True)
-        found[path.name] = {k: v for k, v in checkpoint.items() if k not in PASSING}
-    for path in sorted(run_dir.glob("*log.jsonl")):
-        found[path.name] = log_of(path)
-    found["grid"] = max((run_dir / "samples").glob("step*")).read_bytes()
-    return found
 
 
 def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(name, script, in_tmp, data_dir, monkeypatch):

@@ -1,0 +1,58 @@
+"""A script in a process of its own, or in each of several, with a fault put into it.
+
+    python tests/faulty.py FAULT NAME FLAGS...            torchrun takes the same
+
+FAULT: none, or KIND:STEP or KIND:STEP:RANK, the step counted over all stages, the rank 0 if not given:
+    kill    SIGKILL after the step, before it is logged and saved
+    term    SIGTERM there
+    half    SIGKILL in the middle of the checkpoint that follows it
+Checkpoints are written after every second step, the log after every one, and what each step took of the data is noted
+in seen_RANK.jsonl.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+
+def main():
+    fault, name, *argv = sys.argv[1:]
+    kind, at, rank = ([*fault.split(":"), "0", "0"])[:3]
+    here, steps = rank == os.environ.get("RANK", "0"), []
+    script = importlib.import_module(name)
+    script.LOG_EVERY = 1
+    show, own, save = common.Run.show, common.Run.own, torch.save
+
+    def show_and_fail(self, bar, text):
+        show(self, bar, text)
+        steps.append(self.step)
+        if here and len(steps) == int(at) and kind in ("kill", "term"):
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+
+    def own_and_note(self, *batch):
+        taken = own(self, *batch)
+        with Path(f"seen_{self.rank}.jsonl").open("a") as file:
+            file.write(json.dumps([self.stem, self.step, taken[0].tolist(), self.batch().tolist()]) + "\n")
+        return taken
+
+    def save_half(content, path):
+        save(content, path)
+        if here and len(steps) == int(at) and kind == "half":
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    common.Run.show, common.Run.own, torch.save = show_and_fail, own_and_note, save_half
+    common.Run.save_due = lambda self: self.rank == 0 and len(steps) % 2 == 0
+    sys.exit(script.main(argv))
+
+
+if __name__ == "__main__":
+    main()

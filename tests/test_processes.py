@@ -1,0 +1,96 @@
+"""Several processes, as torchrun starts them, train what one does; shards draw what one process does."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_FLAGS
+
+import ddim
+
+STEPS = 21
+FLAGS = {name: ["--train", "--epochs", "7", "--warmup", "2", *TINY_FLAGS[name]] for name in TINY_FLAGS}
+FLAGS["gan"] += ["--lr", "1e-4"]  # Adam without momentum takes full steps where a gradient is rounding alone
+
+
+def torchrun(*command, processes=2, timeout=180):
+    """Start processes as torchrun does, on a free port of this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*start, *map(str, command)], capture_output=True, text=True, timeout=timeout)
+
+
+def losses(run_dir):
+    """{(file, step): the losses and gradients in a line of the log}.
+
+    Not a GAN's logits: the relativistic losses hold for any bias of them, which drifts on rounding alone.
+    """
+    found = {}
+    for path in sorted(Path(run_dir).glob("*log.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            kept = {k: v for k, v in line.items() if k.startswith(("loss", "recon", "kl", "grad_norm"))}
+            if kept and "loss_by_tenth_of_t" in kept:
+                kept["loss_by_tenth_of_t"] = [v or 0.0 for v in kept["loss_by_tenth_of_t"]]
+            if kept:
+                found[path.name, line["step"]] = np.hstack([kept[k] for k in sorted(kept)])
+    return found
+
+
+@pytest.mark.parametrize("name", [*TINY_FLAGS])
+def test_two_processes_train_what_one_does_and_take_over_from_each_other(name, in_tmp, data_dir, monkeypatch):
+    script, faulty = importlib.import_module(name), ROOT / "tests/faulty.py"
+    monkeypatch.setattr(script, "LOG_EVERY", 1)
+    flags = [*FLAGS[name], "--data-dir", data_dir]
+    assert script.main([*flags, "--run-dir", "one"]) == 0
+
+    done = torchrun(faulty, "term:8:1", name, *flags, "--run-dir", "two")  # a signal to the second process alone
+    assert "exitcode  : 130" in done.stderr and "Traceback (most recent call last)" not in done.stdout, done.stderr
+    assert f"torchrun --nproc-per-node 2 {name}.py --resume --run-dir two" in done.stdout
+    seen = [[json.loads(line) for line in Path(f"seen_{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
+    assert len(seen[0]) == len(seen[1]) == 8
+    for (*at, own, batch), (*at_other, other, _) in zip(*seen, strict=True):
+        assert at == at_other and sorted(own + other) == sorted(batch) and len(own) == len(other)
+
+    stop = iter(range(6))
+    agreed = script.Run.agreed_progress
+    with monkeypatch.context() as patch:  # one process goes on, for five steps
+        patch.setattr(
+            script.Run,
+            "agreed_progress",
+            lambda self, stopped: (stopped.append(2) if next(stop) == 5 else None) or agreed(self, stopped),
+        )
+        assert script.main(["--resume", "--run-dir", "two"]) == 130
+    done = torchrun(faulty, "none", name, "--resume", "--run-dir", "two")  # and two end it
+    assert done.returncode == 0, done.stderr
+    one, two = losses("one"), losses("two")
+    assert one.keys() == two.keys() and len(one) >= STEPS
+    for key, values in one.items():
+        assert np.allclose(values, two[key], rtol=1e-5, atol=1e-5), (key, values, two[key])
+    assert len(list(Path("two/samples").glob("*"))) >= 3 and not list(Path("two").rglob("*.tmp"))
+
+
+def test_the_line_of_the_readme_and_a_batch_that_cannot_be_shared(in_tmp, data_dir):
+    command = ["torchrun", "--nproc-per-node", "2", str(ROOT / "ddim.py"), *FLAGS["ddim"], "--data-dir", data_dir]
+    bin_dir = str(Path(sys.executable).parent)
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": bin_dir, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run runs/ddim on cpu") == 1 and Path("runs/ddim/ddim.pt").is_file()
+    done = torchrun(ROOT / "ddim.py", *FLAGS["ddim"], "--data-dir", data_dir, "--batch-size", "21")
+    assert "--batch-size 21 is no multiple of the 2 processes" in done.stderr
+    done = torchrun(ROOT / "ddim.py", "--class", "ki")
+    assert "torchrun is for --train and --resume" in done.stderr and not list(Path().glob("*.png"))
+
+
+def test_a_dead_process_ends_the_others_with_a_message(in_tmp, data_dir):
+    start = time.monotonic()
+    flags = ["ddim", "--train", "--epochs", "1000", "--data-dir", data_dir, *TINY_FLAGS["ddim"], "--run-dir", "run"]
+    done = torchrun(ROOT / "tests/faulty.py", "kill:9:1", *flags)
+    assert done.returncode == 1 and time.monotonic() - start < 60
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("ddim.py: error: ")]
+    assert len(said) == 1 and "--resume --run-dir run" in said[0]
+    assert ddim.main(["--resume", "--run-dir", "run", "--epochs", "4"]) == 0

@@ -1,0 +1,119 @@
+"""An interrupted run is the unbroken one, bit for bit, however it was interrupted."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, equal, state
+
+import common
+import ddim
+
+FLAGS = {name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_FLAGS}  # 12 steps, 3 in an epoch
+
+
+def faulty(fault, name, *flags):
+    command = [sys.executable, str(ROOT / "tests/faulty.py"), fault, name, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, data_dir):
+    """A function: what a script leaves that ran its twelve steps without a fault."""
+    made = {}
+
+    def state_of(name):
+        if name not in made:
+            run_dir = tmp_path_factory.mktemp(name) / "whole"
+            script, flags = importlib.import_module(name), ["--data-dir", data_dir, "--run-dir", str(run_dir)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(script, "LOG_EVERY", 1)
+                assert script.main([*FLAGS[name], *flags]) == 0
+            made[name] = state(run_dir)
+        return made[name]
+
+    return state_of
+
+
+@pytest.mark.parametrize("fault", ["kill:2", "kill:8", "half:6"])  # of ldm: kill:2 in the first stage
+@pytest.mark.parametrize("name", [*TINY_FLAGS])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, fault, unbroken, in_tmp, data_dir, monkeypatch):
+    done = faulty(fault, name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    kept = torch.load(max((in_tmp / "broken").glob("*.pt"), key=lambda p: p.stat().st_mtime), weights_only=True)
+    assert kept["step"] < 12
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "LOG_EVERY", 1)
+    assert script.main(["--resume", "--run-dir", "broken"]) == 0
+    whole, broken = unbroken(name), state(in_tmp / "broken")
+    assert whole.keys() == broken.keys()
+    for key in whole:
+        assert equal(whole[key], broken[key]), key
+
+
+@pytest.mark.parametrize("name", [*TINY_FLAGS])
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(name, unbroken, in_tmp, data_dir, monkeypatch):
+    done = faulty("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
+    assert done.returncode == 130, done.stderr
+    said = f"python {name}.py --resume --run-dir broken"
+    assert done.stdout.splitlines()[-1].strip() == said and "Traceback" not in done.stderr
+    script = importlib.import_module(name)
+    assert torch.load(f"broken/{name}.pt", weights_only=True)["step"] == {"ldm": 4}.get(name, 7)
+    monkeypatch.setattr(script, "LOG_EVERY", 1)
+    assert script.main(said.split()[2:]) == 0
+    whole, broken = unbroken(name), state(in_tmp / "broken")
+    assert all(equal(whole[key], broken[key]) for key in whole)
+
+
+def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):
+    monkeypatch.setattr(ddim, "LOG_EVERY", 1)
+    assert ddim.main([*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]) == 0
+    log = in_tmp / "run/log.jsonl"
+    whole = log.read_text()
+    for half in ('{"step": 3, "diversity": {"a": 1}', '{"step"', "}", "{}", "[1]", "12", "\0\0", '{"step": "x"}'):
+        log.write_text(whole + half)
+        assert ddim.main(["--resume", "--run-dir", "run"]) == 0
+        assert log.read_text() == whole, half
+
+
+def lr_at(path):
+    return [line["lr"] for line in map(json.loads, path.read_text().splitlines())]
+
+
+def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, data_dir, monkeypatch):
+    monkeypatch.setattr(ddim, "LOG_EVERY", 1)
+    flags = ["--data-dir", data_dir, "--warmup", "0"]
+    assert ddim.main([*FLAGS["ddim"], *flags, "--run-dir", "longer"]) == 0
+    assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "8"]) == 0
+    first, last = np.split(np.array(lr_at(in_tmp / "longer/log.jsonl")), 2)
+    rate = 3e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(24) / np.array([12] * 12 + [24] * 12)))
+    assert np.allclose([*first, *last], rate)
+    assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0  # nothing is left to do
+    assert len(lr_at(in_tmp / "longer/log.jsonl")) == 24
+
+
+def test_minutes_go_on_where_they_were(in_tmp, data_dir, monkeypatch):
+    """With a clock that moves half a second a step: 24 steps of 12 seconds, stopped at 4.5 s for a day."""
+    now, seen = [1e6], []
+    step = common.Run.show
+
+    def tick(self, bar, text):
+        now[0] += 0.5
+        seen.append(self.progress())
+        if len(seen) == 9:
+            signal.raise_signal(signal.SIGINT)
+        step(self, bar, text)
+
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(common.time, "time", lambda: 0.0)  # a wall clock that is set back is not looked at
+    monkeypatch.setattr(common.Run, "show", tick)
+    flags = ["--train", "--minutes", "0.2", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
+    assert ddim.main([*flags, "--run-dir", "run"]) == 130
+    now[0] += 24 * 3600
+    assert ddim.main(["--resume", "--run-dir", "run"]) == 0
+    assert np.allclose(seen, np.arange(1, 25) / 24)
