@@ -696,6 +696,8 @@ def load_checkpoint(path, names):
         raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
     if version != FORMAT:
         raise InputError(f"{path} has checkpoint format {version}; these scripts read format {FORMAT}")
+    if missing := {"config", "network", "class_names", "ema", "step", "seconds"} - checkpoint.keys():
+        raise InputError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
 

@@ -427,24 +427,26 @@ def read_chunk(path, count):
     return images if images.shape == (count, 1, 32, 32) and images.dtype == np.uint8 else None
 
 
+def draw_chunk(cache, setting, seed, first, stop, bar):
+    """uint8 images (stop - first, 1, 32, 32): from the cache, or drawn and put there."""
+    path = chunk_file(cache, setting, seed, first, stop)
+    drawn = read_chunk(path, stop - first)
+    if drawn is None:
+        bar.set_description(f"{setting.title()}, seed {seed}", refresh=False)
+        parts = []
+        for start in range(first, stop, BATCH):
+            labels = balanced_labels(start, min(start + BATCH, stop))
+            parts.append(infer_onnx.sample(setting.model, labels, seed=seed, first=start, **setting.options))
+            bar.update(len(labels) * setting.passes())
+        drawn = np.concatenate(parts)
+        with written_whole(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, x=drawn)
+    return drawn
+
+
 def draw_samples(cache, setting, seed, count, bar):
-    """uint8 images (count, 1, 32, 32): from the cache, or drawn and put there."""
-    bar.set_description(f"{setting.title()}, seed {seed}", refresh=False)
-    images = []
-    for first, stop in chunks(count):
-        path = chunk_file(cache, setting, seed, first, stop)
-        drawn = read_chunk(path, stop - first)
-        if drawn is None:
-            parts = []
-            for start in range(first, stop, BATCH):
-                labels = balanced_labels(start, min(start + BATCH, stop))
-                parts.append(infer_onnx.sample(setting.model, labels, seed=seed, first=start, **setting.options))
-                bar.update(len(labels) * setting.passes())
-            drawn = np.concatenate(parts)
-            with written_whole(path) as scratch, scratch.open("wb") as file:
-                np.savez_compressed(file, x=drawn)
-        images.append(drawn)
-    return np.concatenate(images)
+    """uint8 images (count, 1, 32, 32) of a seed."""
+    return np.concatenate([draw_chunk(cache, setting, seed, *chunk, bar) for chunk in chunks(count)])
 
 
 def latency(setting):
@@ -828,6 +830,7 @@ def build_parser():
     add("--output", type=Path, default=Path("results"), help="the folder to write to (results)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="cuda is that or an error (auto)")
     add("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0 is one per core (0)")
+    add("--shard", type=infer_onnx.shard, metavar="I/N", help="only draw the I-th of N parts of what is to be scored")
     add("--no-timing", dest="timing", action="store_false", help="do not time the models")
     add("--tsne", action="store_true", help="a map of real and generated features (needs scikit-learn)")
     add("--cas", action="store_true", help="accuracy of a network trained on samples (draws 60,000; needs torch)")
@@ -913,6 +916,21 @@ def score_models(args):
     settings = find_settings(args, class_names)
     cache = args.output / "cache"
     cache.mkdir(parents=True, exist_ok=True)  # or fail, before the work
+    sizes, first_images = [args.num_samples] * args.seeds, {}
+    if args.cas:
+        sizes[0] = max(args.num_samples, len(train[0]))
+    parts = [(s, seed, *chunk) for s in settings for seed, size in enumerate(sizes) for chunk in chunks(size)]
+    if args.shard:
+        parts = parts[args.shard[0] - 1 :: args.shard[1]]
+    absent = [part for part in parts if not chunk_file(cache, *part).is_file()]
+    missing = sum((stop - first) * setting.passes() for setting, _, first, stop in absent)
+    options = {"total": missing, "unit": " evaluations", "unit_scale": True, "mininterval": pause()}
+    if args.shard:
+        with tqdm(**options) as bar:
+            for part in absent:
+                draw_chunk(cache, *part, bar)
+        print(f"drawn: {len(parts)} files in {cache}; with those of the other shards there, run again without --shard")
+        return
     print(f"{len(settings)} settings; real images are scored first", flush=True)
     reference = make_reference(extractors, train, test)
     results = {
@@ -929,14 +947,7 @@ def score_models(args):
         "floor": score_floor(reference, train, test, extractors[0][2]["accuracy"], args),
         "rows": [],
     }  # fmt: skip
-    sizes, missing, first_images = [args.num_samples] * args.seeds, 0, {}
-    if args.cas:
-        sizes[0] = max(args.num_samples, len(train[0]))
-    for setting in settings:
-        for seed, size in enumerate(sizes):
-            absent = [c for c in chunks(size) if not chunk_file(cache, setting, seed, *c).is_file()]
-            missing += sum(stop - first for first, stop in absent) * setting.passes()
-    with tqdm(total=missing, unit=" evaluations", unit_scale=True, mininterval=pause()) as bar:
+    with tqdm(**options) as bar:
         for setting in settings:
             sets = [draw_samples(cache, setting, seed, size, bar) for seed, size in enumerate(sizes)]
             bar.set_description(f"{setting.title()}, scoring")

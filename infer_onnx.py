@@ -550,8 +550,11 @@ def to_picture(images, columns):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def save(images, labels, class_names, path, columns, texts):
-    """Write uint8 images to a .png (grid), an .npz (x, y) or a folder of PNGs; texts go into every PNG."""
+def save(images, labels, class_names, path, columns, texts, first=0):
+    """Write uint8 images to a .png (grid), an .npz (x, y) or a folder of PNGs, numbered from `first` on.
+
+    texts: {key: value}, go into every PNG.
+    """
     if path.suffix == ".npz":
         with written_whole(path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, x=images, y=np.array(labels), class_names=np.array(class_names))
@@ -564,7 +567,7 @@ def save(images, labels, class_names, path, columns, texts):
         with written_whole(path) as scratch:
             to_picture(images, columns).save(scratch, format="png", pnginfo=info)
         return
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
         own = PngInfo()
         for key, value in (*texts.items(), ("class", class_names[label]), ("image", i)):
             own.add_text(key, str(value))
@@ -597,6 +600,13 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def shard(text):
+    """An argparse type: '2/4', the second of four parts, -> (2, 4)."""
+    part, _, parts = text.partition("/")
+    parts = number(int, 1, 100_000)(parts)
+    return number(int, 1, parts)(part), parts
+
+
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="infer_onnx.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -625,6 +635,7 @@ def build_parser():
     add("--between", metavar="FILE", nargs=2, help="of vae: from one image to the other, in --num-samples frames")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
+    add("--shard", type=shard, metavar="I/N", help="the I-th of N parts of the images, for several machines")
     add("--model", default="ddim", help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
     add("--output", type=Path, help="a .png grid, an .npz, or a folder for PNGs (CLASS.png)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="cuda is that or an error (auto)")
@@ -689,6 +700,12 @@ def benchmark(model, steps, guidance):
         print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {batch / median / passes:36.1f}")
 
 
+def part_of(shard, count):
+    """The first of `count` images that a shard draws, and the one after its last."""
+    part, parts = shard or (1, 1)
+    return count * (part - 1) // parts, count * part // parts
+
+
 def draw_images(model, args, classes, options):
     """What the flags ask for: (uint8 images, their labels, columns of the grid)."""
     card, count = model.card, args.num_samples
@@ -712,7 +729,9 @@ def draw_images(model, args, classes, options):
             images.append(on_the_way(model, codes, pair, count, card["model"] == "gan"))
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
     labels = [y for y in classes for _ in range(count)]
-    images = sample(model, labels, seed=args.seed, batch_size=args.batch_size, **options)
+    first, stop = part_of(args.shard, len(labels))
+    labels = labels[first:stop]
+    images = sample(model, labels, seed=args.seed, first=first, batch_size=args.batch_size, **options)
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
 
@@ -749,14 +768,18 @@ def run(args):
         raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+    first, stop = part_of(args.shard, len(classes) * args.num_samples)
+    if args.shard and (special or first == stop or not args.output or args.output.suffix == ".png"):
+        raise InputError("--shard needs an --output that is an .npz or a folder, and as many images as parts")
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{what}.png")
-    check_output(output, [".png", ".npz", ""])
+    if not (args.shard and output.is_dir()):  # the shards share a folder
+        check_output(output, [".png", ".npz", ""])
     start = time.perf_counter()
     images, labels, columns = draw_images(model, args, classes, options)
     seconds = time.perf_counter() - start
     texts = {"model": name, "model_sha256": model.sha256, **options, "seed": args.seed, "Software": "infer_onnx.py"}
-    save(images, labels, names, output, columns, texts)
+    save(images, labels, names, output, columns, texts, first)
     said = ", ".join(f"{key} {value}" for key, value in {**options, "seed": args.seed}.items())
     print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {said}, model {path}")
 

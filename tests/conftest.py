@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; tiny networks gain nothing from more
 import common  # noqa: E402
 import ddim  # noqa: E402
+import infer_onnx  # noqa: E402
 
 # Flags of a network and a run so small that a step takes milliseconds; kmnist has no published sums to satisfy.
 TINY = ["--data", "kmnist", "--widths", "8,16", "--depths", "1,2", "--emb-channels", "16", "--batch-size", "20"]
@@ -97,6 +98,11 @@ def state(run_dir):
         found[path.name] = log_of(path)
     found["grid"] = max((run_dir / "samples").glob("step*")).read_bytes()
     return found
+
+
+def save_sealed(proto, path):
+    """Write an ONNX model with its sum, as export.py does."""
+    Path(path).write_bytes(infer_onnx.sealed(proto.SerializeToString()))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ FAULT: none, or KIND:STEP or KIND:STEP:RANK, the step counted over all stages, t
     kill    SIGKILL after the step, before it is logged and saved
     term    SIGTERM there
     half    SIGKILL in the middle of the checkpoint that follows it
+    full    from there on no file can grow beyond 20,000 bytes, as on a disk that is full
+    gone    the run's folder is deleted there
 Checkpoints are written after every second step, the log after every one, and what each step took of the data is noted
 in seen_RANK.jsonl.
 """
@@ -13,6 +15,8 @@ in seen_RANK.jsonl.
 import importlib
 import json
 import os
+import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -36,6 +40,10 @@ def main():
         steps.append(self.step)
         if here and len(steps) == int(at) and kind in ("kill", "term"):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+        if len(steps) == int(at) and kind == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        if len(steps) == int(at) and kind == "gone":
+            shutil.rmtree(self.folder)
 
     def own_and_note(self, *batch):
         taken = own(self, *batch)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, idx_bytes, small_set, write_idx
+from conftest import ROOT, idx_bytes, save_sealed, small_set, write_idx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageFilter
 
@@ -50,7 +50,7 @@ def write_extractor(path, seed, accuracy=1.0, data="kmnist"):
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     card = {"format": 1, "data": data, "accuracy": accuracy, "architecture": "bars", "class_names": CLASSES}
     helper.set_model_props(proto, {evaluate.CARD_KEY: json.dumps(card)})
-    onnx.save(proto, path)
+    save_sealed(proto, path)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,8 @@ def test_a_set_against_itself_is_perfect(sets):
     _, (images, labels), _, reference = sets
     scores = evaluate.score_images(reference, images, labels)
     assert scores["ffid"] == pytest.approx(0, abs=1e-6) and scores["ffid2"] == pytest.approx(0, abs=1e-6)
-    assert all(scores[name] == 1 for name in ("precision", "recall", "density", "coverage", "label_accuracy"))
+    assert all(scores[name] == 1 for name in ("precision", "recall", "coverage", "label_accuracy"))
+    assert scores["density"] == pytest.approx(1, abs=0.01)  # rounding puts some neighbours on either side of an edge
 
 
 def test_the_order_of_samples_is_nothing(sets):
@@ -478,7 +479,7 @@ def test_a_model_of_other_classes_or_a_wrong_range_is_refused(workplace, in_tmp,
     proto = onnx.load("runs/tiny/gan.onnx")
     card = json.loads(proto.metadata_props[0].value)
     helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps({**card, "class_names": CLASSES[::-1]})})
-    onnx.save(proto, "other.onnx")
+    save_sealed(proto, "other.onnx")
     code, error = failure(["other.onnx", *workplace], capsys)
     assert code == 2 and "classes of kmnist" in error
     monkeypatch.setattr(infer_onnx, "sample", lambda _, labels, **__: np.zeros((len(labels), 1, 32, 32), np.uint8))

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_sealed
 from PIL import Image
 
 import common
@@ -213,7 +213,7 @@ def test_a_part_that_is_missing_or_of_another_export_exits_with_3(exports, in_tm
     Path("x.onnx").write_bytes(exports(name).read_bytes())
     code, error = main_code(["--model", "x.onnx"], capsys)
     assert code == 3 and f"{name}_{part}.onnx cannot be read" in error
-    Path(f"{name}_{part}.onnx").write_bytes(content + b" ")
+    Path(f"{name}_{part}.onnx").write_bytes(infer_onnx.sealed(content))
     code, error = main_code(["--model", "x.onnx"], capsys)
     assert code == 3 and f"is not the {part} of x.onnx: export both again" in error
     Path(f"{name}_{part}.onnx").write_bytes(content)
@@ -401,7 +401,7 @@ def with_card(exported, path, change):
     card = change(json.loads(proto.metadata_props[0].value))
     text = card if isinstance(card, str) else json.dumps(card)
     onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: text})
-    onnx.save(proto, path)
+    save_sealed(proto, path)
 
 
 def make_bad_file(kind, exported, tiny_run, path):
@@ -411,10 +411,15 @@ def make_bad_file(kind, exported, tiny_run, path):
     elif kind == "side-car weights missing":
         onnx.save(onnx.load(exported), path, save_as_external_data=True, location="x.data", size_threshold=0)
         (path.parent / "x.data").unlink()
+        path.write_bytes(infer_onnx.sealed(path.read_bytes()))
     elif kind == "another model":
         proto = onnx.load(exported)
         del proto.metadata_props[:]
         onnx.save(proto, path)
+    elif kind == "no card":
+        proto = onnx.load(exported)
+        del proto.metadata_props[:]
+        save_sealed(proto, path)
     elif kind == "newer metadata":
         with_card(exported, path, lambda card: {**card, "format": 99})
     elif kind == "older metadata":
@@ -428,6 +433,8 @@ def make_bad_file(kind, exported, tiny_run, path):
             {
                 "empty": b"",
                 "truncated": content[: len(content) // 2],
+                "a flipped bit": bytes([*content[:90_000], content[90_000] ^ 1, *content[90_001:]]),
+                "sealed nonsense": infer_onnx.sealed(b"nonsense"),
                 "random": np.random.default_rng(0).bytes(5000),
                 "a checkpoint": (tiny_run / "ddim.pt").read_bytes(),
                 "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
@@ -440,12 +447,15 @@ def make_bad_file(kind, exported, tiny_run, path):
     [
         ("missing", "cannot be read"),
         ("directory", "cannot be read"),
-        ("empty", "not an ONNX model"),
-        ("truncated", "not an ONNX model"),
-        ("random", "not an ONNX model"),
+        ("empty", "damaged"),
+        ("truncated", "damaged"),
+        ("a flipped bit", "damaged"),
+        ("random", "damaged"),
+        ("sealed nonsense", "not an ONNX model"),
+        ("no card", "not one that export.py wrote"),
         ("a checkpoint", "export it with export.py"),
         ("a Git LFS pointer", "git lfs pull"),
-        ("another model", "not one that export.py wrote"),
+        ("another model", "not a file that export.py wrote"),
         ("newer metadata", "metadata format 99, this infer_onnx.py reads 2: update infer_onnx.py"),
         ("older metadata", "metadata format 1, this infer_onnx.py reads 2: export it again"),
         ("broken metadata", "broken metadata"),
@@ -470,6 +480,7 @@ def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
 
 def main_code(argv, capsys):
     """Exit code of infer_onnx.py in this process, and its one line of error."""
+    capsys.readouterr()  # what the fixtures said
     with pytest.raises(SystemExit) as stop:
         infer_onnx.main(list(map(str, argv)))
     error = capsys.readouterr().err
@@ -517,7 +528,7 @@ def test_failed_check_and_bad_numbers_exit_with_5(exported, in_tmp, capsys):
     for tensor in proto.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
-    onnx.save(proto, "nan.onnx")
+    save_sealed(proto, "nan.onnx")
     code, error = main_code(["--model", "nan.onnx", "--output", "x.png"], capsys)
     assert code == 5 and "not finite" in error and not Path("x.png").exists()
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ FLAGS = {name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_
 
 def faulty(fault, name, *flags):
     command = [sys.executable, str(ROOT / "tests/faulty.py"), fault, name, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a full disk would cut bytecode off too
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 @pytest.fixture(scope="session")
@@ -40,11 +42,16 @@ def unbroken(tmp_path_factory, data_dir):
     return state_of
 
 
-@pytest.mark.parametrize("fault", ["kill:2", "kill:8", "half:6"])  # of ldm: kill:2 in the first stage
+# Of ldm, the second step is in the first stage.
+@pytest.mark.parametrize("fault", ["kill:2", "kill:8", "half:6", "full:2", "full:8"])
 @pytest.mark.parametrize("name", [*TINY_FLAGS])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, fault, unbroken, in_tmp, data_dir, monkeypatch):
     done = faulty(fault, name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == (2 if fault.startswith("full") else -signal.SIGKILL), done.stderr
+    if done.returncode == 2:
+        error = done.stderr.splitlines()[-1]
+        assert f"{name}.py: error: cannot write" in error and error.endswith("--resume --run-dir broken")
+        assert "Traceback" not in done.stderr and not list((in_tmp / "broken").rglob("*.tmp"))
     kept = torch.load(max((in_tmp / "broken").glob("*.pt"), key=lambda p: p.stat().st_mtime), weights_only=True)
     assert kept["step"] < 12
     script = importlib.import_module(name)
@@ -68,6 +75,14 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(name, unbroken, i
     assert script.main(said.split()[2:]) == 0
     whole, broken = unbroken(name), state(in_tmp / "broken")
     assert all(equal(whole[key], broken[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", [*TINY_FLAGS])
+def test_a_folder_that_is_deleted_meanwhile_is_made_again(name, unbroken, in_tmp, data_dir):
+    done = faulty("gone:8", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "run")
+    assert done.returncode == 0, done.stderr
+    found, whole = state(in_tmp / "run"), unbroken(name)
+    assert all(equal(whole[key], found[key]) for key in (f"{name}.pt", "grid"))
 
 
 def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):

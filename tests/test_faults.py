@@ -1,0 +1,196 @@
+"""What goes wrong outside: each fault is one clear line, with nothing lost and nothing half written."""
+
+import importlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS
+
+import evaluate
+import export
+import infer_onnx
+
+NAMES = [*TINY_FLAGS]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}  # a limit would cut bytecode off too
+
+
+def refused(main, argv, capsys, code=2):
+    """The one line of a main that ends with this code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, argv)])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == code and ".py: error: " in error and "Traceback" not in error, error
+    return error
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Pickles to a call of os.system."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def changed(path, **changes):
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in {**checkpoint, **changes}.items() if v is not None}, path)
+
+
+def flip_a_weight(path):
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-500]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a flipped bit": flip_a_weight,
+    "code instead": lambda path: path.write_bytes(pickle.dumps(Code())),
+    "code inside": lambda path: torch.save({"format": 1, "model": "ddim", "config": Code()}, path),
+    "a newer format": lambda path: changed(path, format=2),
+    "another script": lambda path: changed(path, model="vqgan"),
+    "no network": lambda path: changed(path, network=None),
+    "no weights": lambda path: changed(path, ema=None),
+    "a list": lambda path: torch.save([1, 2], path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(name, damage, tiny_runs, in_tmp, capsys):
+    shutil.copytree(tiny_runs(name), "run")
+    path = Path("run", f"{name}.pt")
+    DAMAGES[damage](path)
+    before = path.read_bytes()
+    script = importlib.import_module(name)
+    for main, argv in (
+        (script.main, ["--checkpoint", "run", "--output", "x.png"]),
+        (script.main, ["--resume", "--run-dir", "run", "--epochs", "9"]),
+        (export.main, [name, "--checkpoint", "run"]),
+    ):
+        assert f"{name}.pt" in refused(main, argv, capsys)
+    assert path.read_bytes() == before and {p.name for p in in_tmp.iterdir()} == {"run"}
+    assert not list(Path("run").glob("*.onnx"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_network_size_cannot_go_on(name, tiny_runs, capsys):
+    script = importlib.import_module(name)
+    flags = ["--resume", "--run-dir", tiny_runs(name), "--epochs", "9", "--emb-channels", "32"]
+    assert "--emb-channels is 16 and cannot change in a run" in refused(script.main, flags, capsys)
+
+
+# --- Folders and disks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "file/run"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_that_cannot_be_written_to(name, folder, in_tmp, data_dir, capsys):
+    (in_tmp / "file").write_text("")
+    script = importlib.import_module(name)
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", folder]
+    assert folder.split("/")[1] in refused(script.main, flags, capsys)
+
+
+def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
+    (in_tmp / "file").write_text("")
+    checkpoint = ["--checkpoint", str(tiny_runs("gan"))]
+    for output in ("/proc/x.png", "file/x.png", "file/folder"):
+        refused(importlib.import_module("gan").main, [*checkpoint, "--output", output], capsys)
+    refused(export.main, ["gan", *checkpoint, "--output", "/proc/x.onnx"], capsys, code=5)
+    assert export.main(["gan", *checkpoint, "--output", "x.onnx"]) == 0
+    refused(infer_onnx.main, ["--model", "x.onnx", "--output", "/proc/x.png"], capsys, code=5)
+    assert {p.name for p in in_tmp.iterdir()} == {"file", "x.onnx"}
+
+
+@pytest.mark.parametrize("command", ["export", "infer_onnx", "gan"])
+def test_a_full_disk_leaves_the_old_file(command, tiny_runs, in_tmp):
+    """No file may grow beyond 1,000 bytes, as on a disk that is full."""
+    run_dir = tiny_runs("gan")
+    assert export.main(["gan", "--checkpoint", str(run_dir), "--output", "model.onnx"]) == 0
+    argv, old, code = {
+        "export": (["gan", "--checkpoint", run_dir, "--output", "x.onnx"], "x.onnx", 5),
+        "infer_onnx": (["--model", "model.onnx", "--num-samples", "9", "--output", "x.npz"], "x.npz", 5),
+        "gan": (["--checkpoint", run_dir, "--num-samples", "9", "--output", "x.png"], "x.png", 2),
+    }[command]
+    Path(old).write_bytes(b"old")
+    code_of = f"import resource, {command}; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); {command}.main()"
+    done = subprocess.run([sys.executable, "-c", code_of, *map(str, argv)], capture_output=True, text=True, env=ENV)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert Path(old).read_bytes() == b"old" and {p.name for p in in_tmp.iterdir()} == {"model.onnx", old}
+
+
+# --- Other runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_the_folder_or_takes_its_own(in_tmp, data_dir, capsys):
+    flags = ["--train", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
+    command = [sys.executable, str(ROOT / "ddim.py"), *flags, "--epochs", "100000", "--save-every", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+        try:
+            assert "run runs/ddim on cpu" in [first.stdout.readline() for _ in range(2)][1]
+            while not Path("runs/ddim/ddim.pt").exists():
+                assert first.poll() is None
+            ddim = importlib.import_module("ddim")
+            error = refused(ddim.main, ["--resume", "--run-dir", "runs/ddim"], capsys)
+            assert "runs/ddim is the folder of a run that goes on" in error
+            assert "runs/ddim holds a run" in refused(ddim.main, [*flags, "--run-dir", "runs/ddim"], capsys)
+            assert ddim.main([*flags, "--epochs", "1"]) == 0 and Path("runs/ddim-2/ddim.pt").is_file()
+        finally:
+            first.kill()
+    assert ddim.main(["--resume", "--run-dir", "runs/ddim", "--epochs", "1"]) == 0  # the lock died with its process
+
+
+def test_two_runs_that_start_at_once_take_two_folders(in_tmp, data_dir):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
+    command = [sys.executable, str(ROOT / "gan.py"), *flags]
+    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
+    assert {p.parent.name for p in Path("runs").glob("*/gan.pt")} == {"gan", "gan-2", "gan-3"}
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, capsys, monkeypatch):
+    script = importlib.import_module(name)
+    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", "run"]
+    backward = torch.Tensor.backward
+
+    def too_much(self, *args, **options):
+        torch.empty(2**50)
+        return backward(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", too_much)
+        assert "lower --batch-size" in refused(script.main, flags, capsys)
+    assert script.main(["--resume", "--run-dir", "run"]) == 0
+
+
+def test_a_batch_that_does_not_fit_into_memory(in_tmp, data_dir):
+    code = "import resource, ddim; resource.setrlimit(resource.RLIMIT_DATA, (1_000_000_000,) * 2); ddim.main()"
+    flags = ["--train", "--data", "kmnist", "--data-dir", data_dir, "--batch-size", "60", "--widths", "2048,2048"]
+    command = [sys.executable, "-c", code, *flags, "--emb-channels", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2 and "lower --batch-size" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_says_what_it_cannot_write(in_tmp, capsys):
+    (in_tmp / "file").write_text("")
+    assert "file" in refused(evaluate.main, ["gan", "--num-samples", "20", "--output", "file"], capsys, code=5)
