@@ -173,10 +173,10 @@ def open_session(path, content, threads, tf32=None):
 
 def read_card(session, path):
     """The JSON in the model's metadata. Raises ModelError if there is none, or a newer or a broken one."""
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
-        raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
     try:
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        if text is None:
+            raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
         card = json.loads(text)
         version = card["format"]
         missing = [key for key in (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ())) if key not in card]

@@ -8,8 +8,8 @@ FAULT: none, or KIND:STEP or KIND:STEP:RANK, the step counted over all stages, t
     half    SIGKILL in the middle of the checkpoint that follows it
     full    from there on no file can grow beyond 20,000 bytes, as on a disk that is full
     gone    the run's folder is deleted there
-Checkpoints are written after every second step, the log after every one, and what each step took of the data is noted
-in seen_RANK.jsonl.
+Checkpoints are written after every second step, the log after every one, pictures take two steps, and what each step
+took of the data is noted in seen_RANK.jsonl.
 """
 
 import importlib
@@ -32,7 +32,7 @@ def main():
     kind, at, rank = ([*fault.split(":"), "0", "0"])[:3]
     here, steps = rank == os.environ.get("RANK", "0"), []
     script = importlib.import_module(name)
-    script.LOG_EVERY = 1
+    script.LOG_EVERY, script.GRID_STEPS = 1, 2
     show, own, save = common.Run.show, common.Run.own, torch.save
 
     def show_and_fail(self, bar, text):

@@ -424,6 +424,21 @@ def test_a_stopped_run_goes_on(workplace, in_tmp, monkeypatch, capsys):
     assert stopped == whole
 
 
+def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch, capsys):
+    flags = ["ddim", "gan", *workplace, "--steps", "2,3", "--seeds", "2"]
+    for done, part in enumerate(("1/4", "4/4", "2/4", "3/4")):
+        evaluate.main([*flags, "--output", "shards", "--shard", part])
+        assert not (in_tmp / "shards/results.json").exists()
+        drawn = len(list((in_tmp / "shards/cache").iterdir()))
+        assert drawn == [5, 9, 14, 18][done]  # three settings, two seeds, three files of 20 images
+    evaluate.main([*flags, "--output", "whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_onnx, "sample", None)  # nothing is left to draw
+        evaluate.main([*flags, "--output", "shards"])
+    shards, whole = (json.loads((in_tmp / name / "results.json").read_text()) for name in ("shards", "whole"))
+    assert shards == whole
+
+
 def test_settings_follow_the_flags(workplace, capsys):
     args = evaluate.build_parser().parse_args(["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"])
     settings = evaluate.find_settings(args, CLASSES)

@@ -44,6 +44,7 @@ def losses(run_dir):
 def test_two_processes_train_what_one_does_and_take_over_from_each_other(name, in_tmp, data_dir, monkeypatch):
     script, faulty = importlib.import_module(name), ROOT / "tests/faulty.py"
     monkeypatch.setattr(script, "LOG_EVERY", 1)
+    monkeypatch.setattr(script, "GRID_STEPS", 2, raising=False)
     flags = [*FLAGS[name], "--data-dir", data_dir]
     assert script.main([*flags, "--run-dir", "one"]) == 0
 

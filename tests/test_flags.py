@@ -1,0 +1,148 @@
+"""Every flag of every command with values below, above and beside its range: exit code 2 and one line."""
+
+import importlib
+import inspect
+import math
+
+import pytest
+from conftest import TINY_FLAGS
+
+COMMANDS = [*TINY_FLAGS, "export", "infer_onnx", "evaluate"]
+REQUIRED = {"export": ["ddim"]}  # arguments without which nothing is parsed
+WRONG = {  # of the argparse types that are no plain number
+    "whole_numbers": ("", "x", "0", "-1", "1.5", "8,", "1,2,3,4,5,6", "65537", "8 16"),
+    "shard": ("", "1", "0/3", "4/3", "-1/3", "1/0", "1/x", "x/2", "1/2/3", "1.5/2"),
+}
+SYMBOLS = ("", "x", "nan", "inf", "-inf", "1e999", "½")
+
+
+def actions(command):
+    parser = importlib.import_module(command).build_parser()
+    return parser, [action for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+def range_of(parse):
+    """kind, low, high, above of a type that `number` made."""
+    return inspect.getclosurevars(parse).nonlocals
+
+
+def wrong_values(action):
+    """Values that a flag must refuse."""
+    if action.choices:
+        return ["", "nonsense", *(f"{choice}x" for choice in action.choices)]
+    name = getattr(action.type, "__qualname__", "")
+    if name.startswith("several"):  # numbers with commas
+        inner = range_of(action.type)["parse"]
+        return ["", "1,", "1,x", ",", *wrong_numbers(inner)]
+    if name.startswith("number"):
+        return wrong_numbers(action.type)
+    return WRONG.get(name, ())
+
+
+def wrong_numbers(parse):
+    limits = range_of(parse)
+    kind, low, high = limits["kind"], limits["low"], limits["high"]
+    values = [*SYMBOLS, str(low - 1)]
+    values += ["1.5", "1e3"] if kind is int else [str(low - 1e-6)]
+    values += [str(low)] if limits["above"] else []
+    return values + ([] if high == math.inf else [str(high + 1), str(high * 10 + 10)])
+
+
+CASES = [
+    (command, action.option_strings[0], value)
+    for command in COMMANDS
+    for action in actions(command)[1]
+    for value in wrong_values(action)
+]
+
+
+@pytest.mark.parametrize(("command", "flag", "value"), CASES)
+def test_a_value_out_of_range_is_refused_in_a_line(command, flag, value, capsys):
+    refuse(command, [f"{flag}={value}"], capsys, flag)
+
+
+def refuse(command, argv, capsys, said):
+    parser, _ = actions(command)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([*REQUIRED.get(command, []), *argv])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1
+    assert output.err.startswith(f"{command}.py: error: ") and said in output.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_ends_of_every_range_are_accepted_and_values_are_needed(command, capsys):
+    parser, flags = actions(command)
+    for action in flags:
+        flag = action.option_strings[0]
+        if action.nargs != 0:
+            refuse(command, [flag], capsys, flag)
+        if getattr(action.type, "__qualname__", "").startswith("number"):
+            limits = range_of(action.type)
+            ends = [limits["low"] + (1e-9 if limits["above"] else 0), limits["high"]]
+            for value in ends if ends[1] < math.inf else ends[:1]:
+                args = parser.parse_args([*REQUIRED.get(command, []), f"{flag}={value}"])
+                assert getattr(args, action.dest) == value
+    refuse(command, ["--no-such-flag"], capsys, "--no-such-flag")
+
+
+# What does not go together, or is not there: (commands, flags, a part of the line).
+SCRIPTS = tuple(TINY_FLAGS)
+DIFFUSION = ("ddpm", "ddim", "ldm")
+COMBINATIONS = [
+    (SCRIPTS, ["--class", "Snaeker"], "no class 'Snaeker'"),
+    (SCRIPTS, ["--class", "o,"], "no class ''"),
+    (SCRIPTS, ["--class", "10"], "no class '10'"),
+    (SCRIPTS, ["--output", "x.jpg"], "must end in"),
+    (SCRIPTS, ["--checkpoint", "nowhere.pt"], "there is no nowhere.pt"),
+    (SCRIPTS, ["--epochs", "3"], "go with --train or --resume"),
+    (SCRIPTS, ["--run-dir", "x"], "go with --train or --resume"),
+    (SCRIPTS, ["--train", "--epochs", "1", "--minutes", "1"], "not both"),
+    (SCRIPTS, ["--train", "--data", "nowhere"], "no data set 'nowhere'"),
+    (SCRIPTS, ["--train", "--data", "mnist", "--data-dir", "nowhere"], "nowhere is not a folder"),
+    (SCRIPTS, ["--train", "--batch-size", "61"], "--batch-size 61 is not in 1..60"),
+    (SCRIPTS, ["--train", "--resume", "--checkpoint", "x"], "--checkpoint is to sample from"),
+    (SCRIPTS, ["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
+    (DIFFUSION, ["--steps", "1001"], "--steps 1001 is more than the 1000"),
+    (DIFFUSION, ["--train", "--widths", "16,16,16,16,16"], "--widths"),
+    (("ddpm", "ddim"), ["--train", "--widths", "16", "--depths", "1,2"], "equally many"),
+    (("ddpm", "ddim", "ldm"), ["--train", "--widths", "48", "--depths", "1"], "a multiple of 32"),
+    (DIFFUSION, ["--train", "--emb-channels", "18"], "a multiple of 4"),
+    (("ddim", "ldm"), ["--invert", "0", "--eta", "1"], "deterministic"),
+    (("ddim", "ldm"), ["--invert", "0", "--filmstrip"], "one at a time"),
+    (("ddim",), ["--interpolate", "noise"], "--num-samples 2 or more"),
+    (("ddim",), ["--interpolate", "class", "--num-samples", "3"], "give two"),
+    (("ddim",), ["--invert", "60"], "from 0 to 59"),
+    (("vae", "gan"), ["--interpolate", "noise"], "--num-samples 2 or more"),
+    (("vae", "gan"), ["--interpolate", "class", "--num-samples", "3"], "give two"),
+    (("vae",), ["--walk", "--class", "o"], "--walk is for --latent-dim 2"),
+    (("vae",), ["--walk", "--map", "pca"], "one at a time"),
+    (("ldm",), ["--train", "--autoencoder-widths", "8"], "must be two numbers"),
+    (("ldm",), ["--train", "--stage", "2", "--autoencoder", "nowhere"], "there is no nowhere"),
+]
+COMBINED = [(name, flags, message) for names, flags, message in COMBINATIONS for name in names]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), COMBINED)
+def test_what_does_not_go_together_is_refused_in_a_line(name, flags, message, tiny_runs, in_tmp, data_dir, capsys):
+    flags = flags if "--train" in flags or "--resume" in flags else ["--checkpoint", str(tiny_runs(name)), *flags]
+    first = [*TINY_FLAGS[name], "--data-dir", data_dir] if "--train" in flags else ["--data-dir", data_dir]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main([*first, *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
+    assert not list(in_tmp.glob("*.p*")) and not list(in_tmp.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_guidance_and_classes_that_were_never_learned_are_refused(name, in_tmp, data_dir, capsys):
+    script = importlib.import_module(name)
+    for dropout, guidance, only in (("0", "1.5", "1.0"), ("1", "1", "0.0")):
+        flags = ["--train", "--epochs", "0.3", "--data-dir", data_dir, *TINY_FLAGS[name], "--label-dropout", dropout]
+        assert script.main(flags) == 0
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--guidance", guidance])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"leaves only --guidance {only}" in error

@@ -1,0 +1,243 @@
+"""Properties that hold for any input, and files damaged at random: refused in a line, or read as they were."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import idx_bytes, small_set, write_idx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import common
+import ddim
+import evaluate
+import export
+import infer_onnx
+from common import InputError
+import itertools
+
+FILES = 500  # damaged ones of each kind
+many = settings(
+    max_examples=FILES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+few = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def damages(draw):
+    """A function from bytes to other bytes: some changed, cut off, cut out, put in or doubled."""
+    places = st.integers(0, 2**32)
+    kind = draw(st.sampled_from(("change", "header", "cut", "out", "in", "double")))
+    at, length = draw(places), draw(st.integers(1, 64))
+    patch = draw(st.binary(min_size=1, max_size=8))
+
+    def damage(content):
+        start = at % max(len(content), 1)
+        if kind == "header":
+            start %= 128
+        if kind in ("change", "header"):
+            return content[:start] + patch + content[start + len(patch) :]
+        if kind == "cut":
+            return content[:start]
+        if kind == "out":
+            return content[:start] + content[start + length :]
+        return content[:start] + (patch if kind == "in" else content[start : start + length]) + content[start:]
+
+    return damage
+
+
+# --- Files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def small_model(tiny_runs, folder):
+    """The bytes of a small exported model."""
+    assert export.main(["gan", "--checkpoint", str(tiny_runs("gan")), "--output", str(folder / "gan.onnx")]) == 0
+    return (folder / "gan.onnx").read_bytes()
+
+
+@many
+@given(damage=damages())
+def test_damaged_onnx_is_refused(damage, small_model, folder):
+    path, content = folder / "x.onnx", damage(small_model)
+    path.write_bytes(content)
+    try:
+        infer_onnx.load_model(path, "cpu", 1)
+    except infer_onnx.ModelError as error:
+        assert "\n" not in str(error)
+    else:
+        assert content == small_model
+
+
+@many
+@given(damage=damages())
+def test_damaged_metadata_is_refused_or_harmless(damage, small_model, folder):
+    """A model card that somebody edited, with a sum to match."""
+    start = small_model.index(b'{"format"')
+    stop = small_model.index(b'"probe"', start)
+    card = damage(small_model[start:stop])[: stop - start].ljust(stop - start)
+    path = folder / "x.onnx"
+    path.write_bytes(infer_onnx.sealed(small_model[:start] + card + small_model[stop : -len(infer_onnx.SEAL) - 64]))
+    try:
+        model = infer_onnx.load_model(path, "cpu", 1)
+        images = infer_onnx.sample(model, [0])
+    except (infer_onnx.ModelError, infer_onnx.RunError) as error:
+        assert "\n" not in str(error)
+    else:
+        assert images.dtype == np.uint8 and images.shape == (1, 1, 32, 32)
+
+
+@many
+@given(damage=damages())
+def test_damaged_checkpoints_are_refused_or_whole(damage, tiny_runs, folder):
+    path, whole = folder / "x.pt", tiny_runs("gan") / "gan.pt"
+    path.write_bytes(damage(whole.read_bytes()))
+    try:
+        checkpoint = common.load_checkpoint(path, ("gan",))
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        known = common.load_checkpoint(whole, ("gan",))
+        assert all(torch.equal(value, known["ema"][key]) for key, value in checkpoint["ema"].items())
+        assert checkpoint["network"] == known["network"] and checkpoint["config"] == known["config"]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@many
+@given(damage=damages(), which=st.sampled_from(common.IDX_FILES[:2]))
+def test_damaged_idx_files_are_refused_or_in_range(damage, which, compress, folder):
+    """Of a set without published sums; where there are some, any difference is refused."""
+    place = folder / f"idx{compress}"
+    write_idx(place, compress)
+    path = place / (which + ".gz" * compress)
+    path.write_bytes(damage(path.read_bytes()))
+    try:
+        data = common.load_data("kmnist", str(place))
+        assert data.images.shape[1:] == (1, 32, 32) and data.images.dtype == torch.uint8
+        assert len(data.labels) == len(data.images) > 0 and 0 <= data.labels.min() <= data.labels.max() < 10
+    except InputError as error:
+        assert "\n" not in str(error)
+    try:
+        images, labels = evaluate.load_split("kmnist", str(place), True)
+        assert images.shape[1:] == (1, 32, 32) and images.dtype == np.uint8
+        assert len(labels) == len(images) > 0 and 0 <= labels.min() <= labels.max() < 10
+    except infer_onnx.InputError as error:
+        assert "\n" not in str(error)
+
+
+@many
+@given(damage=damages(), compress=st.booleans())
+def test_damaged_npz_is_refused_or_whole(damage, compress, folder):
+    images, labels = small_set()
+    buffer = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(buffer, x=images, y=labels)
+    path = folder / "x.npz"
+    path.write_bytes(damage(buffer.getvalue()))
+    try:
+        data = common.load_data(str(path))
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert torch.equal(data.images[:, 0, 2:30, 2:30], torch.from_numpy(images))
+        assert torch.equal(data.labels, torch.from_numpy(labels.astype(np.int64)))
+    evaluate.read_chunk(path, 60)  # what is no file of the cache is drawn again
+
+
+@many
+@given(damage=damages())
+def test_damaged_pictures_are_refused_or_pictures(damage, folder):
+    buffer = io.BytesIO()
+    Image.fromarray(small_set()[0][0]).save(buffer, format="png")
+    path = folder / "x.png"
+    path.write_bytes(damage(buffer.getvalue()))
+    for read, shape in ((common.load_image, (1, 1, 32, 32)), (infer_onnx.read_image, (1, 32, 32))):
+        try:
+            image = read(path, 1 if read is common.load_image else [1, 32, 32])
+        except (InputError, infer_onnx.InputError) as error:
+            assert "\n" not in str(error)
+        else:
+            assert image.shape == shape
+
+
+def test_objects_in_an_npz_are_never_loaded(folder):
+    np.savez(folder / "x.npz", x=np.array([{}], dtype=object), y=np.array([0]))
+    with pytest.raises(InputError, match="not a readable"):
+        common.load_data(str(folder / "x.npz"))
+
+
+def test_sizes_in_a_header_take_no_memory(folder):
+    """An IDX file that claims 2^32 images, and one that claims 2^96."""
+    write_idx(folder / "large")
+    for sizes in ((2**32 - 1, 28, 28), (2**32 - 1, 2**32 - 1, 2**32 - 1)):
+        (folder / "large/train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes) + bytes(100))
+        with pytest.raises(InputError):
+            common.load_data("kmnist", str(folder / "large"))
+        with pytest.raises(infer_onnx.InputError):
+            evaluate.load_split("kmnist", str(folder / "large"), True)
+    assert idx_bytes(np.zeros((1, 2, 3))) == b"\0\0\x08\x03" + struct.pack(">3I", 1, 2, 3) + bytes(6)
+
+
+# --- Properties -------------------------------------------------------------------------------------------------
+
+
+@few
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=50))
+def test_the_range_pair_rounds_to_the_nearest_of_256_levels(values):
+    x = torch.tensor(values)
+    back = common.to_float(common.to_uint8(x))
+    assert (back - x.clamp(-1, 1)).abs().max() <= 1 / 255 + 1e-6
+    assert torch.equal(common.to_uint8(back), common.to_uint8(x))
+    assert np.array_equal(infer_onnx.as_bytes(x.numpy()), common.to_uint8(x).numpy())
+
+
+@few
+@given(st.integers(1, 3000), st.data())
+def test_time_pairs_are_a_chain_of_equal_steps_to_the_image(num_timesteps, data):
+    steps = data.draw(st.integers(1, num_timesteps))
+    pairs = ddim.time_pairs(num_timesteps, steps)
+    assert len(pairs) == steps and pairs[0][0] == num_timesteps - 1 and pairs[-1][1] == -1
+    assert all(t > t_prev for t, t_prev in pairs) and all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
+    lengths = {t - t_prev for t, t_prev in pairs}
+    assert max(lengths) - min(lengths) <= 1
+    with pytest.raises(ValueError, match="steps"):
+        ddim.time_pairs(num_timesteps, num_timesteps + 1)
+
+
+@few
+@given(st.text(max_size=40), st.lists(st.text(max_size=8), min_size=1, max_size=12, unique_by=common.file_stem))
+def test_any_text_names_classes_or_is_refused(text, names):
+    for parse, refusal in ((common.parse_classes, InputError), (infer_onnx.parse_classes, infer_onnx.InputError)):
+        try:
+            found = parse(text, names)
+        except refusal:
+            continue
+        assert found and all(0 <= y < len(names) for y in found)
+    assert common.parse_classes("ALL", names) == [*range(len(names))]
+
+
+@few
+@given(st.lists(st.text(max_size=8), min_size=1, max_size=12, unique_by=common.file_stem), st.data())
+def test_a_class_is_found_by_its_name_and_by_its_number(names, data):
+    y = data.draw(st.integers(0, len(names) - 1))
+    stem = common.file_stem(names[y])
+    if not stem.isdecimal() and stem != "all":
+        assert common.parse_classes(stem, names) == [y]
+    if str(y) not in map(common.file_stem, names):
+        assert common.parse_classes(str(y), names) == [y]
+
+
+@few
+@given(st.text(max_size=60))
+def test_a_class_name_never_leaves_the_output_folder(name):
+    path = Path("out", f"00000_{common.file_stem(name)}.png")
+    assert path.parent == Path("out") and path.resolve().parent == Path("out").resolve()
+    assert "\0" not in path.name and infer_onnx.file_stem(name) == common.file_stem(name)

@@ -1,0 +1,101 @@
+"""The same seed is the same picture: for any batch, number of threads or processes, in torch and in ONNX Runtime."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+import ddim
+import ddpm
+import infer_onnx
+
+NAMES = ["vae", "gan", "ddpm", "ddim", "ldm"]
+SNEAKER, LEVELS = 7, 1  # grey levels by which processors, threads and runtimes may differ
+NOISE = {  # SHA-256 of the first noise of (seed, image), float32 (1, 32, 32) in little endian
+    (0, 0): "31527326babc552f9a3299fef218545c8ba84a174149a1016f9e1fc9d7f32fe6",
+    (0, 7): "7cd99186c743141a24041d6aa0bcbcaf76ca9c3241bcb0cbf03860487caaf4ce",
+    (2**63 - 1, 999_999): "7edf3a1c155b95079acdd9ebb7216f3e4d753b09542730139f9430f47f73ee4a",
+}
+
+
+def levels(a, b):
+    """The largest difference of two arrays of bytes."""
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+@pytest.mark.parametrize("key", NOISE)
+def test_the_noise_is_that_of_every_machine(key):
+    for module in (common, infer_onnx):
+        noise = module.draw_noise(module.noise_streams(key[0], [key[1]]), (1, 32, 32))
+        assert hashlib.sha256(noise.astype("<f4").tobytes()).hexdigest() == NOISE[key]
+
+
+def shipped(name):
+    return infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu", 1)
+
+
+def options(name):
+    return {} if name in ("vae", "gan") else {"steps": 20}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_draws_its_golden_picture(name):
+    """Made by: python infer_onnx.py --model NAME --class Sneaker --output tests/golden/NAME.png; ddpm: --steps 20."""
+    golden = np.array(Image.open(ROOT / f"tests/golden/{name}.png"))[::8, ::8]
+    drawn = infer_onnx.sample(shipped(name), [SNEAKER], **options(name))[0, 0]
+    assert golden.shape == (32, 32) and levels(golden, drawn) <= LEVELS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_neither_batch_nor_threads_change_a_picture(name):
+    labels = [SNEAKER, 0, 8, 1, 5]
+    whole = infer_onnx.sample(shipped(name), labels, **options(name))
+    two_threads = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu", 2)
+    assert levels(whole, infer_onnx.sample(two_threads, labels, **options(name))) <= LEVELS
+    assert levels(whole, infer_onnx.sample(shipped(name), labels, batch_size=2, **options(name))) <= LEVELS
+    assert levels(whole[0], whole[1]) > 50  # a picture of nothing would pass all of this
+
+
+@pytest.mark.parametrize("script", [ddim, ddpm])
+def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
+    checkpoint = common.load_checkpoint(ROOT / "pretrained/ddim.pt", ("ddim",))
+    network = script.ema_network(checkpoint, torch.device("cpu"))
+    golden = np.array(Image.open(ROOT / f"tests/golden/{script.NAME}.png"))[::8, ::8]
+    for threads, labels in ((1, [SNEAKER]), (2, [SNEAKER, 0, 8]), (3, [SNEAKER] * 2)):
+        torch.set_num_threads(threads)
+        images = script.sample(
+            model=network, config=checkpoint["config"], labels=torch.tensor(labels), steps=20, guidance=1.5
+        )
+        assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
+
+
+def test_shards_draw_what_one_process_does(in_tmp):
+    command = [sys.executable, str(ROOT / "infer_onnx.py"), "--model", "gan", "--num-samples", "3", "--threads", "1"]
+
+    def run(*flags):
+        return subprocess.run([*command, *flags], capture_output=True, text=True)
+
+    assert run("--output", "whole.npz").returncode == 0 and run("--output", "whole").returncode == 0
+    for part in ("1/4", "2/4", "3/4", "4/4"):
+        assert run("--shard", part, "--output", f"{part[0]}.npz").returncode == 0
+        assert run("--shard", part, "--output", "parts").returncode == 0
+    parts = [np.load(f"{i}.npz") for i in (1, 2, 3, 4)]
+    whole = np.load("whole.npz")
+    assert [len(part["y"]) for part in parts] == [7, 8, 7, 8]
+    assert np.array_equal(np.concatenate([part["y"] for part in parts]), whole["y"])
+    assert levels(np.concatenate([part["x"] for part in parts]), whole["x"]) <= LEVELS
+    names = [path.name for path in sorted(Path("whole").iterdir())]
+    assert names == [path.name for path in sorted(Path("parts").iterdir())] and len(names) == 30
+    for name in names:
+        assert levels(np.array(Image.open(Path("whole", name))), np.array(Image.open(Path("parts", name)))) <= LEVELS
+    for flags in (["--output", "x.png"], [], ["--output", "x.npz", "--interpolate", "noise"]):
+        done = run("--shard", "1/4", *flags)
+        assert done.returncode == 2 and "--shard needs an --output" in done.stderr
+    assert run("--class", "Bag", "--shard", "1/4", "--output", "x.npz").returncode == 2  # of three images
