@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -53,3 +56,13 @@ def test_the_scores_are_those_of_the_table():
     """Both tables of results/table.md, word for word: no figure is typed."""
     lines = [line for line in (ROOT / "results/table.md").read_text().splitlines() if line.startswith("|")]
     assert len(lines) > 10 and all(line in README for line in lines)
+
+
+def test_the_table_of_tests_counts_what_pytest_collects():
+    """tests/README.md: every test it names is there, with as many cases as it says."""
+    rows = re.findall(r"`(test_\w+\.py::\w+)` \| (\d+) \|", (ROOT / "tests/README.md").read_text())
+    files = sorted({f"tests/{test.split('::')[0]}" for test, _ in rows})
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    collected = Counter(re.findall(r"^tests/(test_\w+\.py::\w+)", done.stdout, re.MULTILINE))
+    assert len(rows) > 30 and {test: int(cases) for test, cases in rows} == {test: collected[test] for test, _ in rows}
