@@ -25,7 +25,9 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.split
 COMMANDS += [
     " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
 ]
-PYTHON = [part for line in COMMANDS for part in re.findall(r"(?:python|uv run) (\w+\.py[^&#]*)", line)]
+PYTHON = [
+    part for line in COMMANDS for part in re.findall(r"(?:python|uv run|torchrun [-\w ]*?\d) (\w+\.py[^&#]*)", line)
+]
 
 
 def test_there_are_commands():
