@@ -585,6 +585,9 @@ def errors_in_one_line(parser):
         parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch-size; what was saved is kept\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # or its threads may abort the process at its end
 
 
 def parse_run(parser, argv, names, fixed):

@@ -889,7 +889,7 @@ def score_setting(setting, reference, sets, test, args):
         pairs = sets[0][: len(reference.train)], labels[: len(reference.train)]
         scores[0]["cas"] = train_extractor(pairs, test, 1, CAS_EPOCHS)
     card = setting.model.card
-    files = [setting.path, *(setting.path.with_name(part["file"]) for part in card["parts"].values())]
+    files = [setting.path, *(setting.path.with_name(Path(part["file"]).name) for part in card["parts"].values())]
     return {
         "title": setting.title(), "model": setting.name, "file": setting.path.name, "sha256": setting.model.sha256,
         "steps": setting.options.get("steps"), "guidance": setting.options.get("guidance"),

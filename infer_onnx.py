@@ -116,9 +116,10 @@ def load_model(path, provider="auto", threads=0, tf32=True):
     card = read_card(session, path)
     contents = {"": content}
     for name, part in card["parts"].items():
-        contents[name] = read_model(path.with_name(Path(part["file"]).name))
+        beside = path.with_name(Path(part["file"]).name)
+        contents[name] = read_model(beside)
         if hashlib.sha256(contents[name]).hexdigest() != part["sha256"]:
-            raise ModelError(f"{path.with_name(part['file'])} is not the {name} of {path}: export both again")
+            raise ModelError(f"{beside} is not the {name} of {path}: export both again")
     sessions = {name: open_session(path, contents[name], threads) for name in card["parts"]} | {"": session}
     if provider != "cpu" and trouble is None:
         try:

@@ -91,6 +91,20 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data
     assert all(equal(whole[key], found[key]) for key in ("ddim.pt", "grid"))
 
 
+@pytest.mark.parametrize("name", [*TINY_FLAGS])
+def test_a_cpu_is_deterministic_anyway(name, unbroken, in_tmp, data_dir, monkeypatch):
+    script = importlib.import_module(name)
+    quick(script, monkeypatch)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    flags = [*FLAGS[name], "--data-dir", data_dir, "--run-dir", "run"]
+    try:
+        assert script.main([*flags, "--deterministic"]) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(equal(value, state(in_tmp / "run")[key]) for key, value in unbroken(name).items())
+
+
 def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):
     monkeypatch.setattr(ddim, "LOG_EVERY", 1)
     assert ddim.main([*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]) == 0
