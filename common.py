@@ -553,7 +553,7 @@ def run_parser(name, doc, batch_size=128):
     add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
     on_off = argparse.BooleanOptionalAction
-    add("--deterministic", action=on_off, default=False, help="the same bits again on CUDA too, slower (off)")
+    add("--deterministic", action=on_off, default=False, help="of training: the same bits again on CUDA too (off)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
     add("--batch-size", type=number(int, 1), default=batch_size, help=f"images at a time ({batch_size})")
     add = parser.add_argument_group("length of the run, one of the two").add_argument
@@ -572,6 +572,11 @@ def run_parser(name, doc, batch_size=128):
     return parser
 
 
+def of_lost_process(error):
+    """Whether a RuntimeError says that another of the processes has ended."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 @contextmanager
 def errors_in_one_line(parser):
     """End the program with one line and exit code 2 where its input is wrong, and with 130 on Ctrl-C."""
@@ -580,6 +585,8 @@ def errors_in_one_line(parser):
     except (InputError, argparse.ArgumentTypeError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (MemoryError, RuntimeError) as error:
+        if of_lost_process(error):
+            parser.exit(2, f"{parser.prog}: error: another process is gone, torchrun says which\n")
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch-size; what was saved is kept\n")
@@ -645,6 +652,8 @@ def training_device(args):
         torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" not in os.environ:
         return device
+    if device.type == "mps":
+        raise InputError("torchrun is for CPUs and CUDA: --device cpu")
     if device.type == "cuda":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise InputError(f"more processes than GPUs: --nproc-per-node must be at most {torch.cuda.device_count()}")
@@ -707,11 +716,11 @@ def load_checkpoint(path, names):
 
 def load_run_data(args, checkpoint=None):
     """The training data that the flags name, said in a line; InputError if a run that goes on had other classes."""
-    rank, world = processes()
-    if rank:
-        dist.barrier()  # only the first may have to download
+    later = os.environ.get("LOCAL_RANK", "0") != "0"
+    if later:
+        dist.barrier()  # only the first of a machine may have to download
     data = load_data(args.data, args.data_dir, args.channels)
-    if world > 1 and not rank:
+    if dist.is_initialized() and not later:
         dist.barrier()
     print(data)
     if checkpoint and data.class_names != checkpoint["class_names"]:
@@ -750,7 +759,7 @@ class Run:
 
     name: of the script;  args: its flags;  num_images: in the data;  checkpoint: to go on from;  part: what is trained,
     if not all of it;  folder: that of an earlier part;  share: of --epochs or --minutes.
-    folder, step and steps_per_epoch are there to be used; the script adds to `step`.
+    folder, step, stopped and steps_per_epoch are there to be used; the script adds to `step`.
     """
 
     def __init__(self, name, args, num_images, checkpoint=None, part="", folder=None, share=1.0):
@@ -760,6 +769,7 @@ class Run:
         self.total_steps = math.ceil(round(args.epochs * share * self.steps_per_epoch, 6)) if args.epochs else None
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
         self.rank, self.world = processes()
+        self.signals, self.stopped = [], False
         self.folder = folder or (args.run_dir if checkpoint else self._new_folder(args.run_dir))
         self.start = self.last_save = time.monotonic()
         self.clock = self.start - (checkpoint["seconds"] if checkpoint else 0)  # as if it had never been interrupted
@@ -779,7 +789,7 @@ class Run:
 
     @contextmanager
     def under_way(self):
-        """Yield (stopped, bar) while training: the signals caught, and tqdm's progress bar.
+        """Yield tqdm's progress bar while training, with signals caught.
 
         The folder belongs to this process meanwhile.  Raises InputError if it is another's already, and where files
         cannot be written or other processes are lost.
@@ -787,15 +797,15 @@ class Run:
         bar_format = "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
         interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
         options = {"bar_format": bar_format, "mininterval": interval, "disable": self.rank > 0}
+        options |= {"total": 1.0, "initial": min(self.progress(), 1.0)}
         kept = f"what {self.folder} holds is kept. Go on with:  {self._command('--resume --run-dir')}"
         try:
-            bar = tqdm(total=1.0, initial=min(self.progress(), 1.0), **options)
-            with self._own_folder(), signals_caught() as stopped, bar:
-                yield stopped, bar
+            with self._own_folder(), signals_caught() as self.signals, tqdm(**options) as bar:
+                yield bar
         except OSError as error:
             raise InputError(f"cannot write ({error}); {kept}") from error
         except RuntimeError as error:
-            if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if not of_lost_process(error):
                 raise
             raise InputError(f"another process is gone, torchrun says which; {kept}") from error
 
@@ -814,6 +824,8 @@ class Run:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
             except BlockingIOError as error:
                 raise InputError(f"{self.folder} is the folder of a run that goes on: stop that, or wait") from error
+            except OSError:
+                pass  # a file system without locks
             path = self.folder / self.log_file
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]
@@ -836,14 +848,13 @@ class Run:
             self.step / self.total_steps if self.args.epochs else self.seconds() / 60 / (self.args.minutes * self.share)
         )
 
-    def agreed_progress(self, stopped):
-        """`progress`, the same in all processes; a signal that one of them caught becomes known to the others."""
-        done = self.progress()
-        if self.world > 1:
-            said = torch.tensor([done, len(stopped)], dtype=torch.float64)
+    def agree(self):
+        """`progress`, the same in all processes, and in `stopped` whether any of them caught a signal."""
+        done, self.stopped = self.progress(), bool(self.signals)
+        if self.world > 1:  # a signal that comes from here on counts in the next step
+            said = torch.tensor([done, self.stopped], dtype=torch.float64)
             dist.all_reduce(said, dist.ReduceOp.MAX)
-            done, signals = said.tolist()
-            stopped += [None] * (int(signals) - len(stopped))
+            done, self.stopped = said[0].item(), bool(said[1])
         return done
 
     def by_the_first(self, function):
@@ -854,12 +865,15 @@ class Run:
         """This process's share of a batch: of each tensor every world-th row, from its rank on."""
         return [part[self.rank :: self.world] for part in batch]
 
-    def mean(self, values):
-        """The mean of a tensor over the processes, each of which has one of its own share of the batch."""
+    def total(self, values):
+        """The sum of a tensor over the processes, each of which has one of its own share of the batch."""
         if self.world > 1:
             dist.all_reduce(values)
-            values /= self.world
         return values
+
+    def mean(self, values):
+        """The same, the mean."""
+        return self.total(values) / self.world
 
     def epoch(self):
         return self.step / self.steps_per_epoch
@@ -916,13 +930,13 @@ class Run:
             raise OSError(f"{self.folder / self.stem}.pt: {str(error).splitlines()[0]}") from error
         self.last_save = time.monotonic()
 
-    def end(self, stopped):
+    def end(self):
         """Say how the run ended and what comes next; returns the exit code."""
         if self.world > 1:
             dist.barrier()  # for what the first has to save
         print(f"{self.step} steps, {self.epoch():.2f} epochs, {self.seconds() / 60:.1f} minutes")
-        if stopped:
-            print(f"Stopped and saved. Go on with:\n  {self._command('--resume --run-dir')}")
+        if self.stopped:
+            print(f"Stopped and saved. Go on with:\n  {self._command('--resume --run-dir')}", flush=True)
             return 130
         if not self.part:
             where = shlex.quote(self.folder.as_posix())
@@ -931,7 +945,10 @@ class Run:
 
     def _command(self, flags):
         """The command line that starts this script in the same way, with flags and then the run's folder."""
-        start = "python" if self.world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        start = "python"
+        if self.world > 1:
+            here = os.environ["LOCAL_WORLD_SIZE"]  # of several machines, their number and address are the user's
+            start = f"torchrun --nproc-per-node {here}" + " ..." * (int(here) < self.world)
         return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
 
 

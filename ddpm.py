@@ -266,10 +266,10 @@ def train(args, checkpoint=None):
     print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
-    with run.under_way() as (stopped, bar):
+    with run.under_way() as bar:
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
+        while (done := run.agree()) < 1 and not run.stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
@@ -299,11 +299,11 @@ def train(args, checkpoint=None):
 
             nothing = image_losses(torch.zeros_like(target), target, args.loss)
             both, tenths = torch.stack([losses.detach(), nothing]), t * 10 // args.num_timesteps
-            by_tenth += run.mean(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
+            by_tenth += run.total(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
             run.show(bar, f"loss {loss.item():.4f}")
             if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
                 run.log({
-                    "loss": by_tenth[0].sum().item() / LOG_EVERY / len(t),
+                    "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
                 })  # fmt: skip
@@ -311,7 +311,7 @@ def train(args, checkpoint=None):
             if run.save_due():
                 save()
         save()
-    return run.end(stopped)
+    return run.end()
 
 
 # --- Run state --------------------------------------------------------------------------------------------------

@@ -288,10 +288,10 @@ def train(args, checkpoint=None):
     sizes = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (generator, discriminator)]
     print(f"run {run.folder} on {device}, {sizes[0]} parameters, discriminator {sizes[1]}", flush=True)
     dice = torch.Generator(device)
-    with run.under_way() as (stopped, bar):
+    with run.under_way() as bar:
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
+        while (done := run.agree()) < 1 and not run.stopped:
             for group in optimizer_g.param_groups + optimizer_d.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(dice)
@@ -343,7 +343,7 @@ def train(args, checkpoint=None):
             if run.save_due():
                 save()
         save()
-    return run.end(stopped)
+    return run.end()
 
 
 # --- Run state --------------------------------------------------------------------------------------------------

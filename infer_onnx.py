@@ -770,12 +770,12 @@ def run(args):
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
     first, stop = part_of(args.shard, len(classes) * args.num_samples)
-    if args.shard and (special or first == stop or not args.output or args.output.suffix == ".png"):
-        raise InputError("--shard needs an --output that is an .npz or a folder, and as many images as parts")
+    if args.shard and (special or first == stop or not args.output or args.output.suffix):
+        raise InputError("--shard needs an --output that is a folder, and as many images as parts")
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{what}.png")
-    if not (args.shard and output.is_dir()):  # the shards share a folder
-        check_output(output, [".png", ".npz", ""])
+    if not (args.shard and output.is_dir() and all(path.name[:5].isdecimal() for path in output.iterdir())):
+        check_output(output, [".png", ".npz", ""])  # the shards share a folder
     start = time.perf_counter()
     images, labels, columns = draw_images(model, args, classes, options)
     seconds = time.perf_counter() - start

@@ -313,10 +313,10 @@ def train(args, checkpoint=None):
 
     print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     generator = torch.Generator(device)
-    with run.under_way() as (stopped, bar):
+    with run.under_way() as bar:
         if not checkpoint:
             save()  # from now on there is a run to go on with
-        while (done := run.agreed_progress(stopped)) < 1 and not stopped:
+        while (done := run.agree()) < 1 and not run.stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
@@ -351,11 +351,11 @@ def train(args, checkpoint=None):
                 sums.zero_()
             if run.save_due():
                 save()
-        save()  # before what takes longer
-    if not stopped and args.prior_components > 1:
-        print(f"fitting {args.prior_components} Gaussians to the codes of each class", flush=True)
-        save(len(images), args.prior_components)
-    return run.end(stopped)
+        save()
+        if not run.stopped and args.prior_components > 1:
+            tqdm.write(f"saved; fitting {args.prior_components} Gaussians to the codes of each class")
+            save(len(images), args.prior_components)
+    return run.end()
 
 
 # --- Run state --------------------------------------------------------------------------------------------------

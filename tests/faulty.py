@@ -8,8 +8,9 @@ FAULT: none, or KIND:STEP or KIND:STEP:RANK, the step counted over all stages, t
     half    SIGKILL in the middle of the checkpoint that follows it
     full    from there on no file can grow beyond 20,000 bytes, as on a disk that is full
     gone    the run's folder is deleted there
-Checkpoints are written after every second step, the log after every one, pictures take two steps, and what each step
-took of the data is noted in seen_RANK.jsonl.
+    wait    a SIGTERM while the first process, which is slow, lets the others wait
+Checkpoints and log are written after every second step, pictures take two steps, and what each step took of the data is
+noted in seen_RANK.jsonl.
 """
 
 import importlib
@@ -19,6 +20,8 @@ import resource
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -32,7 +35,7 @@ def main():
     kind, at, rank = ([*fault.split(":"), "0", "0"])[:3]
     here, steps = rank == os.environ.get("RANK", "0"), []
     script = importlib.import_module(name)
-    script.LOG_EVERY, script.GRID_STEPS = 1, 2
+    script.LOG_EVERY, script.GRID_STEPS = 2, 2
     show, own, save = common.Run.show, common.Run.own, torch.save
 
     def show_and_fail(self, bar, text):
@@ -40,9 +43,14 @@ def main():
         steps.append(self.step)
         if here and len(steps) == int(at) and kind in ("kill", "term"):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
-        if len(steps) == int(at) and kind == "full":
+        if here and len(steps) == int(at) and kind == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        if len(steps) == int(at) and kind == "gone":
+        if len(steps) == int(at) and kind == "wait":
+            if os.environ["RANK"] == "0":
+                time.sleep(3)
+            elif here:
+                threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        if here and len(steps) == int(at) and kind == "gone":
             shutil.rmtree(self.folder)
 
     def own_and_note(self, *batch):

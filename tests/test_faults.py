@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
+import common
 import evaluate
 import export
 import infer_onnx
@@ -155,7 +156,16 @@ def test_a_second_run_is_refused_the_folder_or_takes_its_own(in_tmp, data_dir, c
     assert ddim.main(["--resume", "--run-dir", "runs/ddim", "--epochs", "1"]) == 0  # the lock died with its process
 
 
-def test_two_runs_that_start_at_once_take_two_folders(in_tmp, data_dir):
+def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(common.fcntl, "flock", no_locks)
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
+    assert importlib.import_module("gan").main(flags) == 0 and Path("runs/gan/gan.pt").is_file()
+
+
+def test_three_runs_that_start_at_once_take_three_folders(in_tmp, data_dir):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
     command = [sys.executable, str(ROOT / "gan.py"), *flags]
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(3)]
