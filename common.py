@@ -872,7 +872,7 @@ class Run:
         return values
 
     def mean(self, values):
-        """The same, the mean."""
+        """The mean of a tensor over the processes, as `total`."""
         return self.total(values) / self.world
 
     def epoch(self):

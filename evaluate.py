@@ -834,7 +834,7 @@ def build_parser():
     add("--tsne", action="store_true", help="a map of real and generated features (needs scikit-learn)")
     add("--cas", action="store_true", help="accuracy of a network trained on samples (draws 60,000; needs torch)")
     add("--train-extractor", action="store_true", help="train the extractors of --data instead (needs torch)")
-    add("--epochs", type=number(int, 1, 1000), help="of --train-extractor, both networks (6 and 9)")
+    add("--epochs", type=number(int, 1, 1000), help=f"of --train-extractor ({EPOCHS[1]} and {EPOCHS[2]})")
     home = Path(__file__).parent / "pretrained"
     add("--extractors", type=Path, default=home, metavar="FOLDER", help="where the extractors are, or go (pretrained)")
     return parser

@@ -701,14 +701,8 @@ def benchmark(model, steps, guidance):
         print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {batch / median / passes:36.1f}")
 
 
-def part_of(shard, count):
-    """The first of `count` images that a shard draws, and the one after its last."""
-    part, parts = shard or (1, 1)
-    return count * (part - 1) // parts, count * part // parts
-
-
-def draw_images(model, args, classes, options):
-    """What the flags ask for: (uint8 images, their labels, columns of the grid)."""
+def draw_images(model, args, classes, options, first, stop):
+    """What the flags ask for: (uint8 images, their labels, columns of the grid).  first, stop: of the samples."""
     card, count = model.card, args.num_samples
     if args.reconstruct or args.between:
         if len(classes) != 1:
@@ -729,9 +723,7 @@ def draw_images(model, args, classes, options):
             codes = draw_codes(mixture, pair, streams, card["latent_dim"], args.truncation)
             images.append(on_the_way(model, codes, pair, count, card["model"] == "gan"))
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
-    labels = [y for y in classes for _ in range(count)]
-    first, stop = part_of(args.shard, len(labels))
-    labels = labels[first:stop]
+    labels = [y for y in classes for _ in range(count)][first:stop]
     images = sample(model, labels, seed=args.seed, first=first, batch_size=args.batch_size, **options)
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
@@ -769,7 +761,8 @@ def run(args):
         raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
-    first, stop = part_of(args.shard, len(classes) * args.num_samples)
+    (part, parts), count = args.shard or (1, 1), len(classes) * args.num_samples
+    first, stop = count * (part - 1) // parts, count * part // parts
     if args.shard and (special or first == stop or not args.output or args.output.suffix):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
@@ -777,7 +770,7 @@ def run(args):
     if not (args.shard and output.is_dir() and all(path.name[:5].isdecimal() for path in output.iterdir())):
         check_output(output, [".png", ".npz", ""])  # the shards share a folder
     start = time.perf_counter()
-    images, labels, columns = draw_images(model, args, classes, options)
+    images, labels, columns = draw_images(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start
     texts = {"model": name, "model_sha256": model.sha256, **options, "seed": args.seed, "Software": "infer_onnx.py"}
     save(images, labels, names, output, columns, texts, first)

@@ -41,16 +41,17 @@ def main():
     def show_and_fail(self, bar, text):
         show(self, bar, text)
         steps.append(self.step)
-        if here and len(steps) == int(at) and kind in ("kill", "term"):
+        if len(steps) != int(at):
+            return
+        if kind == "wait" and self.rank == 0:
+            time.sleep(3)
+        elif here and kind == "wait":
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        elif here and kind in ("kill", "term"):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
-        if here and len(steps) == int(at) and kind == "full":
+        elif here and kind == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        if len(steps) == int(at) and kind == "wait":
-            if os.environ["RANK"] == "0":
-                time.sleep(3)
-            elif here:
-                threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        if here and len(steps) == int(at) and kind == "gone":
+        elif here and kind == "gone":
             shutil.rmtree(self.folder)
 
     def own_and_note(self, *batch):

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, train what one does; shards draw what one process does."""
+"""Several processes, as torchrun starts them, train what one does."""
 
 import importlib
 import json
