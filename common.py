@@ -313,6 +313,12 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def grey_level_error(x, back):
+    """The mean distance of two sets of images in [-1, 1], said in words."""
+    error = (to_uint8(back).float() - to_uint8(x).float()).abs().mean().item()
+    return f"mean absolute error {error:.2f} of 255 grey levels"
+
+
 def parse_classes(text, class_names):
     """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices. Raises InputError naming close matches."""
     if text.strip().lower() == "all":
@@ -329,6 +335,21 @@ def parse_classes(text, class_names):
             names = ", ".join(class_names[lower.index(c)] for c in close)
             raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)")
     return indices
+
+
+def at_most_one(args, *flags):
+    """Raise InputError if the user gave several of these flags."""
+    given = [f"--{flag}" for flag in flags if getattr(args, flag)]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are one at a time")
+
+
+def check_frames(interpolate, classes, count):
+    """Raise InputError unless what goes from one picture to another has frames and, between classes, two of these."""
+    if interpolate and count < 2:
+        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
+    if interpolate == "class" and len(classes) != 2:
+        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
 
 
 # --- Noise ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
 schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t,
 an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), a smaller network, trailing steps that
-start at t = T-1 (Lin et al. 2023, arXiv:2305.08891).  The paper writes alpha_bar as plain alpha.
+start at t = T-1 (Lin et al. 2023, arXiv:2305.08891), DPM-Solver++ for few steps (Lu et al. 2022, arXiv:2211.01095).
+The paper writes alpha_bar as plain alpha.
 """
 
 import argparse
@@ -28,10 +29,11 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, draw_noise, errors_in_one_line
-from common import find_checkpoint, given_image, load_checkpoint, load_run_data, noise_streams, number, parallel
-from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_gif, save_images, save_sampled
-from common import to_float, to_uint8, training_device, trajectory_frames, whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, check_frames
+from common import draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error, load_checkpoint
+from common import load_run_data, noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser
+from common import sampled_file, save_gif, save_images, save_sampled, to_float, training_device, trajectory_frames
+from common import whole_numbers
 
 NAME = "ddim"
 SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
@@ -155,20 +157,36 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
-def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None):
+def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
+    """What ddim_step takes in place of x_0_hat and eps_hat to be of second order: DPM-Solver++(2M).
+
+    Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat - x_0_last), where h and
+    h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
+    DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
+    """
+    last, now, then = (math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
+    return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
+
+
+def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None, solver="ddim"):
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
-    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
-    Returns x_0 like x_T, in [-1, 1] with clip.
+    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0);
+    solver: ddim, or dpm++ with eta = 0.  Returns x_0 like x_T, in [-1, 1] with clip.
     """
-    x_t = x_T
+    x_t, last = x_T, None
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, eps_hat = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
+        now = x_0_hat, alpha_bar_t
+        if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
+            x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
+        last = now
         x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
     if trace is not None:
         trace.append((-1, x_t, x_t))
@@ -202,7 +220,7 @@ def slerp(a, b, weight):
 
 @torch.no_grad()
 def sample(
-    *, model, config, labels, steps, guidance, eta=0.0, clip=True, seed=0, batch_size=100,
+    *, model, config, labels, steps, guidance, eta=0.0, clip=True, solver="ddim", seed=0, batch_size=100,
     x_T=None, mix=None, trace=None,
 ):  # fmt: skip
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
@@ -213,25 +231,21 @@ def sample(
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs = time_pairs(config["num_timesteps"], steps)
-    was_training = model.training
-    model.eval()
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
         streams = noise_streams(seed, part.tolist())
 
         def draw(streams=streams):
-            noise = draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
-            return torch.from_numpy(noise).to(device)
+            return torch.from_numpy(draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))).to(device)
 
         denoise = guided(model, labels[part].to(device), guidance)
         if mix:
             labels_b, weight = (item[part].to(device) for item in mix)
             denoise = blended(denoise, guided(model, labels_b, guidance), weight)
         start = draw() if x_T is None else x_T[part].to(device)
-        x_0 = ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace)
+        x_0 = ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace, solver)
         images.append(x_0.cpu())
-    model.train(was_training)
     return torch.cat(images)
 
 
@@ -271,7 +285,7 @@ def train(args, checkpoint=None):
     forward = parallel(torch.compile(model) if args.compile else model)
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
-    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
@@ -405,6 +419,7 @@ def build_parser():
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
+    add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
@@ -423,9 +438,9 @@ def invert(args, checkpoint, model, steps, guidance, output):
     schedule = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs, trace = time_pairs(config["num_timesteps"], steps), []
     x_T = ddim_invert(denoise, x_0.to(device), schedule, pairs, config["prediction"], trace)
-    back = ddim_sample(denoise, x_T, schedule, pairs, config["prediction"], clip=args.clip, trace=trace).cpu()
-    error = (to_uint8(back).float() - to_uint8(x_0).float()).abs().mean().item()
-    print(f"{names[labels[0]]}, {steps} steps each way: mean absolute error {error:.2f} of 255 grey levels")
+    how = {"clip": args.clip, "solver": args.solver, "trace": trace}
+    back = ddim_sample(denoise, x_T, schedule, pairs, config["prediction"], **how).cpu()
+    print(f"{names[labels[0]]}, {steps} steps each way: {grey_level_error(x_0, back)}")
     if output.suffix == ".gif":
         save_gif(trajectory_frames(trace, 1), output)
     else:
@@ -442,35 +457,31 @@ def draw(args):
         guidance = min(guidance, 1.0)  # guided outputs do not find their way back
     steps = min(20, config["num_timesteps"]) if args.steps is None else args.steps
     classes, count = parse_classes(args.class_, names), args.num_samples
-    if bool(args.interpolate) + bool(args.invert) + args.filmstrip > 1:
-        raise InputError("--filmstrip, --interpolate and --invert are one at a time")
+    at_most_one(args, "filmstrip", "interpolate", "invert")
     endings = [".png"] if args.filmstrip else [".png", ".npz", *([] if args.interpolate else [".gif"]), ""]
     output = sampled_file(args.output, NAME, classes, names, endings)
     check_sampling(config, steps, guidance)
-    if args.interpolate == "class" and len(classes) != 2:
-        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
-    if args.interpolate and count < 2:
-        raise InputError("--interpolate needs --num-samples 2 or more, its frames")
-    if args.eta > 0 and (args.interpolate or args.invert):
-        raise InputError("--interpolate and --invert need the deterministic sampler, --eta 0")
+    check_frames(args.interpolate, classes, count)
+    if args.eta > 0 and (args.interpolate or args.invert or args.solver == "dpm++"):
+        raise InputError("--interpolate, --invert and --solver dpm++ need the deterministic sampler, --eta 0")
     model = ema_network(checkpoint, pick_device(args.device))
     labels, x_T, mix = torch.tensor(classes).repeat_interleave(count), None, None
     if args.interpolate:
-        shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
-        ends = torch.from_numpy(draw_noise(noise_streams(args.seed, (0, 1)), shape))
+        noise = draw_noise(noise_streams(args.seed, (0, 1)), (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
+        ends = torch.from_numpy(noise)
         weight = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
         if args.interpolate == "noise":
             x_T = slerp(ends[:1], ends[1:], weight).repeat(len(classes), 1, 1, 1)
         else:
-            x_T, mix = ends[:1].repeat(count, 1, 1, 1), (labels[count:], weight)
-            labels = labels[:count]
+            x_T, labels, mix = ends[:1].repeat(count, 1, 1, 1), labels[:count], (labels[count:], weight)
     if args.invert:
         invert(args, checkpoint, model, steps, guidance, output)
     else:
         trace = [] if args.filmstrip or output.suffix == ".gif" else None
         images = sample(
             model=model, config=config, labels=labels, steps=steps, guidance=guidance, eta=args.eta, clip=args.clip,
-            seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), x_T=x_T, mix=mix, trace=trace,
+            solver=args.solver, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), x_T=x_T,
+            mix=mix, trace=trace,
         )  # fmt: skip
         save_sampled(images, labels, names, output, count, trace, args.filmstrip)
     print(f"wrote {output} (weights: {path})")

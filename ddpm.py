@@ -186,8 +186,6 @@ def sample(
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs = time_pairs(config["num_timesteps"], steps)
-    was_training = model.training
-    model.eval()
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -200,7 +198,6 @@ def sample(
         denoise = guided(model, labels[part].to(device), guidance)
         x_0 = ddpm_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], variance, clip, draw, trace)
         images.append(x_0.cpu())
-    model.train(was_training)
     return torch.cat(images)
 
 
@@ -240,7 +237,7 @@ def train(args, checkpoint=None):
     forward = parallel(torch.compile(model) if args.compile else model)
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
-    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])

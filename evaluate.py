@@ -3,6 +3,7 @@
     python evaluate.py                                           every model in runs/ and pretrained/
     python evaluate.py ddim gan --steps 10,20,50 --seeds 3       these, diffusion models at several numbers of steps
     python evaluate.py ddim --guidance 1,1.5,2                   at several strengths of guidance
+    python evaluate.py ddim --solver ddim,dpm++ --steps 5,10     with both solvers
     python evaluate.py --train-extractor                         train again the two networks that judge
 
 Samples are drawn by infer_onnx.py, the same number of each class, and compared with the test images in the features of
@@ -21,6 +22,7 @@ import argparse
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +31,6 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -351,14 +352,14 @@ class Setting:
     name: str  # as it was asked for
     path: Path
     model: infer_onnx.Model
-    options: dict  # steps and guidance, of diffusion models
+    options: dict  # steps, guidance and a solver other than the model's own, of diffusion models
 
     def passes(self):
         """Evaluations of the network for an image: guidance takes two a step."""
         return self.options.get("steps", 1) * (1 if self.options.get("guidance", 1) in (0, 1) else 2)
 
     def title(self):
-        return ", ".join([self.name, *(f"{key} {value:g}" for key, value in self.options.items())])
+        return ", ".join([self.name, *(f"{key} {value}".removesuffix(".0") for key, value in self.options.items())])
 
 
 def find_settings(args, class_names):
@@ -388,7 +389,10 @@ def find_settings(args, class_names):
             print(f"{name} knows no other guidance than {card['guidance']:g}")
         guidances = args.guidance if args.guidance and not card["guidance_fixed"] else [card["guidance"]]
         steps = dict.fromkeys(min(s, limit) for s in args.steps or [card["steps"]])
-        settings += [Setting(name, path, model, {"steps": s, "guidance": w}) for w in guidances for s in steps]
+        solvers = args.solver if "solver" in infer_onnx.MODEL_FLAGS[card["model"]] else ["ddim"]
+        for solver, guidance, number in itertools.product(solvers, guidances, steps):
+            options = {"steps": number, "guidance": guidance} | ({"solver": solver} if solver != "ddim" else {})
+            settings.append(Setting(name, path, model, options))
     if not settings:
         raise InputError("no model in runs/ or pretrained/: make one with export.py, or name an .onnx file")
     return settings
@@ -453,7 +457,8 @@ def latency(setting):
     times = {}
     for batch in BATCHES:
         labels, measured = balanced_labels(0, batch), []
-        infer_onnx.sample(setting.model, labels, **dict.fromkeys(setting.options, 1))  # warms up, in a single step
+        once = {flag: 1 for flag in setting.options if flag != "solver"}
+        infer_onnx.sample(setting.model, labels, **once)  # warms up, in a single step
         begun = time.perf_counter()
         while not measured or (len(measured) < REPEATS and time.perf_counter() - begun < SECONDS):
             start = time.perf_counter()
@@ -494,7 +499,7 @@ def as_table(head, lines):
 def disagreements(rows):
     """Pairs of rows that the two extractors put in opposite orders, the better one by the first extractor before."""
     pairs = []
-    for pair in combinations(rows, 2):
+    for pair in itertools.combinations(rows, 2):
         (a, a2), (b, b2) = ([row["scores"][name]["mean"] for name in ("ffid", "ffid2")] for row in pair)
         if (a - b) * (a2 - b2) < 0:
             pairs.append(" before ".join(row["title"] for row in (pair if a < b else pair[::-1])))
@@ -643,6 +648,7 @@ def draw_results(results, folder, class_names):
     by_time, by_steps = {}, {}
     for row in results["rows"]:
         name = row["model"] + (f", guidance {row['guidance']:g}" if row["steps"] else "")
+        name += f", {row['solver']}" if row["solver"] else ""
         ffid, times = row["scores"]["ffid"]["mean"], row["latency"]
         if times:
             text = f"{row['steps']} steps" if row["steps"] else ""
@@ -810,8 +816,14 @@ def pause():
 
 
 def several(parse):
-    """An argparse type: numbers with commas, each once."""
+    """An argparse type: values with commas, each once."""
     return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))
+
+
+def solver(text):
+    if text not in infer_onnx.SOLVERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(infer_onnx.SOLVERS)}")
+    return text
 
 
 def build_parser():
@@ -824,6 +836,7 @@ def build_parser():
     add("--seeds", type=number(int, 1, 100), default=1, help="sets of N samples; their spread is reported (1)")
     add("--steps", type=several(number(int, 1)), help="of diffusion models, several with commas (the model's)")
     add("--guidance", type=several(number(float, 0)), help="of diffusion models, several with commas (the model's)")
+    add("--solver", type=several(solver), default=["ddim"], help="of ddim and ldm: ddim, dpm++ or both (ddim)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist", help="the real images (fashion-mnist)")
     add("--data-dir", help="where their IDX files are (data/, then Debian's folder)")
     add("--output", type=Path, default=Path("results"), help="the folder to write to (results)")
@@ -893,6 +906,7 @@ def score_setting(setting, reference, sets, test, args):
     return {
         "title": setting.title(), "model": setting.name, "file": setting.path.name, "sha256": setting.model.sha256,
         "steps": setting.options.get("steps"), "guidance": setting.options.get("guidance"),
+        "solver": setting.options.get("solver"),
         "n": args.num_samples, "marked": marked(args.num_samples, reference), "seeds": args.seeds,
         "scores": summary(scores), "evaluations": setting.passes(),
         "parameters": card["parameters"], "bytes": sum(file.stat().st_size for file in files),

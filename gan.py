@@ -31,7 +31,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, draw_noise, errors_in_one_line
+from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, ResidualBlock, Run, check_frames, draw_noise, errors_in_one_line
 from common import find_checkpoint, group_norm, load_checkpoint, load_run_data, noise_streams, number, parallel
 from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
 from common import training_device, whole_numbers
@@ -93,8 +93,8 @@ class Discriminator(nn.Module):
     """(x, classes) -> logits (B,): how real x is, as an image of its class.
 
     Projection discriminator, Miyato & Koyama eq. (4): logit = <out, h(x)> + <row of the class, h(x)>, the latter here
-    divided by the length of h.  widths: channels at 16x16, 8x8, ....  With spectral, every layer is spectrally
-    normalised (Miyato et al. 2018, arXiv:1802.05957).
+    divided by the square root of h's length.  widths: channels at 16x16, 8x8, ....  With spectral, every layer is
+    spectrally normalised (Miyato et al. 2018, arXiv:1802.05957).
     """
 
     def __init__(self, channels, num_classes, widths, spectral):
@@ -111,7 +111,7 @@ class Discriminator(nn.Module):
     def forward(self, x, classes):
         h = self.blocks(self.stem(F.pixel_unshuffle(x, 2)))
         h = F.leaky_relu(self.features(F.leaky_relu(h, 0.2).flatten(1)), 0.2)
-        return self.out(h)[:, 0] + (self.label(classes) * h).mean(dim=1)
+        return self.out(h)[:, 0] + (self.label(classes) * h).sum(dim=1) / h.shape[1] ** 0.5
 
 
 # --- Method -----------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def train(args, checkpoint=None):
     fused = device.type != "mps"
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=fused)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.0, 0.99), fused=fused)
-    ema_model = AveragedModel(generator, multi_avg_fn=power_ema(args.ema_length))
+    ema_model = AveragedModel(generator, multi_avg_fn=power_ema(args.ema_length)).eval()
     sums = torch.zeros(4, device=device)  # of loss_g, loss_d, real and fake logits since the last line of the log
     penalty = torch.zeros((), device=device)  # the last one
     if checkpoint:
@@ -396,10 +396,7 @@ def draw(args):
     names = checkpoint["class_names"]
     classes, count = parse_classes(args.class_, names), args.num_samples
     output = sampled_file(args.output, NAME, classes, names, [".png", ".npz", ".gif", ""])
-    if args.interpolate and count < 2:
-        raise InputError("--interpolate needs --num-samples 2 or more, its frames")
-    if args.interpolate == "class" and len(classes) != 2:
-        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+    check_frames(args.interpolate, classes, count)
     model = ema_network(checkpoint, pick_device(args.device))
     labels = torch.tensor(classes).repeat_interleave(count)
     if args.interpolate:

@@ -49,11 +49,12 @@ KIND_KEYS = {
     "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_fixed"),
     "codes": ("latent_dim", "prior"),  # an image for a code: VAE and GAN
 }
+SOLVERS = ("ddim", "dpm++")
 # The flags that a model has a use for, besides those that all share.
 MODEL_FLAGS = {
-    "ddim": ("steps", "guidance", "eta"),
+    "ddim": ("steps", "guidance", "solver", "eta"),
     "ddpm": ("steps", "guidance", "variance"),
-    "ldm": ("steps", "guidance", "eta"),
+    "ldm": ("steps", "guidance", "solver", "eta"),
     "vae": ("truncation", "prior", "interpolate", "reconstruct", "between"),
     "gan": ("truncation", "interpolate"),
 }
@@ -275,20 +276,36 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
-def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None):
+def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
+    """What ddim_step takes in place of x_0_hat and eps_hat to be of second order: DPM-Solver++(2M).
+
+    Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat - x_0_last), where h and
+    h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
+    DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
+    """
+    last, now, then = (math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
+    return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
+
+
+def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None, solver="ddim"):
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
-    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
-    Returns x_0 like x_T, in [-1, 1] with clip.
+    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0);
+    solver: ddim, or dpm++ with eta = 0.  Returns x_0 like x_T, in [-1, 1] with clip.
     """
-    x_t = x_T
+    x_t, last = x_T, None
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, eps_hat = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
+        now = x_0_hat, alpha_bar_t
+        if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
+            x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
+        last = now
         x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
     if trace is not None:
         trace.append((-1, x_t, x_t))
@@ -403,13 +420,13 @@ def in_batches(model, draw, count, batch_size):
 
 
 def sample(
-    model, labels, *, steps=None, guidance=None, eta=0.0, variance="small", truncation=None, prior="fitted", seed=0,
-    first=0, batch_size=100,
+    model, labels, *, steps=None, guidance=None, solver="ddim", eta=0.0, variance="small", truncation=None,
+    prior="fitted", seed=0, first=0, batch_size=100,
 ):  # fmt: skip
     """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, first + i), not on the batch.
 
     model: from load_model;  labels: list of int, classes of its card;  steps, guidance: of diffusion models, else the
-    card's;  eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;  prior: for vae.
+    card's;  solver, eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;  prior: for vae.
     Raises ValueError for other labels, RunError if the network fails or gives no finite numbers.
     """
     card = model.card
@@ -424,7 +441,9 @@ def sample(
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs = time_pairs(len(alpha_bars), card["steps"] if steps is None else steps)
     latent = card.get("latent_shape")
-    walk, option = (ddpm_sample, variance) if card["model"] == "ddpm" else (ddim_sample, eta)
+    walk, options = ddim_sample, {"eta": eta, "solver": solver}
+    if card["model"] == "ddpm":
+        walk, options = ddpm_sample, {"variance": variance}
 
     def drawn(indices):
         streams = noise_streams(seed, [first + i for i in indices])
@@ -434,7 +453,7 @@ def sample(
 
         y = np.array([labels[i] for i in indices], np.int64)
         denoise = denoiser(model.session, y, guidance, card["null_label"])
-        x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], option, not latent, draw)
+        x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], clip=not latent, draw=draw, **options)
         if not latent:
             return x_0
         mean, std = (np.array(card[key], np.float32).reshape(-1, 1, 1) for key in ("latent_mean", "latent_std"))
@@ -618,6 +637,7 @@ def build_parser():
     add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
+    add("--solver", choices=SOLVERS, help="of ddim and ldm: dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), help="of ddim and ldm: 0 deterministic ... 1 as noisy as DDPM (0)")
     add("--variance", choices=("small", "large"), help="of ddpm: the posterior's, or beta_t (small)")
     add("--truncation", type=number(float, 0.1), help="of vae and gan: redraw noise beyond +- this (not)")
@@ -740,8 +760,10 @@ def run(args):
     for flag in dict.fromkeys(flag for flags in MODEL_FLAGS.values() for flag in flags):
         if flag not in MODEL_FLAGS[name] and getattr(args, flag) is not None:
             raise InputError(f"--{flag} is not for {name} models: leave it out")
-    options = {flag: getattr(args, flag) for flag in ("eta", "variance", "truncation", "prior")}
+    options = {flag: getattr(args, flag) for flag in ("solver", "eta", "variance", "truncation", "prior")}
     options = {flag: value for flag, value in options.items() if value is not None}
+    if args.solver == "dpm++" and args.eta:
+        raise InputError("--solver dpm++ needs the deterministic sampler, --eta 0")
     if card["kind"] == "diffusion":
         options |= {k: card[k] if getattr(args, k) is None else getattr(args, k) for k in ("steps", "guidance")}
         if options["steps"] > len(card["alpha_bars"]):

@@ -29,10 +29,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, draw_noise, errors_in_one_line
-from common import find_checkpoint, given_image, group_norm, in_the_plane, load_checkpoint, load_data, load_run_data
-from common import noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser, sampled_file
-from common import save_images, save_map, save_sampled, to_float, to_uint8, training_device, whole_numbers, zero_init
+from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, draw_noise, errors_in_one_line
+from common import find_checkpoint, given_image, grey_level_error, group_norm, in_the_plane, load_checkpoint, load_data
+from common import load_run_data, noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser
+from common import sampled_file, save_images, save_map, save_sampled, to_float, to_uint8, training_device, whole_numbers
+from common import zero_init
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one draws from
@@ -235,20 +236,36 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
-def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None):
+def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
+    """What ddim_step takes in place of x_0_hat and eps_hat to be of second order: DPM-Solver++(2M).
+
+    Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat - x_0_last), where h and
+    h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
+    DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
+    """
+    last, now, then = (math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
+    return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
+
+
+def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None, solver="ddim"):
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
-    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
-    Returns x_0 like x_T, in [-1, 1] with clip.
+    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0);
+    solver: ddim, or dpm++ with eta = 0.  Returns x_0 like x_T, in [-1, 1] with clip.
     """
-    x_t = x_T
+    x_t, last = x_T, None
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, eps_hat = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
+        now = x_0_hat, alpha_bar_t
+        if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
+            x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
+        last = now
         x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
     if trace is not None:
         trace.append((-1, x_t, x_t))
@@ -272,7 +289,7 @@ def ddim_invert(denoise, x_0, alpha_bars, pairs, prediction, trace=None):
 
 
 @torch.no_grad()
-def sample(*, model, config, labels, steps, guidance, eta=0.0, seed=0, batch_size=100, trace=None):
+def sample(*, model, config, labels, steps, guidance, eta=0.0, solver="ddim", seed=0, batch_size=100, trace=None):
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
     config: the checkpoint's;  labels: int64 (N,);  trace: as in ddim_sample, of latents, for N <= batch_size.
@@ -289,7 +306,7 @@ def sample(*, model, config, labels, steps, guidance, eta=0.0, seed=0, batch_siz
             return torch.from_numpy(draw_noise(streams, (config["latent_channels"], 8, 8))).to(device)
 
         denoise = guided(model.denoiser, labels[part].to(device), guidance)
-        z_0 = ddim_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], eta, False, draw, trace)
+        z_0 = ddim_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], eta, False, draw, trace, solver)
         images.append(model.to_images(z_0).cpu())
     return torch.cat(images)
 
@@ -345,7 +362,7 @@ def train_autoencoder(args, data, device, checkpoint, share):
     forward = parallel(torch.compile(model) if args.compile else model)
     decay, fused = args.weight_decay, device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=decay, fused=fused)
-    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
@@ -433,7 +450,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     parameters = list(model.denoiser.parameters())
     optimizer = optimizer_class(parameters, args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
-    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
         ema_model.module.load_state_dict(checkpoint["ema"])
@@ -578,6 +595,7 @@ def build_parser():
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
+    add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
     add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
@@ -596,14 +614,12 @@ def draw(args):
         guidance = min(guidance, 1.0)  # guided outputs do not find their way back
     steps = min(20, config["num_timesteps"]) if args.steps is None else args.steps
     classes, count = parse_classes(args.class_, names), args.num_samples
-    special = [flag for flag in ("filmstrip", "map", "reconstruct", "invert") if getattr(args, flag)]
-    if len(special) > 1:
-        raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
+    at_most_one(args, "filmstrip", "map", "reconstruct", "invert")
     endings = [".png"] if args.filmstrip or args.map else [".png", ".npz", ".gif", ""]
     output = sampled_file(args.output, NAME, classes, names, endings)
     check_sampling(config, steps, guidance)
-    if args.eta > 0 and args.invert:
-        raise InputError("--invert needs the deterministic sampler, --eta 0")
+    if args.eta > 0 and (args.invert or args.solver == "dpm++"):
+        raise InputError("--invert and --solver dpm++ need the deterministic sampler, --eta 0")
     model = ema_network(checkpoint, pick_device(args.device))
     labels = torch.tensor(classes).repeat_interleave(count)
     trace = [] if args.filmstrip or args.map or output.suffix == ".gif" else None
@@ -615,16 +631,14 @@ def draw(args):
             denoise, trace = guided(model.denoiser, labels.to(z_0.device), guidance), []
             alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
             way = alpha_bars, time_pairs(config["num_timesteps"], steps), config["prediction"]
-            z_T = ddim_invert(denoise, z_0, *way, trace)
-            z_0 = ddim_sample(denoise, z_T, *way, clip=False, trace=trace)
+            z_0 = ddim_sample(denoise, ddim_invert(denoise, z_0, *way, trace), *way, clip=False, trace=trace, solver=args.solver)
         back = model.to_images(z_0).cpu()
-        error = (to_uint8(back).float() - to_uint8(x).float()).abs().mean().item()
-        print(f"mean absolute error {error:.2f} of 255 grey levels")
+        print(grey_level_error(x, back))
         images, labels, count = torch.cat([x, back]), labels.repeat(2), len(x)
     else:
         images = sample(
-            model=model, config=config, labels=labels, steps=steps, guidance=guidance, eta=args.eta, seed=args.seed,
-            batch_size=args.batch_size if trace is None else len(labels), trace=trace,
+            model=model, config=config, labels=labels, steps=steps, guidance=guidance, eta=args.eta, solver=args.solver,
+            seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), trace=trace,
         )  # fmt: skip
     if args.map:
         data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"])

@@ -31,10 +31,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, draw_noise, errors_in_one_line
-from common import find_checkpoint, given_image, group_norm, in_the_plane, load_checkpoint, load_data, load_run_data
-from common import noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser, sampled_file
-from common import save_images, save_map, save_sampled, to_float, to_uint8, training_device, whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, at_most_one, check_frames
+from common import draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm
+from common import in_the_plane, load_checkpoint, load_data, load_run_data, noise_streams, number, parallel
+from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_map, save_sampled
+from common import to_float, to_uint8, training_device, whole_numbers
 
 
 NAME = "vae"
@@ -275,7 +276,7 @@ def train(args, checkpoint=None):
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
-    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length))
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
@@ -417,14 +418,9 @@ def draw(args):
     checkpoint = load_checkpoint(path, SAMPLES_FROM)
     config, names = checkpoint["config"], checkpoint["class_names"]
     classes, count = parse_classes(args.class_, names), args.num_samples
-    special = [flag for flag in ("interpolate", "reconstruct", "between", "map", "walk") if getattr(args, flag)]
-    if len(special) > 1:
-        raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
+    at_most_one(args, "interpolate", "reconstruct", "between", "map", "walk")
     output = sampled_file(args.output, NAME, classes, names, [".png"] if args.map else [".png", ".npz", ".gif", ""])
-    if (args.interpolate or args.between) and count < 2:
-        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
-    if args.interpolate == "class" and len(classes) != 2:
-        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+    check_frames("noise" if args.between else args.interpolate, classes, count)
     if args.walk and (config["latent_dim"] != 2 or len(classes) != 1):
         raise InputError(f"--walk is for --latent-dim 2 (here {config['latent_dim']}) and one --class")
     model = ema_network(checkpoint, pick_device(args.device))
@@ -446,8 +442,7 @@ def draw(args):
         hot = one_hot(labels, len(names))
         if args.reconstruct:
             back = decode(model, mu, hot)
-            error = (to_uint8(back).float() - to_uint8(x).float()).abs().mean().item()
-            print(f"mean absolute error {error:.2f} of 255 grey levels")
+            print(grey_level_error(x, back))
             save_sampled(torch.cat([x, back]), labels.repeat(2), names, output, len(x))
         else:
             weight = torch.linspace(0, 1, count)[:, None]

@@ -104,11 +104,14 @@ def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
     assert np.abs(found - network(x_t, t, y).numpy()).max() < 1e-4
 
 
-@pytest.mark.parametrize(("steps", "guidance", "eta"), [(20, 1.5, 0.0), (7, 1, 0.0), (5, 0, 0.6), (4, 3.0, 1.0)])
-def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
+@pytest.mark.parametrize(
+    ("steps", "guidance", "eta", "solver"),
+    [(20, 1.5, 0.0, "ddim"), (7, 1, 0.0, "dpm++"), (5, 0, 0.6, "ddim"), (4, 3.0, 1.0, "ddim"), (8, 2, 0.0, "dpm++")],
+)
+def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta, solver):
     checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
-    options = {"steps": steps, "guidance": guidance, "eta": eta, "seed": 5}
+    options = {"steps": steps, "guidance": guidance, "eta": eta, "solver": solver, "seed": 5}
     expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
     for batch_size in (6, 4):
         found = infer_onnx.sample(loaded, list(range(6)), batch_size=batch_size, **options)
@@ -118,7 +121,7 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta):
 
 OPTIONS = {
     "ddpm": [{"steps": 12, "guidance": 1.5}, {"steps": 6, "guidance": 1, "variance": "large"}],
-    "ldm": [{"steps": 8, "guidance": 1.5}, {"steps": 5, "guidance": 0, "eta": 1.0}],
+    "ldm": [{"steps": 8, "guidance": 1.5, "solver": "dpm++"}, {"steps": 5, "guidance": 0, "eta": 1.0}],
     "gan": [{}, {"truncation": 0.5}],
     "vae": [{}, {"truncation": 0.5}],
 }
@@ -228,6 +231,8 @@ def test_a_part_that_is_missing_or_of_another_export_exits_with_3(exports, in_tm
         ("gan", ["--reconstruct", "x.png"]),
         ("gan", ["--prior", "normal"]),
         ("ddpm", ["--eta", "0"]),
+        ("ddpm", ["--solver", "dpm++"]),
+        ("vae", ["--solver", "ddim"]),
         ("ldm", ["--variance", "small"]),
         ("ldm", ["--truncation", "0.5"]),
         ("ddpm", ["--interpolate", "noise"]),
@@ -498,6 +503,7 @@ def main_code(argv, capsys):
         (["--steps", "1001"], "more than the 1000"),
         (["--guidance", "-0.5"], "from 0"),
         (["--eta", "2"], "from 0 to 1"),
+        (["--solver", "dpm++", "--eta", "1"], "--eta 0"),
         (["--variance", "small"], "--variance is not for ddim"),
         (["--batch-size", "0"], "from 1"),
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),

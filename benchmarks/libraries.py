@@ -1,0 +1,129 @@
+"""Our default network beside small class-conditional UNets of two libraries: speed, memory, start-up, in paired runs.
+
+    pip install diffusers denoising-diffusion-pytorch
+    python benchmarks/libraries.py
+
+Each measurement is a fresh process: it imports what it needs, builds the network, takes training steps (forward, mean
+squared error, backward, clipping, AdamW) and evaluates the network, on the same 32x32 images of 10 classes.  The three
+take turns, and the medians of the rounds are printed with those of the ratios to ours within a round.  The libraries
+are asked for their smallest sensible networks; these are larger than ours, which is the point: it was made for two
+cores.  How good samples are after the same time is not measured here.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SUBJECTS = ("this repository", "diffusers", "denoising-diffusion-pytorch")
+BATCH, SECONDS = 64, 6.0
+FIGURES = {  # name: (heading, format)
+    "training": ("training, images/s", ".0f"), "one": ("evaluation of 1 image, ms", ".1f"),
+    "many": (f"evaluation of {BATCH}, images/s", ".0f"), "memory": ("peak memory, MiB", ".0f"),
+    "start": ("import and build, s", ".2f"), "mmac": ("MMAC an image", ".0f"), "parameters": ("parameters", ",.0f"),
+}  # fmt: skip
+
+
+def build(subject):
+    """predict(x_t, t, y) and the network behind it."""
+    if subject == "diffusers":
+        from diffusers import UNet2DModel
+
+        network = UNet2DModel(
+            32, 1, 1, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, num_class_embeds=11,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        return lambda x_t, t, y: network(x_t, t, class_labels=y).sample, network
+    if subject == "denoising-diffusion-pytorch":
+        from denoising_diffusion_pytorch.classifier_free_guidance import Unet
+
+        network = Unet(32, num_classes=10, dim_mults=(1, 2, 2), channels=1, cond_drop_prob=0.1)
+        return lambda x_t, t, y: network(x_t, t, y), network
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from common import UNet
+
+    network = UNet().to(memory_format=torch.channels_last)
+    return network, network
+
+
+def seconds(function):
+    """Median seconds of a call, after two that warm up."""
+    times = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def measure(subject):
+    """The figures of one subject, in this process."""
+    start = time.perf_counter()
+    predict, network = build(subject)
+    figures = {"start": time.perf_counter() - start, "parameters": sum(p.numel() for p in network.parameters())}
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    x_t, target = torch.randn(2, BATCH, 1, 32, 32)
+    t, y = torch.randint(0, 1000, (BATCH,)), torch.randint(0, 10, (BATCH,))
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        (predict(x_t, t, y) - target).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    figures["training"] = BATCH / seconds(step)
+    network.eval()
+    with torch.no_grad():
+        figures["many"] = BATCH / seconds(lambda: predict(x_t, t, y))
+        figures["one"] = 1e3 * seconds(lambda: predict(x_t[:1], t[:1], y[:1]))
+        with FlopCounterMode(display=False) as counter:
+            predict(x_t[:1], t[:1], y[:1])
+    figures["mmac"] = counter.get_total_flops() / 2e6
+    figures["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each takes (3)")
+    parser.add_argument("--subject", choices=SUBJECTS, help="only measure this one, and print JSON")
+    args = parser.parse_args()
+    if args.subject:
+        print(json.dumps(measure(args.subject)))
+        return
+    rounds = []
+    for i in range(args.rounds):
+        turn = {}
+        for subject in (*SUBJECTS[i % 3 :], *SUBJECTS[: i % 3]):
+            done = subprocess.run([sys.executable, __file__, "--subject", subject], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(f"{subject} failed: pip install diffusers denoising-diffusion-pytorch")
+            turn[subject] = json.loads(done.stdout.splitlines()[-1])
+        rounds.append(turn)
+    import torch
+
+    print(f"medians of {args.rounds} rounds, in brackets over ours; {torch.get_num_threads()} threads, ", end="")
+    print(f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    for name, (heading, digits) in FIGURES.items():
+        print(f"{heading:28s}", end="")
+        for subject in SUBJECTS:
+            value = statistics.median(turn[subject][name] for turn in rounds)
+            ratio = statistics.median(turn[subject][name] / turn[SUBJECTS[0]][name] for turn in rounds)
+            print(f"{subject}: {value:{digits}}" + (f" ({ratio:.2f})" if subject != SUBJECTS[0] else ""), end="   ")
+        print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
