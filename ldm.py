@@ -631,7 +631,7 @@ def draw(args):
             denoise, trace = guided(model.denoiser, labels.to(z_0.device), guidance), []
             alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
             way = alpha_bars, time_pairs(config["num_timesteps"], steps), config["prediction"]
-            z_0 = ddim_sample(denoise, ddim_invert(denoise, z_0, *way, trace), *way, clip=False, trace=trace, solver=args.solver)
+            z_0 = ddim_sample(denoise, ddim_invert(denoise, z_0, *way, trace), *way, 0, False, None, trace, args.solver)
         back = model.to_images(z_0).cpu()
         print(grey_level_error(x, back))
         images, labels, count = torch.cat([x, back]), labels.repeat(2), len(x)
