@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, check_frames
-from common import draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error, load_checkpoint
-from common import load_run_data, noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser
-from common import sampled_file, save_gif, save_images, save_sampled, to_float, training_device, trajectory_frames
-from common import whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, autocast
+from common import check_frames, draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error
+from common import load_checkpoint, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
+from common import pick_device, run_parser, sampled_file, save_gif, save_images, save_sampled, to_float, training_device
+from common import trajectory_frames, whole_numbers
 
 NAME = "ddim"
 SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
@@ -328,7 +328,7 @@ def train(args, checkpoint=None):
             alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
             x_t = q_sample(x_0, eps, alpha_bar_t)
             target = target_of(args.prediction, x_0, eps, alpha_bar_t)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            with autocast(device, args.bf16):
                 output = forward(x_t, t, y)
             losses = image_losses(output.float(), target, args.loss)
             loss = losses.mean()
@@ -380,8 +380,8 @@ def ema_network(checkpoint, device):
 
 
 def default_guidance(config):
-    """1.5 where the network knows both classes and "no class", else the only one that it knows."""
-    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.5)
+    """1.25 where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.25)
 
 
 def check_sampling(config, steps, guidance):
@@ -414,10 +414,10 @@ def build_parser():
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, default=False, help="bfloat16 autocast, for GPUs (off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")

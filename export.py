@@ -121,6 +121,7 @@ def model_card(script, checkpoint, network, module, parts):
     config, name = checkpoint["config"], script.NAME
     training = {k: config[k] for k in (*script.FIXED, "lr", "epochs", "minutes")}
     training["data"] = Path(config["data"]).name  # a name, or the last part of a path: no folder of this machine
+    training["seconds"] = checkpoint["seconds"] + checkpoint.get("stage_1_seconds", 0)
     card = {
         "format": METADATA_FORMAT,
         "kind": "codes" if name in ("vae", "gan") else "diffusion",
@@ -129,7 +130,7 @@ def model_card(script, checkpoint, network, module, parts):
         "image_shape": [config["channels"], IMAGE_SIZE, IMAGE_SIZE],
         "value_range": [-1, 1],
         "parameters": sum(p.numel() for p in network.parameters()),
-        "training": {**{k: checkpoint[k] for k in ("step", "images", "seconds", "torch")}, **training},
+        "training": {**{k: checkpoint[k] for k in ("step", "images", "torch")}, **training},
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__},
         "parts": parts,
     }
@@ -158,9 +159,10 @@ def model_card(script, checkpoint, network, module, parts):
 
 
 def packed(tensor):
-    """A float32 tensor in JSON, as infer_onnx.fitted_prior reads it."""
-    data = tensor.numpy().astype("<f4").tobytes()
-    return {"shape": list(tensor.shape), "float32": base64.b64encode(data).decode()}
+    """A tensor in JSON, as infer_onnx.fitted_prior reads it: bytes in little endian."""
+    array = tensor.numpy()
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return {"shape": list(array.shape), array.dtype.name: base64.b64encode(data).decode()}
 
 
 def random_inputs(inputs, batch, card):
@@ -212,6 +214,8 @@ def export(name, checkpoint_path, output, weights):
     if weights and weights.exists() and weights.samefile(path):
         raise InputError(f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with")
     checkpoint = load_checkpoint(path, script.SAMPLES_FROM)
+    if weights:  # half as large, and the graph holds what it holds
+        checkpoint["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["ema"].items()}
     network = script.ema_network(checkpoint, torch.device("cpu"))
     graphs = graphs_of(name, network, checkpoint["config"], len(checkpoint["class_names"]))
     shipped = path.resolve().parent == Path(__file__).resolve().parent / "pretrained"
@@ -240,7 +244,7 @@ def export(name, checkpoint_path, output, weights):
             kept["config"]["autoencoder"] = None
         with written_whole(weights) as scratch:
             torch.save(kept, scratch)
-        print(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone")
+        print(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone, in float16")
     return output
 
 
@@ -253,7 +257,7 @@ def build_parser():
     )
     parser.add_argument("--output", type=Path, help="the .onnx file to write (NAME.onnx beside a run's checkpoint)")
     parser.add_argument(
-        "--weights", type=Path, help="also write a small .pt to sample from and to share, EMA weights only"
+        "--weights", type=Path, help="also write a small .pt to sample from and to share: EMA weights only, in float16"
     )
     return parser
 

@@ -31,10 +31,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, ResidualBlock, Run, check_frames, draw_noise, errors_in_one_line
-from common import find_checkpoint, group_norm, load_checkpoint, load_run_data, noise_streams, number, parallel
-from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
-from common import training_device, whole_numbers
+from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, ResidualBlock, Run, autocast, check_frames, draw_noise
+from common import errors_in_one_line, find_checkpoint, group_norm, load_checkpoint, load_run_data, noise_streams
+from common import number, parallel, parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images
+from common import save_sampled, to_float, training_device, whole_numbers
 
 NAME = "gan"
 SAMPLES_FROM = ("gan",)  # the scripts whose checkpoints this one draws from
@@ -176,16 +176,18 @@ def draw_codes(prior, labels, streams, latent_dim, truncation=None):
     """One latent code for each image: float32 (N, D).
 
     prior: None for N(0, 1), else of each class y a mixture: component k with the probability weights[y, k], then
-    means[y, k] + scales[y, k] @ noise;  labels: list of int;  streams: as draw_noise takes them;  truncation: redraw
-    noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
+    means[y, k] + L @ noise, scales[y, k] being the lower triangle of L, row by row;  labels: list of int;  streams: as
+    draw_noise takes them;  truncation: redraw noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
     """
     codes = draw_noise(streams, (latent_dim,))
     while truncation and (beyond := np.abs(codes) > truncation).any():
         codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
     if prior is not None:
+        factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
         for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
             k = int((stream.random() >= np.cumsum(prior["weights"][y])[:-1]).sum())
-            codes[i] = prior["means"][y][k] + prior["scales"][y][k] @ codes[i]
+            factor[lower] = prior["scales"][y][k]
+            codes[i] = prior["means"][y][k] + factor @ codes[i]
     return codes
 
 
@@ -299,9 +301,8 @@ def train(args, checkpoint=None):
             z_d, z_g = torch.randn(2, len(batch), args.latent_dim, generator=dice, device=device)
             batch, z_d, z_g = run.own(batch, z_d, z_g)
             x, classes = to_float(images[batch]), one_hot(labels[batch], num_classes)
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
-            with autocast:
+            with autocast(device, args.bf16):
                 with torch.no_grad():
                     fake = generator(z_d, classes)
                 real_and_fake = forward_d(torch.cat([x, fake]), classes.repeat(2, 1))
@@ -319,7 +320,7 @@ def train(args, checkpoint=None):
             optimizer_d.step()
 
             discriminator.requires_grad_(False)
-            with autocast:
+            with autocast(device, args.bf16):
                 fake_logits_g = discriminator(forward_g(z_g, classes), classes).float()
                 with torch.no_grad():
                     real_logits_g = discriminator(x, classes).float() if args.loss == "relativistic" else None
@@ -382,7 +383,7 @@ def build_parser():
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate after the warm-up (0.001)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, default=False, help="bfloat16 autocast, for GPUs (off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
     add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")

@@ -42,7 +42,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
-METADATA_FORMAT = 2
+METADATA_FORMAT = 3
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: field 14, metadata, of 74 bytes: the key, and a value of 64 bytes
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
 KIND_KEYS = {
@@ -351,16 +351,18 @@ def draw_codes(prior, labels, streams, latent_dim, truncation=None):
     """One latent code for each image: float32 (N, D).
 
     prior: None for N(0, 1), else of each class y a mixture: component k with the probability weights[y, k], then
-    means[y, k] + scales[y, k] @ noise;  labels: list of int;  streams: as draw_noise takes them;  truncation: redraw
-    noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
+    means[y, k] + L @ noise, scales[y, k] being the lower triangle of L, row by row;  labels: list of int;  streams: as
+    draw_noise takes them;  truncation: redraw noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
     """
     codes = draw_noise(streams, (latent_dim,))
     while truncation and (beyond := np.abs(codes) > truncation).any():
         codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
     if prior is not None:
+        factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
         for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
             k = int((stream.random() >= np.cumsum(prior["weights"][y])[:-1]).sum())
-            codes[i] = prior["means"][y][k] + prior["scales"][y][k] @ codes[i]
+            factor[lower] = prior["scales"][y][k]
+            codes[i] = prior["means"][y][k] + factor @ codes[i]
     return codes
 
 
@@ -368,8 +370,11 @@ def fitted_prior(card):
     """The mixture of each class in a card, as arrays for draw_codes; None is N(0, 1)."""
     if card["prior"] is None:
         return None
-    numbers = {key: np.frombuffer(base64.b64decode(part["float32"]), "<f4") for key, part in card["prior"].items()}
-    return {key: numbers[key].reshape(part["shape"]) for key, part in card["prior"].items()}
+    arrays = {}
+    for key, part in card["prior"].items():
+        dtype, form = ("float16", "<f2") if key == "scales" else ("float32", "<f4")
+        arrays[key] = np.frombuffer(base64.b64decode(part[dtype]), form).reshape(part["shape"])
+    return arrays
 
 
 def run_session(session, **feed):

@@ -14,8 +14,7 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
 
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696),
-standardisation per channel.
+arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696).
 """
 
 import argparse
@@ -29,11 +28,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, draw_noise, errors_in_one_line
-from common import find_checkpoint, given_image, grey_level_error, group_norm, in_the_plane, load_checkpoint, load_data
-from common import load_run_data, noise_streams, number, parallel, parse_classes, parse_run, pick_device, run_parser
-from common import sampled_file, save_images, save_map, save_sampled, to_float, to_uint8, training_device, whole_numbers
-from common import zero_init
+from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, autocast, draw_noise
+from common import errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm, in_the_plane
+from common import load_checkpoint, load_data, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
+from common import pick_device, run_parser, sampled_file, save_images, save_map, save_sampled, to_float, to_uint8
+from common import training_device, whole_numbers, zero_init
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one draws from
@@ -398,7 +397,7 @@ def train_autoencoder(args, data, device, checkpoint, share):
             eps = torch.randn(args.batch_size, args.latent_channels, 8, 8, generator=generator, device=device)
             batch, eps = run.own(run.batch().to(device), eps)
             x = to_float(images[batch])
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            with autocast(device, args.bf16):
                 x_hat, mu, logvar = forward(x, eps)
             reconstruction = (x - x_hat.float()).abs().flatten(1).sum(dim=1).mean()
             kl = kl_divergence(mu.float().flatten(1), logvar.float().flatten(1)).mean()
@@ -431,6 +430,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         path = find_checkpoint(("autoencoder",), Path(args.autoencoder) if args.autoencoder else folder)
         stage_1 = load_checkpoint(path, ("autoencoder",))
     autoencoder = checkpoint["autoencoder"] if checkpoint else stage_1["network"]
+    earlier = checkpoint["stage_1_seconds"] if checkpoint else stage_1["seconds"]
     if autoencoder["channels"] != args.channels:
         raise InputError(f"the autoencoder is for --channels {autoencoder['channels']}, not {args.channels}")
     network = {k: getattr(args, k) for k in ("widths", "depths", "attention", "emb_channels")}
@@ -472,7 +472,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         run.save({
             "config": config, "network": network, "autoencoder": autoencoder, "class_names": data.class_names,
             "weights": model.denoiser.state_dict(), "ema": ema_model.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
+            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(), "stage_1_seconds": earlier,
         })  # fmt: skip
 
     print(f"stage 2 in {run.folder} on {device}, {sum(p.numel() for p in parameters):,} parameters", flush=True)
@@ -495,7 +495,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
             alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
             z_t = q_sample(z_0, eps, alpha_bar_t)
             target = target_of(args.prediction, z_0, eps, alpha_bar_t)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            with autocast(device, args.bf16):
                 output = forward(z_t, t, y)
             losses = image_losses(output.float(), target, args.loss)
             loss = losses.mean()
@@ -548,8 +548,8 @@ def ema_network(checkpoint, device):
 
 
 def default_guidance(config):
-    """1.5 where the network knows both classes and "no class", else the only one that it knows."""
-    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.5)
+    """1.25 where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.25)
 
 
 def check_sampling(config, steps, guidance):
@@ -565,13 +565,13 @@ def build_parser():
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("stages").add_argument
     add("--stage", choices=("1", "2", "both"), default="both", help="1 autoencoder, 2 diffusion on its latents (both)")
-    add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.25, help="of the length, if both (0.25)")
+    add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.2, help="of the length, if both (0.2)")
     add("--autoencoder", metavar="PATH", help="an autoencoder.pt to use in stage 2, instead of a stage 1")
     add = parser.add_argument_group("autoencoder").add_argument
-    add("--latent-channels", type=number(int, 1, 256), default=4, help="of the latents, which are 8x8 (4)")
+    add("--latent-channels", type=number(int, 1, 256), default=8, help="of the latents, which are 8x8 (8)")
     add("--autoencoder-widths", type=whole_numbers, default=(32, 64), help="channels at 16x16 and at 8x8 (32,64)")
     add("--channel-attention", action=on_off, default=True, help="in encoder and decoder (on)")
-    add("--kl-weight", type=number(float, 0), default=1e-3, help="of KL; tiny, keeps latents in bounds (0.001)")
+    add("--kl-weight", type=number(float, 0), default=1e-2, help="of KL; small, keeps latents in bounds (0.01)")
     add = parser.add_argument_group("network").add_argument
     add("--widths", type=whole_numbers, default=(96,), help="channels by resolution, finest first (96)")
     add("--depths", type=whole_numbers, default=(3,), help="residual blocks at each resolution (3)")
@@ -590,10 +590,10 @@ def build_parser():
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, default=False, help="bfloat16 autocast, for GPUs (off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")

@@ -31,7 +31,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, at_most_one, check_frames
+from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, at_most_one, autocast, check_frames
 from common import draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm
 from common import in_the_plane, load_checkpoint, load_data, load_run_data, noise_streams, number, parallel
 from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_map, save_sampled
@@ -147,8 +147,9 @@ def fit_prior(codes, labels, num_classes, components, seed):
     """A Gaussian mixture over the codes of each class, by scikit-learn's EM; a single Gaussian needs none.
 
     codes: (N, D);  labels: (N,);  components: K, at most as many as a class has images.
-    Returns {"weights": (classes, K), "means": (classes, K, D), "scales": (classes, K, D, D)}, float32; a scale is the
-    lower triangular Cholesky factor of a covariance.  A class without images gets N(0, 1).
+    Returns {"weights": (classes, K), "means": (classes, K, D), "scales": (classes, K, D (D + 1) / 2)}; float32,
+    but the scales, which are many, float16: each is the lower triangle of the Cholesky factor of a covariance, row by
+    row.  A class without images gets N(0, 1).
     """
     dim = codes.shape[1]
     weights, means = np.full((num_classes, components), 1 / components), np.zeros((num_classes, components, dim))
@@ -163,8 +164,9 @@ def fit_prior(codes, labels, num_classes, components, seed):
         elif len(own):
             means[y] = own.mean(axis=0)
             covariances[y] = np.cov(own.T, bias=True).reshape(dim, dim) + 1e-4 * np.eye(dim)
-    arrays = {"weights": weights, "means": means, "scales": np.linalg.cholesky(covariances)}
-    return {key: torch.from_numpy(array).float() for key, array in arrays.items()}
+    scales = np.linalg.cholesky(covariances)[:, :, *np.tril_indices(dim)]
+    arrays = {"weights": np.float32(weights), "means": np.float32(means), "scales": np.float16(scales)}
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
 def class_diversity(grid, labels, data, warn):
@@ -195,16 +197,18 @@ def draw_codes(prior, labels, streams, latent_dim, truncation=None):
     """One latent code for each image: float32 (N, D).
 
     prior: None for N(0, 1), else of each class y a mixture: component k with the probability weights[y, k], then
-    means[y, k] + scales[y, k] @ noise;  labels: list of int;  streams: as draw_noise takes them;  truncation: redraw
-    noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
+    means[y, k] + L @ noise, scales[y, k] being the lower triangle of L, row by row;  labels: list of int;  streams: as
+    draw_noise takes them;  truncation: redraw noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
     """
     codes = draw_noise(streams, (latent_dim,))
     while truncation and (beyond := np.abs(codes) > truncation).any():
         codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
     if prior is not None:
+        factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
         for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
             k = int((stream.random() >= np.cumsum(prior["weights"][y])[:-1]).sum())
-            codes[i] = prior["means"][y][k] + prior["scales"][y][k] @ codes[i]
+            factor[lower] = prior["scales"][y][k]
+            codes[i] = prior["means"][y][k] + factor @ codes[i]
     return codes
 
 
@@ -326,7 +330,7 @@ def train(args, checkpoint=None):
             batch, eps = run.own(batch, eps)
             x, classes = to_float(images[batch]), one_hot(labels[batch], num_classes)
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            with autocast(device, args.bf16):
                 logits, mu, logvar = forward(x, classes, eps)
             reconstruction = reconstruction_loss(logits.float(), x, args.reconstruction, run.mean).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
@@ -383,23 +387,23 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network").add_argument
-    add("--latent-dim", type=number(int, 1, 4096), default=32, help="numbers in a latent code; 2 can be mapped (32)")
-    add("--widths", type=whole_numbers, default=(32, 64, 96), help="channels by resolution, finest first (32,64,96)")
-    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code; 2 can be mapped (64)")
+    add("--widths", type=whole_numbers, default=(32, 64, 80), help="channels by resolution, finest first (32,64,80)")
+    add("--emb-channels", type=number(int, 4), default=64, help="size of the code and class embedding (64)")
     add = parser.add_argument_group("method").add_argument
     add(
         "--reconstruction", choices=("sigma", "l2", "l1", "bce"), default="sigma", help="p(x | z); sigma adapts (sigma)"
     )
     add("--kl-weight", type=number(float, 0), default=1.0, help="of the KL divergence, after its warm-up (1)")
     add("--kl-warmup", type=number(float, 0, 1), default=0.1, help="share of the run in which it grows from 0 (0.1)")
-    add("--prior-components", type=number(int, 0, 1000), default=10, help="per class; 0 is N(0, 1) (10)")
+    add("--prior-components", type=number(int, 0, 1000), default=15, help="per class; 0 is N(0, 1) (15)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=number(float, 0, above=True), default=2e-3, help="learning rate after the warm-up (0.002)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, default=False, help="bfloat16 autocast, for GPUs (off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--prior", choices=("fitted", "normal"), default="fitted", help="where codes are drawn from (fitted)")

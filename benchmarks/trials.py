@@ -59,7 +59,7 @@ def run_trial(name, flags, minutes, samples, cores):
                 script.write_bytes(subprocess.check_output(["git", "show", f"{flags[1:]}:{name}.py"], cwd=ROOT))
             else:
                 spelled += flags.split()
-            start = ["--resume", place] if place.is_dir() else ["--train", "--run-dir", place, *spelled]
+            start = ["--resume", "--run-dir", place] if place.is_dir() else ["--train", "--run-dir", place, *spelled]
             command(script, *start, "--minutes", minutes)
             command("export.py", name, "--checkpoint", place)
         command(

@@ -92,7 +92,7 @@ def test_the_metadata_says_all(loaded, tiny_run):
     assert card["model"] == "ddim" and card["class_names"] == checkpoint["class_names"]
     assert card["image_shape"] == [1, 32, 32] and card["null_label"] == common.NULL_LABEL
     assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist() and card["prediction"] == "v"
-    assert card["training"]["step"] == 18 and card["steps"] == 20 and card["guidance"] == 1.5
+    assert card["training"]["step"] == 18 and card["steps"] == 20 and card["guidance"] == 1.25
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -428,7 +428,7 @@ def make_bad_file(kind, exported, tiny_run, path):
     elif kind == "newer metadata":
         with_card(exported, path, lambda card: {**card, "format": 99})
     elif kind == "older metadata":
-        with_card(exported, path, lambda card: {**card, "format": 1})
+        with_card(exported, path, lambda card: {**card, "format": 2})
     elif kind == "broken metadata":
         with_card(exported, path, lambda card: "{")
     elif kind == "unknown kind":
@@ -461,8 +461,8 @@ def make_bad_file(kind, exported, tiny_run, path):
         ("a checkpoint", "export it with export.py"),
         ("a Git LFS pointer", "git lfs pull"),
         ("another model", "not a file that export.py wrote"),
-        ("newer metadata", "metadata format 99, this infer_onnx.py reads 2: update infer_onnx.py"),
-        ("older metadata", "metadata format 1, this infer_onnx.py reads 2: export it again"),
+        ("newer metadata", "metadata format 99, this infer_onnx.py reads 3: update infer_onnx.py"),
+        ("older metadata", "metadata format 2, this infer_onnx.py reads 3: export it again"),
         ("broken metadata", "broken metadata"),
         ("unknown kind", "unknown kind 'flow'"),
         ("side-car weights missing", "not an ONNX model that onnxruntime can load"),

@@ -128,7 +128,7 @@ def test_truncated_noise_stays_inside_and_is_no_other_batch_s():
 
 def test_the_run_ends_with_the_mixture_asked_for(tiny_runs, tmp_path, in_tmp):
     checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
-    assert checkpoint["prior"]["weights"].shape == (10, 2) and checkpoint["prior"]["scales"].shape == (10, 2, 4, 4)
+    assert checkpoint["prior"]["weights"].shape == (10, 2) and checkpoint["prior"]["scales"].shape == (10, 2, 10)
     flags = ["--checkpoint", str(tiny_runs("vae")), "--class", "o", "--num-samples", "5", "--output"]
     assert vae.main([*flags, "fitted.npz"]) == vae.main([*flags, "normal.npz", "--prior", "normal"]) == 0
     assert not np.array_equal(np.load("fitted.npz")["x"], np.load("normal.npz")["x"])
