@@ -110,8 +110,8 @@ def test_time_pairs_walk_from_the_last_step_to_the_image(num_timesteps):
         assert all(t > t_prev for t, t_prev in pairs)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
         gaps = [t - t_prev for t, t_prev in pairs]
-        assert max(gaps) - min(gaps) <= 1  # evenly spaced
-    assert ddim.time_pairs(1000, 4) == [(999, 749), (749, 499), (499, 249), (249, -1)]
+        assert all(later <= gap + 1 for gap, later in itertools.pairwise(gaps))  # ever closer, but for rounding
+    assert ddim.time_pairs(1000, 4) == [(999, 687), (687, 405), (405, 164), (164, -1)]
     for steps in (0, -1, num_timesteps + 1):
         with pytest.raises(ValueError, match=f"steps {steps}"):
             ddim.time_pairs(num_timesteps, steps)
@@ -562,7 +562,7 @@ def test_inversion_comes_back_to_the_image(tiny_run, in_tmp, data_dir, capsys):
     assert ddim.main([*at, "--invert", "3", "--output", "there.gif"]) == 0
     assert float(capsys.readouterr().out.split("error ")[1].split()[0]) < 12
     with Image.open("there.gif") as gif:
-        assert gif.n_frames == 401
+        assert 400 <= gif.n_frames <= 401  # pillow joins frames that are equal
     Image.new("L", (28, 28), 90).save("grey.png")
     assert ddim.main([*at, "--invert", "grey.png", "--class", "o", "--output", "x.png"]) == 0
 
