@@ -26,10 +26,26 @@ RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "
 
 # What the trials of a script have in common, spelled out, so that they stay what they were when its defaults move.
 BASE = {
-    "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64 --widths 32,64,128",
-    "vae": "--latent-dim 32 --widths 32,64,96 --kl-weight 1 --reconstruction sigma --prior-components 10 --lr 2e-3",
+    "ddim": "--widths 32,96 --depths 1,3 --patch 2 --prediction v --schedule cosine --lr 3e-3 --batch-size 128",
+    "ldm": "--latent-channels 4 --kl-weight 1e-3 --stage-1-share 0.25 --widths 96 --depths 3 --lr 3e-3",
+    "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64 --widths 32,64,128 --no-bf16",
+    "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --prior-components 10 --lr 2e-3 --no-bf16",
 }
-TRIALS = {"gan": ["", "@da27eb0", "--loss nonsaturating"], "vae": ["", "--latent-dim 64", "--kl-weight 0.3"]}
+TRIALS = {
+    "ddim": [
+        "", "--no-bf16", "--patch 4 --widths 96 --depths 4", "--patch 1 --widths 16,32,96 --depths 1,1,3",
+        "--widths 32,128", "--widths 48,96", "--depths 1,2", "--depths 1,4", "--no-attention", "--prediction eps",
+        "--schedule linear", "--loss huber", "--lr 2e-3", "--lr 4.5e-3", "--batch-size 64", "--batch-size 256",
+        "--ema-length 0.04", "--optimizer adam",
+    ],
+    "ldm": [
+        "", "--latent-channels 8", "--kl-weight 1e-2", "--latent-channels 8 --kl-weight 1e-2", "--stage-1-share 0.4",
+        "--depths 5", "--no-channel-attention",
+    ],
+    "gan": ["", "@da27eb0", "--bf16", "--loss nonsaturating", "--gamma 0.3", "--penalty-every 8", "--widths 48,96,128"],
+    "vae": ["", "--latent-dim 64", "--bf16", "--kl-weight 0.3", "--reconstruction l1"],
+}  # fmt: skip
+SAMPLES = {"ddim": 2000, "ldm": 2000, "gan": 10_000, "vae": 10_000}
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 
@@ -37,7 +53,7 @@ def folder(name, flags):
     return RUNS / "-".join([name, *flags.replace("--", "").replace("@", "").replace(",", ".").split()])
 
 
-def run_trial(name, flags, minutes, samples, cores):
+def run_trial(name, flags, minutes, cores):
     """Train, export and evaluate on one core; returns what results/trials.json holds of it."""
     core = cores.get()
     place = folder(name, flags)
@@ -63,7 +79,7 @@ def run_trial(name, flags, minutes, samples, cores):
             command(script, *start, "--minutes", minutes)
             command("export.py", name, "--checkpoint", place)
         command(
-            "evaluate.py", onnx, "--num-samples", samples, "--seeds", 2, "--no-timing", "--threads", 1,
+            "evaluate.py", onnx, "--num-samples", SAMPLES[name], "--seeds", 2, "--no-timing", "--threads", 1,
             "--output", place / "results",
         )  # fmt: skip
     finally:
@@ -104,7 +120,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts (all)")
     parser.add_argument("--minutes", type=float, default=15, help="of training, for each trial (15)")
-    parser.add_argument("--num-samples", type=int, default=10_000, help="N of the scores (10000)")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -116,7 +131,7 @@ def main():
         cores.put(core)
     with ThreadPoolExecutor(cores.qsize()) as pool:
         jobs = [
-            pool.submit(run_trial, *trial, args.minutes, args.num_samples, cores)
+            pool.submit(run_trial, *trial, args.minutes, cores)
             for trial in wanted
             if trial not in done and not args.table
         ]
