@@ -471,14 +471,15 @@ def latency(setting):
 # --- Table ------------------------------------------------------------------------------------------------------
 
 
-def score_cells(row):
-    """The name of a row, N, the mean of each score and, of several seeds, the spread."""
+def score_cells(row, floor):
+    """The name of a row, N, F-FID over the floor's, the mean of each score and, of several seeds, its spread."""
     cells = []
     for name, _, digits in SCORES:
         score = row["scores"].get(name)
         spread = f" ± {score['spread']:{digits}}" if score and score["spread"] else ""
         cells.append(f"{score['mean']:{digits}}{spread}" if score else "–")
-    return [row["title"], f"{row['n']:,}{' (!)' if row['marked'] else ''}", str(row["seeds"]), *cells]
+    multiple = f"{row['scores']['ffid']['mean'] / floor['scores']['ffid']['mean']:.1f}"
+    return [row["title"], f"{row['n']:,}{' (!)' if row['marked'] else ''}", str(row["seeds"]), multiple, *cells]
 
 
 def cost_cells(row):
@@ -510,8 +511,8 @@ def table(results):
     """What results.json holds, as Markdown."""
     protocol, machine, rows = results["protocol"], results["machine"], results["rows"]
     text = f"# Samples against {protocol['reference']:,} test images of {protocol['data']}\n\n"
-    head = ["model", "N", "seeds", *(heading for _, heading, _ in SCORES)]
-    text += as_table(head, [score_cells(row) for row in (results["floor"], *rows)])
+    head = ["model", "N", "seeds", "F-FID / floor", *(heading for _, heading, _ in SCORES)]
+    text += as_table(head, [score_cells(row, results["floor"]) for row in (results["floor"], *rows)])
     if len(results["extractors"]) > 1 and len(rows) > 1:
         pairs = disagreements(rows)
         said = f": by the first, {'; '.join(pairs)}" if pairs else ""

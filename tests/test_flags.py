@@ -33,7 +33,8 @@ def wrong_values(action):
     name = getattr(action.type, "__qualname__", "")
     if name.startswith("several"):  # numbers with commas
         inner = range_of(action.type)["parse"]
-        return ["", "1,", "1,x", ",", *wrong_numbers(inner)]
+        inner_is_number = getattr(inner, "__qualname__", "").startswith("number")
+        return ["", "1,", "1,x", ",", *(wrong_numbers(inner) if inner_is_number else ["nonsense"])]
     if name.startswith("number"):
         return wrong_numbers(action.type)
     return WRONG.get(name, ())

@@ -48,7 +48,7 @@ def test_channel_attention_weighs_channels_by_their_means():
 def test_latents_of_the_training_set_have_mean_0_and_std_1(loaded):
     checkpoint, model = loaded
     z_0 = model.to_latents(training_images(checkpoint))
-    assert z_0.shape == (60, 4, 8, 8)
+    assert z_0.shape == (60, 8, 8, 8)
     assert torch.allclose(z_0.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
     assert torch.allclose(z_0.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
     assert model.latent_std.flatten().tolist() != [1.0] * 4  # measured, not left as they were
@@ -120,7 +120,7 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
 
 def test_both_stages_share_the_epochs(tiny_runs):
     stages = [torch.load(tiny_runs("ldm") / f"{name}.pt", weights_only=True) for name in ("autoencoder", "ldm")]
-    assert [checkpoint["step"] for checkpoint in stages] == [5, 14]  # of 18: a quarter and the rest, rounded up
+    assert [checkpoint["step"] for checkpoint in stages] == [4, 15]  # of 18: a fifth and the rest, rounded up
 
 
 def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
