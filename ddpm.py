@@ -15,7 +15,7 @@ Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
 schedule and respaced steps (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
 arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), a
-smaller network, AdamW with an annealed learning rate, gradient clipping, and x_0_hat limited to [-1, 1] (--no-clip).
+smaller network, Muon with an annealed learning rate, gradient clipping, and x_0_hat limited to [-1, 1] (--no-clip).
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, autocast, draw_noise
+from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, autocast, draw_noise
 from common import errors_in_one_line, find_checkpoint, load_checkpoint, load_run_data, noise_streams, number, parallel
 from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
 from common import training_device, whole_numbers
@@ -236,8 +236,8 @@ def train(args, checkpoint=None):
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
     forward = parallel(torch.compile(model) if args.compile else model)
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    optimizer = kind(model.named_parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
@@ -361,13 +361,13 @@ def build_parser():
     add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("adam", "adamw"), default="adamw", help="adamw decays weights apart (adamw)")
-    add("--lr", type=number(float, 0, above=True), default=3e-3, help="learning rate after the warm-up (0.003)")
+    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for vectors (muon)")
+    add("--lr", type=number(float, 0, above=True), default=5e-3, help="learning rate after the warm-up (0.005)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU computes in it, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")

@@ -369,7 +369,7 @@ def ema_network(checkpoint, device):
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
-    parser = run_parser(NAME, __doc__, batch_size=64)
+    parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code (64)")
     add("--widths", type=whole_numbers, default=(32, 64, 128), help="channels by resolution, finest first (32,64,128)")
@@ -383,7 +383,7 @@ def build_parser():
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate after the warm-up (0.001)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU computes in it, else off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
     add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")

@@ -785,10 +785,10 @@ def run(args):
     special = [flag for flag in ("interpolate", "reconstruct", "between") if getattr(args, flag)]
     if len(special) > 1:
         raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
-    if (args.interpolate or args.between) and args.num_samples < 2:
-        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+    if (args.interpolate or args.between) and args.num_samples < 2:
+        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
     (part, parts), count = args.shard or (1, 1), len(classes) * args.num_samples
     first, stop = count * (part - 1) // parts, count * part // parts
     if args.shard and (special or first == stop or not args.output or args.output.suffix):

@@ -14,7 +14,8 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
 
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696).
+arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon
+in stage 2.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Run, UNet, at_most_one, autocast, draw_noise
+from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, at_most_one, autocast, draw_noise
 from common import errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm, in_the_plane
 from common import load_checkpoint, load_data, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
 from common import pick_device, run_parser, sampled_file, save_images, save_map, save_sampled, to_float, to_uint8
@@ -448,9 +449,9 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         model.latent_std, model.latent_mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
         latents = (latents - model.latent_mean) / model.latent_std
     forward = parallel(torch.compile(model.denoiser) if args.compile else model.denoiser)
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    parameters = list(model.denoiser.parameters())
-    optimizer = optimizer_class(parameters, args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    parameters, decay, fused = list(model.denoiser.parameters()), args.weight_decay, device.type != "mps"
+    optimizer = kind(model.denoiser.named_parameters(), args.lr, weight_decay=decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
@@ -585,13 +586,13 @@ def build_parser():
     add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("adam", "adamw"), default="adamw", help="adamw decays weights apart (adamw)")
+    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for vectors (muon)")
     add("--lr", type=number(float, 0, above=True), default=3e-3, help="learning rate after the warm-up (0.003)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU computes in it, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")

@@ -385,7 +385,7 @@ def ema_network(checkpoint, device):
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
-    parser = run_parser(NAME, __doc__)
+    parser = run_parser(NAME, __doc__, batch_size=128)
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code; 2 can be mapped (64)")
     add("--widths", type=whole_numbers, default=(32, 64, 80), help="channels by resolution, finest first (32,64,80)")
@@ -403,7 +403,7 @@ def build_parser():
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU has AMX units, else off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU computes in it, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--prior", choices=("fitted", "normal"), default="fitted", help="where codes are drawn from (fitted)")

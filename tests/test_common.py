@@ -496,3 +496,32 @@ def test_a_map_has_a_dot_for_each_point_and_a_line_for_each_walk(tmp_path):
     assert plain.shape == walks.shape == (900, 1050, 3)
     assert (plain[450, 450] == 255).all() and (walks[450, 450] != 255).any()  # the line crosses the middle
     assert (plain[880, 20] != 255).any() and (plain[20, 880] != 255).any()  # the y axis points up
+
+
+def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest_to_adamw():
+    """Jordan et al. 2024: the first update of a weight matrix is U V^T of its gradient, about, here by an SVD."""
+    network, twin = (common.UNet(widths=(16, 32), depths=(1, 1), emb_channels=16) for _ in range(2))
+    network.to(memory_format=torch.channels_last)
+    twin.load_state_dict(network.state_dict())
+    muon = common.Muon(network.named_parameters(), 0.01, weight_decay=0.0, fused=False)
+    adamw = torch.optim.AdamW(twin.parameters(), 0.01, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    torch.manual_seed(0)
+    for p, q in zip(network.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    muon.step()
+    adamw.step()
+    turned = 0
+    for (name, p), q in zip(network.named_parameters(), twin.parameters(), strict=True):
+        if p.ndim == 1 or name.split(".")[0] in ("stem", "head", "embedding"):
+            assert torch.allclose(p, q, atol=1e-6), name
+            continue
+        u, _, vt = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+        step = u.T @ (before[name] - p.detach()).flatten(1) @ vt.T / (0.01 * 0.2 * max(u.shape[0], vt.shape[1]) ** 0.5)
+        assert step.diag().min() > 0.6 and step.diag().max() < 1.3, name
+        assert (step - step.diag().diag()).abs().max() < 0.05, name
+        turned += 1
+    assert turned > 8
+    muon.zero_grad()
+    assert all(p.grad is None for p in network.parameters())

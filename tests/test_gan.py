@@ -89,7 +89,7 @@ def test_the_discriminator_projects_on_the_class():
     discriminator.out.register_forward_hook(lambda module, given, _: seen.append(given[0]))
     logits = [discriminator(x, gan.one_hot(torch.full((5,), y), 3)) for y in (0, 2)]
     rows = discriminator.label.weight.T
-    assert torch.allclose(logits[1] - logits[0], seen[0] @ (rows[2] - rows[0]) / 128, atol=1e-6)
+    assert torch.allclose(logits[1] - logits[0], seen[0] @ (rows[2] - rows[0]) / 128**0.5, atol=1e-6)
 
 
 def test_there_is_no_batch_norm_and_an_image_does_not_depend_on_its_batch():
