@@ -14,8 +14,7 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
 
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon
-in stage 2.
+arXiv:2202.00512), stratified t, Muon, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696).
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Recipes by trial: train variants of the scripts for the same time, one change each, and score their samples.
 
     python benchmarks/trials.py                   all trials below that are not done yet, then results/trials.md
-    python benchmarks/trials.py gan vae           those of these scripts
+    python benchmarks/trials.py ddim steps        those of these scripts; steps: spacings of the shipped ddim's steps
     python benchmarks/trials.py --table           only write the table of what is done
 
 A trial is its script with the flags of BASE and its own after them, trained for --minutes on one core; as many run at
-once as there are cores.  "@COMMIT" takes the script as it was.  Runs and samples stay in runs/trials/, so that what was
-stopped goes on; the figures of all trials are kept in results/trials.json.
+once as there are cores.  Few minutes favour what learns fast: a verdict holds for them.  Runs and samples stay in
+runs/trials/, so that what was stopped goes on; the figures of all trials are kept in results/trials.json.
 """
 
 import argparse
@@ -15,42 +15,44 @@ import os
 import queue
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
+import infer_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
 
 # What the trials of a script have in common, spelled out, so that they stay what they were when its defaults move.
 BASE = {
-    "ddim": "--widths 32,96 --depths 1,3 --patch 2 --prediction v --schedule cosine --lr 3e-3 --batch-size 128",
-    "ldm": "--latent-channels 4 --kl-weight 1e-3 --stage-1-share 0.25 --widths 96 --depths 3 --lr 3e-3",
-    "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64 --widths 32,64,128 --no-bf16",
-    "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --prior-components 10 --lr 2e-3 --no-bf16",
+    "ddim": "--optimizer adamw --lr 3e-3 --batch-size 128 --widths 32,96 --depths 1,3 --patch 2 --prediction v",
+    "ldm": "--optimizer adamw --latent-channels 8 --kl-weight 1e-2 --stage-1-share 0.2 --widths 96 --depths 3",
+    "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64 --widths 32,64,128",
+    "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --prior-components 10 --lr 2e-3 --batch-size 128",
 }
+MUON = "--optimizer muon --batch-size 64"
 TRIALS = {
     "ddim": [
-        "", "--no-bf16", "--patch 4 --widths 96 --depths 4", "--patch 1 --widths 16,32,96 --depths 1,1,3",
-        "--widths 32,128", "--widths 48,96", "--depths 1,2", "--depths 1,4", "--no-attention", "--prediction eps",
-        "--schedule linear", "--loss huber", "--lr 2e-3", "--lr 4.5e-3", "--batch-size 64", "--batch-size 256",
-        "--ema-length 0.04", "--optimizer adam",
+        "", "--optimizer muon", MUON, f"{MUON} --lr 5e-3", f"{MUON} --prediction eps", f"{MUON} --no-attention",
+        f"{MUON} --patch 4 --widths 96 --depths 4", f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3",
+        f"{MUON} --widths 48,96", f"{MUON} --widths 32,128", f"{MUON} --depths 1,2", f"{MUON} --depths 1,4",
+        f"{MUON} --schedule linear", f"{MUON} --loss huber", f"{MUON} --ema-length 0.04", f"{MUON} --no-bf16",
     ],
-    "ldm": [
-        "", "--latent-channels 8", "--kl-weight 1e-2", "--latent-channels 8 --kl-weight 1e-2", "--stage-1-share 0.4",
-        "--depths 5", "--no-channel-attention",
-    ],
-    "gan": ["", "@da27eb0", "--bf16", "--loss nonsaturating", "--gamma 0.3", "--penalty-every 8", "--widths 48,96,128"],
-    "vae": ["", "--latent-dim 64", "--bf16", "--kl-weight 0.3", "--reconstruction l1"],
+    "ldm": ["", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5"],
+    "gan": ["", "--loss nonsaturating", "--gamma 0.3", "--penalty-every 8", "--widths 48,96,128"],
+    "vae": ["", "--latent-dim 64", "--kl-weight 0.3", "--reconstruction l1"],
 }  # fmt: skip
-SAMPLES = {"ddim": 2000, "ldm": 2000, "gan": 10_000, "vae": 10_000}
+DRAWN = {name: ["--num-samples", 10_000] for name in BASE}
+DRAWN |= {name: ["--num-samples", 2000, "--solver", "dpm++", "--steps", 10] for name in ("ddim", "ldm")}
+EXPONENTS = (1.0, 1.3, 1.6, 2.0)  # of the spacing of steps
+WALKS = (("ddim", 20), ("ddim", 10), ("dpm++", 10))  # solver, steps
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 
 def folder(name, flags):
-    return RUNS / "-".join([name, *flags.replace("--", "").replace("@", "").replace(",", ".").split()])
+    return RUNS / "-".join([name, *flags.replace("--", "").replace(",", ".").split()])
 
 
 def run_trial(name, flags, minutes, cores):
@@ -69,18 +71,13 @@ def run_trial(name, flags, minutes, cores):
     try:
         onnx = place / f"{name}.onnx"
         if not onnx.is_file():
-            script, spelled = ROOT / f"{name}.py", BASE[name].split()
-            if flags.startswith("@"):
-                script = place.with_suffix(".py")
-                script.write_bytes(subprocess.check_output(["git", "show", f"{flags[1:]}:{name}.py"], cwd=ROOT))
-            else:
-                spelled += flags.split()
+            spelled = [*BASE[name].split(), *flags.split()]
             start = ["--resume", "--run-dir", place] if place.is_dir() else ["--train", "--run-dir", place, *spelled]
-            command(script, *start, "--minutes", minutes)
+            command(f"{name}.py", *start, "--minutes", minutes)
             command("export.py", name, "--checkpoint", place)
         command(
-            "evaluate.py", onnx, "--num-samples", SAMPLES[name], "--seeds", 2, "--no-timing", "--threads", 1,
-            "--output", place / "results",
+            "evaluate.py", onnx, *DRAWN[name], "--seeds", 2, "--no-timing", "--threads", 1, "--output",
+            place / "results",
         )  # fmt: skip
     finally:
         cores.put(core)
@@ -91,12 +88,41 @@ def run_trial(name, flags, minutes, cores):
         "name": name, "base": BASE[name], "flags": flags, "minutes": minutes, "epochs": log[-1]["epoch"],
         "processor": results["machine"]["processor"], "n": row["n"], "floor": floor,
         "scores": {score: row["scores"][score]["mean"] for score in SCORES}, "spread": row["scores"]["ffid"]["spread"],
+        "drawn": " ".join(map(str, DRAWN[name])),
     }  # fmt: skip
+
+
+def try_spacing(solver, steps, exponent, count=2000):
+    """F-FID of the shipped ddim with steps at t + 1 = T * (i / steps)^exponent, seed 0."""
+
+    def time_pairs(num_timesteps, steps):
+        times = [max(round(num_timesteps * (i / steps) ** exponent), i) - 1 for i in range(steps, 0, -1)]
+        return list(zip(times, [*times[1:], -1], strict=True))
+
+    infer_onnx.time_pairs = time_pairs
+    model = infer_onnx.load_model(ROOT / "pretrained/ddim.onnx")
+    test = evaluate.load_split("fashion-mnist", None, train=False)
+    session, features, _ = evaluate.load_extractor(ROOT / "pretrained/extractor.onnx", "fashion-mnist", test, 0)
+    images = infer_onnx.sample(model, evaluate.balanced_labels(0, count), steps=steps, solver=solver)
+    drawn = evaluate.extract(session, images)[0]
+    ffid = evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(drawn))
+    return {"name": "steps", "flags": f"{solver} {steps} {exponent}", "n": count, "ffid": ffid}
 
 
 def table(trials):
     """The figures of all trials as Markdown, those of a script beside its first."""
     text = "# Recipes by trial\n\n"
+    spaced = {trial["flags"]: trial for trial in trials if trial["name"] == "steps"}
+    if spaced:
+        n = next(iter(spaced.values()))["n"]
+        text += "## Spacing of the steps\n\nF-FID of the shipped ddim with steps at t + 1 = T (i / steps)^exponent; "
+        text += f"N = {n:,}, seed 0: compare within this table only.\n\n"
+        rows = [
+            [f"{solver}, {steps} steps", *(f"{spaced[key]['ffid']:.3f}" if key in spaced else "–" for key in keys)]
+            for solver, steps in WALKS
+            if (keys := [f"{solver} {steps} {exponent}" for exponent in EXPONENTS])
+        ]
+        text += evaluate.as_table(["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)], rows)
     head = ["change", "epochs", "F-FID", "/ floor", "/ first row", *(score.replace("_", " ") for score in SCORES[1:])]
     for name in BASE:
         own = [trial for trial in trials if trial["name"] == name]
@@ -104,7 +130,9 @@ def table(trials):
             continue
         first = own[0]
         text += f"## {name}.py\n\n`{first['base']}`, {first['minutes']:g} minutes on one core of {first['processor']}; "
-        text += f"N = {first['n']:,}, two sampling seeds; floor F-FID {first['floor']:.4f}.\n\n"
+        text += f"N = {first['n']:,}, two sampling seeds"
+        text += f"{', DPM-Solver++ in 10 steps' if 'solver' in first['drawn'] else ''}; "
+        text += f"floor F-FID {first['floor']:.4f}.\n\n"
         lines = []
         for trial in own:
             scores, change = trial["scores"], f"`{trial['flags']}`" if trial["flags"] else "none"
@@ -118,27 +146,32 @@ def table(trials):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts (all)")
-    parser.add_argument("--minutes", type=float, default=15, help="of training, for each trial (15)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts, or steps (all)")
+    parser.add_argument("--minutes", type=float, default=5, help="of training, for each trial (5)")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = json.loads(KEPT.read_text()) if KEPT.is_file() else []
     done = {(trial["name"], trial["flags"]) for trial in trials}
-    wanted = [(name, flags) for name in args.names or TRIALS for flags in TRIALS[name]]
+    order = [(name, flags) for name in TRIALS for flags in TRIALS[name]]
+    walks = [(solver, steps, exponent) for solver, steps in WALKS for exponent in EXPONENTS]
+    order += [("steps", f"{solver} {steps} {exponent}") for solver, steps, exponent in walks]
+    wanted = [] if args.table else [t for t in order if t not in done and t[0] in (args.names or t)]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
+
+    def keep(result):
+        trials.append(result)
+        KEPT.write_text(json.dumps(trials, indent=1) + "\n")
+
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        jobs = [
-            pool.submit(run_trial, *trial, args.minutes, cores)
-            for trial in wanted
-            if trial not in done and not args.table
-        ]
-        for job in jobs:
-            trials.append(job.result())
-            KEPT.write_text(json.dumps(trials, indent=1) + "\n")
-    order = [(name, flags) for name in TRIALS for flags in TRIALS[name]]
+        jobs = [pool.submit(run_trial, *trial, args.minutes, cores) for trial in wanted if trial[0] != "steps"]
+        for job in as_completed(jobs):
+            keep(job.result())
+    for walk in walks:
+        if ("steps", "{} {} {}".format(*walk)) in wanted:
+            keep(try_spacing(*walk))
     trials.sort(key=lambda trial: order.index((trial["name"], trial["flags"])))
     TABLE.write_text(table(trials))
     print(table(trials))
