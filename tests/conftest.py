@@ -30,7 +30,7 @@ TINY_FLAGS = {
     "ddpm": TINY,
     "vae": [*SHARED, "--widths", "8,16", "--latent-dim", "4", "--prior-components", "2"],
     "gan": [*SHARED, "--widths", "8,16", "--widths-d", "8,16", "--latent-dim", "4"],
-    "ldm": [*SHARED, "--widths", "16", "--depths", "1", "--autoencoder-widths", "8,16"],
+    "ldm": [*SHARED, "--widths", "16", "--depths", "1", "--autoencoder-widths", "8,16", "--stage-1-share", "0.25"],
 }
 TINY_NETWORK = {"widths": (8, 16), "depths": (1, 2), "emb_channels": 16}
 
@@ -80,7 +80,7 @@ def equal(a, b):
 
 
 # What must not depend on where a run was interrupted; a save adds a line on the samples to the log.
-PASSING = ("seconds", "config")
+PASSING = ("seconds", "stage_1_seconds", "config")
 
 
 def log_of(path):
