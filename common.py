@@ -349,7 +349,7 @@ def check_frames(interpolate, classes, count):
     if interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
     if interpolate and count < 2:
-        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
+        raise InputError("frames from one picture to another need --num-samples 2 or more")
 
 
 # --- Noise ------------------------------------------------------------------------------------------------------
@@ -530,7 +530,7 @@ def save_sampled(images, labels, class_names, path, count, trace=None, strip=Fal
 # --- Runs -------------------------------------------------------------------------------------------------------
 # What a run is outside its paper: a folder, a clock, a log, a file to go on from, flags that explain themselves.
 
-FORMAT = 1  # of the checkpoint file
+FORMAT = 2  # of the checkpoint file
 LOG_EVERY = 50  # steps
 RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")  # may change when a run goes on
 
@@ -689,10 +689,9 @@ def training_device(args):
 
 
 def autocast(device, bf16):
-    """The context of a forward pass: bfloat16 as --bf16 says; without the flag (None), on CPUs that compute in it.
+    """The context of a forward pass: bfloat16 as --bf16 says; without the flag (None), on x86 CPUs that compute in it.
 
-    These are those with AMX or AVX512-BF16, where a step takes two thirds or four fifths of the time (README).
-    Elsewhere it is emulated.  Weights, losses and the optimiser stay float32.
+    These are those with AMX or AVX512-BF16; others emulate it, slowly.  Weights, losses, optimiser stay float32.
     """
     if bf16 is None:
         has = torch.cpu.get_capabilities()
@@ -700,47 +699,46 @@ def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-class Muon:
-    """Muon for the weights between a network's first and last layer, AdamW for all else, used like one optimiser.
+class Muon(torch.optim.AdamW):
+    """Muon for the weights between a network's first and last layer, AdamW for all else.
 
     Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): the momentum of a weight matrix is made orthogonal,
-    so that it learns in all directions alike; scaled as in Liu et al. 2025 (arXiv:2502.16982), so that a learning rate
-    for AdamW suits both.  A convolution's weight is the matrix (out, in * kh * kw): torch's Muon takes matrices alone.
+    so that it learns in all directions alike; scaled as by Liu et al. 2025 (arXiv:2502.16982), so that a learning rate
+    for AdamW suits both.  A convolution's weight is the matrix (out, in * kh * kw).  torch's Muon takes matrices alone,
+    always in bfloat16, which CPUs that emulate it do slowly.  It stands here since no script's paper is about it.
+
     named_parameters: of a UNet;  the rest as of AdamW.
     """
 
     def __init__(self, named_parameters, lr, weight_decay, fused):
-        parameters = dict(named_parameters)
-        inner = [k for k, p in parameters.items() if p.ndim > 1 and not k.startswith(("stem", "head", "embedding"))]
-        self.weights = [parameters.pop(name) for name in inner]
-        self.matrices = [weight.detach().flatten(1).clone() for weight in self.weights]
-        self.muon = torch.optim.Muon(self.matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(parameters.values(), lr, weight_decay=weight_decay, fused=fused)
-
-    @property
-    def param_groups(self):
-        return self.muon.param_groups + self.adamw.param_groups
+        rest = dict(named_parameters)
+        inner = [k for k, p in rest.items() if p.ndim > 1 and not k.startswith(("stem", "head", "embedding"))]
+        groups = [{"params": [rest.pop(name) for name in inner]}, {"params": [*rest.values()]}]
+        super().__init__(groups, lr, weight_decay=weight_decay, fused=fused)
 
     @torch.no_grad()
     def step(self):
-        for weight, matrix in zip(self.weights, self.matrices, strict=True):
-            matrix.copy_(weight.flatten(1))
-            matrix.grad = weight.grad.flatten(1)
-        self.muon.step()
-        self.adamw.step()
-        for weight, matrix in zip(self.weights, self.matrices, strict=True):
-            weight.copy_(matrix.view_as(weight))
+        lr, decay, weights = (self.param_groups[0][key] for key in ("lr", "weight_decay", "params"))
+        for weight in weights:
+            if weight not in self.state:  # AdamW looks for a step where it finds a state
+                self.state[weight] = {"momentum": torch.zeros_like(weight), "step": torch.zeros(())}
+            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.05)
+            update = orthogonal(weight.grad.lerp(momentum, 0.95).flatten(1))  # as in Nesterov's
+            weight.mul_(1 - lr * decay)
+            weight.add_(update.view_as(weight), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+            weight.grad = None  # so that AdamW passes it over
+        super().step()
 
-    def zero_grad(self, set_to_none=True):
-        for parameter in [*self.weights, *(p for group in self.adamw.param_groups for p in group["params"])]:
-            parameter.grad = None
 
-    def state_dict(self):
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state):
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+def orthogonal(matrix):
+    """About U V^T of a matrix U S V^T, with singular values near 1: five Newton-Schulz steps (Jordan et al. 2024)."""
+    wide = len(matrix) <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = (x / x.norm().clamp(min=1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)  # on a GPU that is enough
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return (x if wide else x.T).to(matrix.dtype)
 
 
 def processes():

@@ -116,7 +116,7 @@ def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer together near the image.
 
     t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest still free: DDIM's appendix D.2 has the exponents 1
-    and 2; this one scored best (results/trials.md).  Raises ValueError unless 1 <= steps <= T.
+    and 2; this one was tried with ddim.py (results/trials.md).  Raises ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -361,13 +361,13 @@ def build_parser():
     add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for vectors (muon)")
+    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for the rest (muon)")
     add("--lr", type=number(float, 0, above=True), default=5e-3, help="learning rate after the warm-up (0.005)")
     add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU computes in it, else off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")

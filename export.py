@@ -4,10 +4,10 @@
     python export.py all                                         the same for every script that has a run
     python export.py ddim --checkpoint runs/ddim-2 --output sneakers.onnx
 
-The file holds the averaged (EMA) weights and, in its metadata, everything needed to use them. A VAE's encoder and an
-LDM's decoder go into a second file beside it. Before a file gets its name it is compared with torch: the network's
-outputs, and the pictures that sampling ends in. If they differ by more than rounding, no file is written and the exit
-code is 5.
+The file holds the averaged (EMA) weights (rounded to float16 with --weights, which writes those too) and, in its
+metadata, everything needed to use them. A VAE's encoder and an LDM's decoder go into a second file beside it. Before a
+file gets its name it is compared with torch: the network's outputs, and the pictures that sampling ends in. If they
+differ by more than rounding, no file is written and the exit code is 5.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def export(name, checkpoint_path, output, weights):
     if weights and weights.exists() and weights.samefile(path):
         raise InputError(f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with")
     checkpoint = load_checkpoint(path, script.SAMPLES_FROM)
-    if weights:  # half as large, and the graph holds what it holds
+    if weights:  # half as large; the graph gets the same rounded weights
         checkpoint["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["ema"].items()}
     network = script.ema_network(checkpoint, torch.device("cpu"))
     graphs = graphs_of(name, network, checkpoint["config"], len(checkpoint["class_names"]))

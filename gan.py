@@ -374,7 +374,7 @@ def build_parser():
     add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code (64)")
     add("--widths", type=whole_numbers, default=(32, 64, 128), help="channels by resolution, finest first (32,64,128)")
     add("--widths-d", type=whole_numbers, default=(32, 64, 128), help="the same of the discriminator (32,64,128)")
-    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add("--emb-channels", type=number(int, 4), default=128, help="size of the code and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="relativistic", help="as in --help's first lines (relativistic)")
     add("--gamma", type=number(float, 0), default=1.0, help="weight of R1 (and R2 if relativistic); 0 is none (1)")
@@ -383,7 +383,7 @@ def build_parser():
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate after the warm-up (0.001)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on where the CPU computes in it, else off)")
+    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
     add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")

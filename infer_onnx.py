@@ -241,7 +241,7 @@ def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer together near the image.
 
     t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest still free: DDIM's appendix D.2 has the exponents 1
-    and 2; this one scored best (results/trials.md).  Raises ValueError unless 1 <= steps <= T.
+    and 2; this one was tried with ddim.py (results/trials.md).  Raises ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -294,8 +294,10 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
     x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0);
-    solver: ddim, or dpm++ with eta = 0.  Returns x_0 like x_T, in [-1, 1] with clip.
+    solver: ddim, or dpm++ with eta = 0, else ValueError.  Returns x_0 like x_T, in [-1, 1] with clip.
     """
+    if solver != "ddim" and (solver != "dpm++" or eta > 0):
+        raise ValueError(f"solver {solver!r} with eta {eta}: it must be ddim, or dpm++ with eta 0")
     x_t, last = x_T, None
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
@@ -433,7 +435,7 @@ def sample(
 
     model: from load_model;  labels: list of int, classes of its card;  steps, guidance: of diffusion models, else the
     card's;  solver, eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;  prior: for vae.
-    Raises ValueError for other labels, RunError if the network fails or gives no finite numbers.
+    Raises ValueError for other labels or solvers, RunError if the network fails or gives no finite numbers.
     """
     card = model.card
     if not labels or not all(0 <= y < len(card["class_names"]) for y in labels):  # CUDA would read past the table
@@ -788,7 +790,7 @@ def run(args):
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
     if (args.interpolate or args.between) and args.num_samples < 2:
-        raise InputError("--interpolate and --between need --num-samples 2 or more, their frames")
+        raise InputError("frames from one picture to another need --num-samples 2 or more")
     (part, parts), count = args.shard or (1, 1), len(classes) * args.num_samples
     first, stop = count * (part - 1) // parts, count * part // parts
     if args.shard and (special or first == stop or not args.output or args.output.suffix):

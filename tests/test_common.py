@@ -517,7 +517,7 @@ def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest
         if p.ndim == 1 or name.split(".")[0] in ("stem", "head", "embedding"):
             assert torch.allclose(p, q, atol=1e-6), name
             continue
-        u, _, vt = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+        u, _, vt = torch.linalg.svd(q.grad.flatten(1), full_matrices=False)
         step = u.T @ (before[name] - p.detach()).flatten(1) @ vt.T / (0.01 * 0.2 * max(u.shape[0], vt.shape[1]) ** 0.5)
         assert step.diag().min() > 0.6 and step.diag().max() < 1.3, name
         assert (step - step.diag().diag()).abs().max() < 0.05, name
@@ -525,3 +525,12 @@ def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest
     assert turned > 8
     muon.zero_grad()
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("units", [(), ("amx_bf16",), ("avx512_bf16",)])
+def test_bfloat16_is_the_default_where_the_cpu_computes_in_it(monkeypatch, units):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
+    for flag, expected in ((None, bool(units)), (True, True), (False, False)):
+        with common.autocast(torch.device("cpu"), flag):
+            found = torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype
+        assert found == (torch.bfloat16 if expected else torch.float32)

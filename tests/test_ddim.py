@@ -187,6 +187,13 @@ def test_dpm_solver_finds_the_image_that_the_network_knows(prediction):
         assert torch.allclose(found, x_0, atol=1e-4) and oracle.times == [t for t, _ in pairs]
 
 
+@pytest.mark.parametrize(("solver", "eta"), [("dpmpp", 0.0), ("dpm++", 0.5)])
+def test_a_solver_that_is_none_is_refused(solver, eta):
+    x_T, alpha_bars = torch.zeros(1, 1, 4, 4), ddim.make_alpha_bars("cosine", 1000)
+    with pytest.raises(ValueError, match="it must be ddim, or dpm"):
+        ddim.ddim_sample(None, x_T, alpha_bars, ddim.time_pairs(1000, 2), "v", eta, solver=solver)
+
+
 def test_dpm_solver_is_of_second_order():
     """Half the step leaves a quarter of the error, of DDIM a half: on the known flow of a Gaussian, off its ends.
 

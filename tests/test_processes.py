@@ -18,8 +18,6 @@ STEPS = 21
 # In float32: in bfloat16 a half batch rounds otherwise than a whole one.
 FLAGS = {name: ["--train", "--epochs", "7", "--warmup", "2", "--no-bf16", *TINY_FLAGS[name]] for name in TINY_FLAGS}
 FLAGS["gan"] += ["--lr", "1e-4"]  # Adam without momentum takes full steps where a gradient is rounding alone
-for name in ("ddpm", "ddim", "ldm"):  # Muon rounds to bfloat16, whose steps would hide an error
-    FLAGS[name] += ["--optimizer", "adamw"]
 
 
 def torchrun(*command, processes=2, timeout=180):
