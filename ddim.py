@@ -37,7 +37,7 @@ from common import trajectory_frames, whole_numbers
 
 NAME = "ddim"
 SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
-GRID_STEPS = 20  # of the sample grids drawn while training
+GRID_STEPS, GUIDANCE = 20, 1.25  # of the grids drawn while training; where it was not asked for
 
 # --- Method -----------------------------------------------------------------------------------------------------
 
@@ -383,8 +383,8 @@ def ema_network(checkpoint, device):
 
 
 def default_guidance(config):
-    """1.25 where the network knows both classes and "no class", else the only one that it knows."""
-    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.25)
+    """GUIDANCE where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], GUIDANCE)
 
 
 def check_sampling(config, steps, guidance):

@@ -35,7 +35,7 @@ from common import training_device, whole_numbers
 
 NAME = "ddpm"
 SAMPLES_FROM = ("ddpm", "ddim")  # checkpoints of these scripts hold the same network, trained in the same way
-GRID_STEPS = 50  # of the sample grids drawn while training
+GRID_STEPS, GUIDANCE = 50, 1.25  # of the grids drawn while training; where it was not asked for
 
 # --- Method -----------------------------------------------------------------------------------------------------
 
@@ -333,8 +333,8 @@ def ema_network(checkpoint, device):
 
 
 def default_guidance(config):
-    """1.25 where the network knows both classes and "no class", else the only one that it knows."""
-    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.25)
+    """GUIDANCE where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], GUIDANCE)
 
 
 def check_sampling(config, steps, guidance):

@@ -36,7 +36,7 @@ from common import training_device, whole_numbers, zero_init
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one draws from
-GRID_STEPS = 20  # of the sample grids drawn while training
+GRID_STEPS, GUIDANCE = 20, 1.5  # of the grids drawn while training; where it was not asked for
 
 # --- Model ------------------------------------------------------------------------------------------------------
 
@@ -551,8 +551,8 @@ def ema_network(checkpoint, device):
 
 
 def default_guidance(config):
-    """1.25 where the network knows both classes and "no class", else the only one that it knows."""
-    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], 1.25)
+    """GUIDANCE where the network knows both classes and "no class", else the only one that it knows."""
+    return {0.0: 1.0, 1.0: 0.0}.get(config["label_dropout"], GUIDANCE)
 
 
 def check_sampling(config, steps, guidance):
@@ -596,7 +596,7 @@ def build_parser():
     add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")

@@ -19,7 +19,9 @@ BANNERS = ["Model", "Method", "Sampling", "Training", "Run state", "Command line
 INTERFACE = {"main", "train", "sample", "draw", "build_parser", "ema_network"}
 WITHOUT_TORCH = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
 # Flags whose default may differ from script to script.
-OWN_DEFAULTS = {"steps", "batch_size", "lr", "model", "widths", "depths", "latent_dim", "kl_weight", "emb_channels"}
+OWN_DEFAULTS = {
+    "steps", "guidance", "batch_size", "lr", "model", "widths", "depths", "latent_dim", "kl_weight", "emb_channels",
+}  # fmt: skip
 
 
 def definitions(source):

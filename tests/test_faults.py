@@ -61,7 +61,7 @@ DAMAGES = {
     "a flipped bit": flip_a_weight,
     "code instead": lambda path: path.write_bytes(pickle.dumps(Code())),
     "code inside": lambda path: torch.save({"format": 1, "model": "ddim", "config": Code()}, path),
-    "a newer format": lambda path: changed(path, format=2),
+    "a newer format": lambda path: changed(path, format=common.FORMAT + 1),
     "another script": lambda path: changed(path, model="vqgan"),
     "no network": lambda path: changed(path, network=None),
     "no weights": lambda path: changed(path, ema=None),

@@ -120,7 +120,7 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
 
 def test_both_stages_share_the_epochs(tiny_runs):
     stages = [torch.load(tiny_runs("ldm") / f"{name}.pt", weights_only=True) for name in ("autoencoder", "ldm")]
-    assert [checkpoint["step"] for checkpoint in stages] == [4, 15]  # of 18: a fifth and the rest, rounded up
+    assert [checkpoint["step"] for checkpoint in stages] == [5, 14]  # of 18: a quarter and the rest, rounded up
 
 
 def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):

@@ -156,4 +156,4 @@ def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     drawing = {"guidance", "steps", "solver", "eta", "variance", "clip", "filmstrip", "interpolate", "invert", "prior"}
     drawing |= {"truncation", "reconstruct", "between", "map", "walk"}
     assert {*config} == flags - common_flags - drawing
-    assert config["data"] == "kmnist" and common.FORMAT == 1
+    assert config["data"] == "kmnist" and common.FORMAT == 2

@@ -126,7 +126,7 @@ def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, dat
     assert ddim.main([*FLAGS["ddim"], *flags, "--run-dir", "longer"]) == 0
     assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "8"]) == 0
     first, last = np.split(np.array(lr_at(in_tmp / "longer/log.jsonl")), 2)
-    rate = 3e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(24) / np.array([12] * 12 + [24] * 12)))
+    rate = 5e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(24) / np.array([12] * 12 + [24] * 12)))
     assert np.allclose([*first, *last], rate)
     assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0  # nothing is left to do
     assert len(lr_at(in_tmp / "longer/log.jsonl")) == 24
