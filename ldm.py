@@ -201,7 +201,7 @@ def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer together near the image.
 
     t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest still free: DDIM's appendix D.2 has the exponents 1
-    and 2; this one was tried with ddim.py (results/trials.md).  Raises ValueError unless 1 <= steps <= T.
+    and 2; benchmarks/trials.py compares them.  Raises ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
