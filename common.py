@@ -1,7 +1,7 @@
 """What the model scripts share: data sets, the range pair, image files, run folders, the UNet and its embeddings.
 
-Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, optimisers, EMA, train loops and
-flags stay in the script of their model, where the reader of the paper looks for them.
+Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, EMA, train loops and the flags of a
+model stay in its script, where the reader of the paper looks for them.
 
 Images are uint8 in 0..255 on disk and in memory, and float32 in [-1, 1] everywhere else; `to_float` and `to_uint8`
 are the only way from one to the other.
@@ -833,7 +833,7 @@ class Run:
 
     name: of the script;  args: its flags;  num_images: in the data;  checkpoint: to go on from;  part: what is trained,
     if not all of it;  folder: that of an earlier part;  share: of --epochs or --minutes.
-    folder, step, stopped and steps_per_epoch are there to be used; the script adds to `step`.
+    folder, step, stopped and rank are there to be used; the script adds to `step`.
     """
 
     def __init__(self, name, args, num_images, checkpoint=None, part="", folder=None, share=1.0):

@@ -15,9 +15,9 @@ Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the 
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
 schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t,
-an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon in place of Adam, a smaller
-network, steps that start at t = T-1 (Lin et al. 2023, arXiv:2305.08891), DPM-Solver++ (Lu et al. 2022,
-arXiv:2211.01095).  The paper writes alpha_bar as plain alpha.
+an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate, gradient
+clipping, x_0_hat limited to [-1, 1] (--no-clip), a smaller network, steps that start at t = T-1 (Lin et al. 2023,
+arXiv:2305.08891), DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095).  The paper writes alpha_bar as plain alpha.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Score exported models against real images, without torch: results.json, a table and pictures in results/.
 
-    python evaluate.py                                           every model in runs/ and pretrained/
+    python evaluate.py                                           the newest of each script in runs/, else as shipped
     python evaluate.py ddim gan --steps 10,20,50 --seeds 3       these, diffusion models at several numbers of steps
     python evaluate.py ddim --guidance 1,1.5,2                   at several strengths of guidance
     python evaluate.py ddim --solver ddim,dpm++ --steps 5,10     with both solvers

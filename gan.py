@@ -5,6 +5,7 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
     minmax         loss_d = softplus(-real) + softplus(fake),  loss_g = -softplus(fake)               eq. (1)
     nonsaturating  the same loss_d,  loss_g = softplus(-fake)                                         section 3
     relativistic   loss_d = softplus(fake - real),  loss_g = softplus(real - fake)
+    hinge          loss_d = relu(1 - real) + relu(1 + fake),  loss_g = -fake,  spectrally normalised
     R1, R2         gamma / 2 * E || gradient of the logit with respect to the image ||^2, real and fake images
 
     python gan.py --train --epochs 50              train on Fashion-MNIST
@@ -377,7 +378,7 @@ def build_parser():
     add("--emb-channels", type=number(int, 4), default=128, help="size of the code and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="relativistic", help="as in --help's first lines (relativistic)")
-    add("--gamma", type=number(float, 0), default=1.0, help="weight of R1 (and R2 if relativistic); 0 is none (1)")
+    add("--gamma", type=number(float, 0), default=1.0, help="weight of R1 (nonsaturating), R1 + R2 (relativistic) (1)")
     add("--penalty-every", type=number(int, 1), default=4, help="steps between penalties, which then count as many (4)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate after the warm-up (0.001)")

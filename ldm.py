@@ -14,7 +14,8 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
 
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, Muon, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696).
+arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon
+with an annealed learning rate, and gradient clipping.
 """
 
 import argparse
@@ -42,10 +43,7 @@ GRID_STEPS, GUIDANCE = 20, 1.5  # of the grids drawn while training; where it wa
 
 
 class ConvBlock(nn.Module):
-    """x + f(x), two normalised 3x3 convolutions; with attention, f's channels are weighed by their means.
-
-    Channel attention is squeeze-and-excitation, Hu et al. 2017 (arXiv:1709.01507).
-    """
+    """x + f(x), two normalised 3x3 convolutions; attention weighs f's channels (Hu et al. 2017, arXiv:1709.01507)."""
 
     def __init__(self, channels, attention):
         super().__init__()
@@ -116,12 +114,12 @@ class LatentDiffusion(nn.Module):
 
 
 def reparameterise(mu, logvar, eps):
-    """z = mu + sigma * eps, eq. (10): a sample of q(z | x) through which gradients flow. All (B, D)."""
+    """z = mu + sigma * eps, Kingma & Welling eq. (10): a sample of q(z | x) that lets gradients through; one shape."""
     return mu + torch.exp(0.5 * logvar) * eps
 
 
 def kl_divergence(mu, logvar):
-    """KL(q(z | x) || N(0, 1)) of each image in nats, appendix B: mu, logvar (B, D) -> (B,)."""
+    """KL(q(z | x) || N(0, 1)) of each image in nats, Kingma & Welling appendix B: mu, logvar (B, D) -> (B,)."""
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
@@ -346,6 +344,8 @@ def train(args, checkpoint=None):
     data = load_run_data(args, checkpoint)
     share = {"1": 1.0, "2": 0.0}.get(args.stage, 0.0 if args.autoencoder else args.stage_1_share)
     folder = args.run_dir if checkpoint else None
+    if checkpoint and (share == 0 if checkpoint["model"] == "autoencoder" else share == 1):
+        raise InputError(f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in: resume without it")
     if share > 0 and (not checkpoint or checkpoint["model"] == "autoencoder"):
         folder, code = train_autoencoder(args, data, device, checkpoint, share)
         if code or share == 1:
@@ -432,6 +432,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     if not checkpoint:
         path = find_checkpoint(("autoencoder",), Path(args.autoencoder) if args.autoencoder else folder)
         stage_1 = load_checkpoint(path, ("autoencoder",))
+        args.kl_weight = stage_1["config"]["kl_weight"]  # of another run, perhaps, as the shapes below
     autoencoder = checkpoint["autoencoder"] if checkpoint else stage_1["network"]
     earlier = checkpoint["stage_1_seconds"] if checkpoint else stage_1["seconds"]
     if autoencoder["channels"] != args.channels:
@@ -463,7 +464,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     run = Run(NAME, args, len(latents), checkpoint, folder=folder, share=share)
     config = {k: getattr(args, k) for k in FIXED + FREE}
     for key, flag in (("latent_channels",) * 2, ("widths", "autoencoder_widths"), ("attention", "channel_attention")):
-        config[flag] = autoencoder[key]  # of another run, perhaps
+        config[flag] = autoencoder[key]
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
     @run.by_the_first

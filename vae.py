@@ -112,12 +112,12 @@ class VAE(nn.Module):
 
 
 def reparameterise(mu, logvar, eps):
-    """z = mu + sigma * eps, eq. (10): a sample of q(z | x) through which gradients flow. All (B, D)."""
+    """z = mu + sigma * eps, Kingma & Welling eq. (10): a sample of q(z | x) that lets gradients through; one shape."""
     return mu + torch.exp(0.5 * logvar) * eps
 
 
 def kl_divergence(mu, logvar):
-    """KL(q(z | x) || N(0, 1)) of each image in nats, appendix B: mu, logvar (B, D) -> (B,)."""
+    """KL(q(z | x) || N(0, 1)) of each image in nats, Kingma & Welling appendix B: mu, logvar (B, D) -> (B,)."""
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
@@ -358,7 +358,7 @@ def train(args, checkpoint=None):
                 save()
         save()
         if not run.stopped and args.prior_components > 1:
-            tqdm.write(f"saved; fitting {args.prior_components} Gaussians to the codes of each class")
+            tqdm.write(f"saved; fitting {args.prior_components} Gaussians to the codes of a class (Ctrl-C twice: one)")
             save(len(images), args.prior_components)
     return run.end()
 

@@ -1,6 +1,7 @@
 """ldm.py: its stages, its latents, and that what it draws is the true trajectory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,8 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     assert [line["step"] for line in lines if "kl" in line] == [2, 4, 6]
     errors = [line["grey_level_error"] for line in lines if "grey_level_error" in line]
     assert len(errors) == 2 and 0 < errors[1] < errors[0]
-    assert ldm.main([*flags, "--stage", "2", "--autoencoder", "first/autoencoder.pt", "--run-dir", "second"]) == 0
+    others = ["--autoencoder", "first/autoencoder.pt", "--kl-weight", "5", "--run-dir", "second"]
+    assert ldm.main([*flags, "--stage", "2", *others]) == 0
     assert not Path("second/autoencoder.pt").exists()
     assert ldm.main([*flags, "--autoencoder", "first", "--run-dir", "third"]) == 0  # a folder will do, and the stage
     first, second, third = (torch.load(path, weights_only=True) for path in Path().glob("*/*.pt"))
@@ -116,6 +118,22 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     for key, value in first["ema"].items():
         assert torch.equal(value, second["ema"][f"autoencoder.{key}"])
     assert torch.equal(second["ema"]["latent_std"], third["ema"]["latent_std"])
+    assert second["config"]["kl_weight"] == first["config"]["kl_weight"]
+
+
+@pytest.mark.parametrize("flags", (["--stage", "2"], ["--autoencoder", "x"]))
+def test_a_run_is_not_resumed_in_another_stage(in_tmp, data_dir, capsys, flags):
+    assert ldm.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--stage", "1"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        ldm.main(["--resume", *flags])
+    assert "leaves out the stage that runs/ldm is in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_finished_first_stage_is_not_gone_back_to(tiny_runs, tmp_path, capsys):
+    folder = shutil.copytree(tiny_runs("ldm"), tmp_path / "ldm")
+    with pytest.raises(SystemExit, match="2"):
+        ldm.main(["--resume", "--run-dir", str(folder), "--stage", "1", "--epochs", "9"])
+    assert "leaves out the stage" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_both_stages_share_the_epochs(tiny_runs):
