@@ -44,21 +44,33 @@ TRIALS = {
     "gan": ["", "--loss nonsaturating", "--gamma 0.3", "--penalty-every 8", "--widths 48,96,128"],
     "vae": ["", "--latent-dim 64", "--kl-weight 0.3", "--reconstruction l1"],
 }  # fmt: skip
-DRAWN = {name: ["--num-samples", 10_000] for name in BASE}
-DRAWN |= {name: ["--num-samples", 2000, "--solver", "dpm++", "--steps", 10] for name in ("ddim", "ldm")}
+DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
+DRAWN |= dict.fromkeys(("ddim", "ldm"), "--num-samples 2000 --solver dpm++ --steps 10")
 EXPONENTS = (1.0, 1.3, 2.0)  # of the spacing of steps
 WALKS = (("ddim", 20), ("dpm++", 10))  # solver, steps
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 
-def folder(name, flags):
-    return RUNS / "-".join([name, *flags.replace("--", "").replace(",", ".").split()])
+def plan(minutes):
+    """All trials, as results/trials.json names them: what must be alike for a trial to be the same."""
+    trials = [
+        {"name": name, "flags": flags, "base": BASE[name], "minutes": minutes, "drawn": DRAWN[name]}
+        for name in TRIALS
+        for flags in TRIALS[name]
+    ]
+    return trials + [
+        {"name": "steps", "flags": f"{solver} {steps} {exponent}"} for solver, steps in WALKS for exponent in EXPONENTS
+    ]
 
 
-def run_trial(name, flags, minutes, cores):
-    """Train, export and evaluate on one core; returns what results/trials.json holds of it."""
-    core = cores.get()
-    place = folder(name, flags)
+def key(trial):
+    return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn"))
+
+
+def run_trial(trial, cores):
+    """Train, export and evaluate on one core; returns the trial with its figures."""
+    core, name, flags = cores.get(), trial["name"], trial["flags"].split()
+    place = RUNS / "-".join([name, f"{trial['minutes']:g}", *(flag.lstrip("-").replace(",", ".") for flag in flags)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def command(*words):
@@ -71,29 +83,26 @@ def run_trial(name, flags, minutes, cores):
     try:
         onnx = place / f"{name}.onnx"
         if not onnx.is_file():
-            spelled = [*BASE[name].split(), *flags.split()]
-            start = ["--resume", "--run-dir", place] if place.is_dir() else ["--train", "--run-dir", place, *spelled]
-            command(f"{name}.py", *start, "--minutes", minutes)
+            start = ["--resume"] if any(place.glob("*.pt")) else ["--train", *trial["base"].split(), *flags]
+            command(f"{name}.py", *start, "--run-dir", place, "--minutes", trial["minutes"])
             command("export.py", name, "--checkpoint", place)
-        command(
-            "evaluate.py", onnx, *DRAWN[name], "--seeds", 2, "--no-timing", "--threads", 1, "--output",
-            place / "results",
-        )  # fmt: skip
+        drawn = ["--seeds", 2, "--no-timing", "--threads", 1, "--output", place / "results"]
+        command("evaluate.py", onnx, *trial["drawn"].split(), *drawn)
     finally:
         cores.put(core)
     results = json.loads((place / "results/results.json").read_text())
     row, floor = results["rows"][0], results["floor"]["scores"]["ffid"]["mean"]
     log = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
-    return {
-        "name": name, "base": BASE[name], "flags": flags, "minutes": minutes, "epochs": log[-1]["epoch"],
-        "processor": results["machine"]["processor"], "n": row["n"], "floor": floor,
+    return trial | {
+        "epochs": log[-1]["epoch"], "processor": results["machine"]["processor"], "n": row["n"], "floor": floor,
         "scores": {score: row["scores"][score]["mean"] for score in SCORES}, "spread": row["scores"]["ffid"]["spread"],
-        "drawn": " ".join(map(str, DRAWN[name])),
     }  # fmt: skip
 
 
-def try_spacing(solver, steps, exponent, count=1000):
+def try_spacing(trial, count=1000):
     """F-FID of the shipped ddim with steps at t + 1 = T * (i / steps)^exponent, seed 0."""
+    solver, steps, exponent = trial["flags"].split()
+    steps, exponent = int(steps), float(exponent)
 
     def time_pairs(num_timesteps, steps):
         times = [max(round(num_timesteps * (i / steps) ** exponent), i) - 1 for i in range(steps, 0, -1)]
@@ -106,7 +115,7 @@ def try_spacing(solver, steps, exponent, count=1000):
     images = infer_onnx.sample(model, evaluate.balanced_labels(0, count), steps=steps, solver=solver)
     drawn = evaluate.extract(session, images)[0]
     ffid = evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(drawn))
-    return {"name": "steps", "flags": f"{solver} {steps} {exponent}", "n": count, "ffid": ffid}
+    return trial | {"n": count, "ffid": ffid}
 
 
 def table(trials):
@@ -151,30 +160,31 @@ def main():
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    trials = json.loads(KEPT.read_text()) if KEPT.is_file() else []
-    done = {(trial["name"], trial["flags"]) for trial in trials}
-    order = [(name, flags) for name in TRIALS for flags in TRIALS[name]]
-    walks = [(solver, steps, exponent) for solver, steps in WALKS for exponent in EXPONENTS]
-    order += [("steps", f"{solver} {steps} {exponent}") for solver, steps, exponent in walks]
-    wanted = [] if args.table else [t for t in order if t not in done and t[0] in (args.names or t)]
+    trials = plan(args.minutes)
+    kept = {key(trial): trial for trial in json.loads(KEPT.read_text())} if KEPT.is_file() else {}
+    wanted = [t for t in trials if key(t) not in kept and not args.table and t["name"] in (args.names or t["name"])]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
 
     def keep(result):
-        trials.append(result)
-        KEPT.write_text(json.dumps(trials, indent=1) + "\n")
+        kept[key(result)] = result
+        KEPT.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        jobs = [pool.submit(run_trial, *trial, args.minutes, cores) for trial in wanted if trial[0] != "steps"]
-        for job in as_completed(jobs):
-            keep(job.result())
-    for walk in walks:
-        if ("steps", "{} {} {}".format(*walk)) in wanted:
-            keep(try_spacing(*walk))
-    trials.sort(key=lambda trial: order.index((trial["name"], trial["flags"])))
-    TABLE.write_text(table(trials))
-    print(table(trials))
+        jobs = [pool.submit(run_trial, trial, cores) for trial in wanted if trial["name"] != "steps"]
+        try:
+            for job in as_completed(jobs):
+                keep(job.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for trial in wanted:
+        if trial["name"] == "steps":
+            keep(try_spacing(trial))
+    text = table([kept[key(trial)] for trial in trials if key(trial) in kept])
+    TABLE.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
