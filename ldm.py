@@ -93,7 +93,7 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, network, autoencoder):
         super().__init__()
-        self.denoiser, self.autoencoder = UNet(**network), Autoencoder(**autoencoder)
+        self.denoiser, self.autoencoder = UNet(**network), Autoencoder(**autoencoder).requires_grad_(False)
         for name, start in (("latent_mean", 0.0), ("latent_std", 1.0)):
             self.register_buffer(name, torch.full((1, autoencoder["latent_channels"], 1, 1), start))
 
@@ -445,7 +445,6 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         model.denoiser.load_state_dict(checkpoint["weights"])
     else:
         model.autoencoder.load_state_dict(stage_1["ema"])
-    model.autoencoder.requires_grad_(False)
     latents, labels = model.to_latents(data.images), data.labels.to(device)  # once, for all epochs
     if not checkpoint:
         model.latent_std, model.latent_mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
