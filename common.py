@@ -228,6 +228,11 @@ def _load_folder(path, channels):
     return images, torch.tensor(folder.targets), folder.classes
 
 
+def spread(items, count):
+    """At most `count` of the items, evenly spread: what is read from folders is sorted by class."""
+    return items[:: -(-len(items) // count)]
+
+
 def load_image(path, channels):
     """One picture from a file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read."""
     try:
@@ -393,6 +398,8 @@ def check_output(path, endings):
         raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
     if path.is_dir() and (path.suffix or any(path.iterdir())):
         raise InputError(f"--output {path} is a folder that holds files: name another")
+    if path.is_file() and not path.suffix:
+        raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
 
 
 def file_stem(class_name):

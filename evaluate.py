@@ -11,9 +11,9 @@ a classifier of the training images, pretrained/extractor.onnx. Its Frechet dist
 with the row "real images" of the same table and with nothing else, no published FID. A second extractor, of another
 architecture and seed, checks that the order of the models is not the first one's own.
 
-A run replaces the files of the one before. Samples are kept in results/cache by what they depend on, so that a run that
-was stopped goes on where it was, and only what is new is drawn. Needs tqdm besides infer_onnx.py's packages; --tsne
-scikit-learn, --train-extractor and --cas torch.
+A run replaces the table and the diagrams of the one before. Samples are kept in results/cache by what they depend on,
+so that a run that was stopped goes on where it was, and only what is new is drawn. Needs tqdm besides infer_onnx.py's
+packages; --tsne scikit-learn, --train-extractor and --cas torch.
 
 Exit codes: 0 done, 2 wrong flags or data, 3 wrong model file, 4 provider not to be had, 5 the run failed, 130 Ctrl-C.
 """
@@ -457,7 +457,7 @@ def latency(setting):
     times = {}
     for batch in BATCHES:
         labels, measured = balanced_labels(0, batch), []
-        once = {flag: 1 for flag in setting.options if flag != "solver"}
+        once = {flag: value if flag != "steps" else 1 for flag, value in setting.options.items()}
         infer_onnx.sample(setting.model, labels, **once)  # warms up, in a single step
         begun = time.perf_counter()
         while not measured or (len(measured) < REPEATS and time.perf_counter() - begun < SECONDS):
@@ -656,6 +656,8 @@ def draw_results(results, folder, class_names):
             by_time.setdefault(name, []).append((times["batch"][times["best"]], ffid, text))
         if row["steps"]:
             by_steps.setdefault(name, []).append((row["steps"], ffid, ""))
+    for stale in ("quality_latency.png", "steps.png"):
+        (folder / stale).unlink(missing_ok=True)
     if by_time:
         draw_curves(folder / "quality_latency.png", "ms / image at the best batch size", by_time, floor)
     if by_steps:
@@ -899,7 +901,7 @@ def score_setting(setting, reference, sets, test, args):
         scores = [score_images(reference, images[: args.num_samples], asked) for images in sets]
     except InputError as error:
         raise InputError(f"{setting.title()}: {error}") from error
-    if args.cas:
+    if args.cas and asked is not None:
         pairs = sets[0][: len(reference.train)], labels[: len(reference.train)]
         scores[0]["cas"] = train_extractor(pairs, test, 1, CAS_EPOCHS)
     card = setting.model.card

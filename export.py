@@ -155,7 +155,7 @@ def model_card(script, checkpoint, network, module, parts):
         probe = {"seed": 0, "t": config["num_timesteps"] // 2, "y": 0}
         x_t = torch.from_numpy(draw_noise(noise, card.get("latent_shape", card["image_shape"])))
         output = module(x_t, torch.tensor([probe["t"]]), torch.tensor([probe["y"]]))
-    return {**card, "probe": {**probe, "output": output.flatten()[:16].tolist()}}
+    return {**card, "probe": {**probe, "output": [round(v, 6) for v in output.flatten().tolist()]}}
 
 
 def packed(tensor):
@@ -213,6 +213,8 @@ def export(name, checkpoint_path, output, weights):
     path = find_checkpoint((name,), checkpoint_path, script.SAMPLES_FROM)
     if weights and weights.exists() and weights.samefile(path):
         raise InputError(f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with")
+    if weights and weights.suffix != ".pt":
+        raise InputError(f"--weights {weights}: the name must end in .pt")
     checkpoint = load_checkpoint(path, script.SAMPLES_FROM)
     if weights:  # half as large; the graph gets the same rounded weights
         checkpoint["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["ema"].items()}
@@ -242,8 +244,11 @@ def export(name, checkpoint_path, output, weights):
         kept["config"] = {**kept["config"], "data": Path(kept["config"]["data"]).name, "data_dir": None}
         if "autoencoder" in kept["config"]:
             kept["config"]["autoencoder"] = None
-        with written_whole(weights) as scratch:
-            torch.save(kept, scratch)
+        try:
+            with written_whole(weights) as scratch:
+                torch.save(kept, scratch)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{weights}: {infer_onnx.one_line(error)}") from error
         print(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone, in float16")
     return output
 

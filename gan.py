@@ -182,7 +182,9 @@ def draw_codes(prior, labels, streams, latent_dim, truncation=None):
     """
     codes = draw_noise(streams, (latent_dim,))
     while truncation and (beyond := np.abs(codes) > truncation).any():
-        codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
+        rows = np.flatnonzero(beyond.any(axis=1))  # or the others' streams would go on with them
+        again = draw_noise([streams[i] for i in rows], (latent_dim,))
+        codes[rows] = np.where(beyond[rows], again, codes[rows])
     if prior is not None:
         factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
         for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):

@@ -359,7 +359,9 @@ def draw_codes(prior, labels, streams, latent_dim, truncation=None):
     """
     codes = draw_noise(streams, (latent_dim,))
     while truncation and (beyond := np.abs(codes) > truncation).any():
-        codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
+        rows = np.flatnonzero(beyond.any(axis=1))  # or the others' streams would go on with them
+        again = draw_noise([streams[i] for i in rows], (latent_dim,))
+        codes[rows] = np.where(beyond[rows], again, codes[rows])
     if prior is not None:
         factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
         for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
@@ -482,7 +484,7 @@ def decode_codes(model, codes, classes, batch_size=100):
     )
 
 
-def on_the_way(model, ends, labels, count, keep_length):
+def on_the_way(model, ends, labels, count, keep_length, batch_size):
     """uint8 images on the way from one code to another and from one class to another, `count` of them.
 
     ends: codes float32 (2, D);  labels: two classes;  keep_length: lengthen codes as a straight line shortens noise.
@@ -492,7 +494,7 @@ def on_the_way(model, ends, labels, count, keep_length):
     codes, lengths = line(*ends, weight), [np.linalg.norm(z) for z in ends]
     if keep_length:
         codes = codes / np.linalg.norm(codes, axis=1, keepdims=True) * line(*lengths, weight)
-    return decode_codes(model, codes.astype(np.float32), line(*classes, weight))
+    return decode_codes(model, codes.astype(np.float32), line(*classes, weight), batch_size)
 
 
 def line(a, b, weight):
@@ -522,6 +524,8 @@ def check_output(path, endings):
         raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
     if path.is_dir() and (path.suffix or any(path.iterdir())):
         raise InputError(f"--output {path} is a folder that holds files: name another")
+    if path.is_file() and not path.suffix:
+        raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
 
 
 def file_stem(class_name):
@@ -680,6 +684,8 @@ def read_image(path, image_shape):
     """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized."""
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):  # pillow would clip these to white without a word
+                raise ValueError("more than 8 bits a channel")
             picture = picture.convert("L" if image_shape[0] == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image ({one_line(error)})") from error
@@ -737,9 +743,10 @@ def draw_images(model, args, classes, options, first, stop):
             raise InputError("--reconstruct and --between need one --class, that of the images")
         x = np.stack([read_image(path, card["image_shape"]) for path in args.reconstruct or args.between])
         weights = class_weights(classes * len(x), len(card["class_names"]))
-        codes = run_session(model.parts["encoder"], x=x, classes=weights)
+        rows = [slice(i, i + args.batch_size) for i in range(0, len(x), args.batch_size)]
+        codes = np.concatenate([run_session(model.parts["encoder"], x=x[i], classes=weights[i]) for i in rows])
         if args.between:
-            return on_the_way(model, codes, classes * 2, count, False), classes * count, count
+            return on_the_way(model, codes, classes * 2, count, False, args.batch_size), classes * count, count
         images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, args.batch_size)])
         return images, classes * len(images), len(x)
     if args.interpolate:
@@ -749,7 +756,7 @@ def draw_images(model, args, classes, options, first, stop):
         for pair in pairs:
             streams = noise_streams(args.seed, [0, 1] if same else [0, 0])
             codes = draw_codes(mixture, pair, streams, card["latent_dim"], args.truncation)
-            images.append(on_the_way(model, codes, pair, count, card["model"] == "gan"))
+            images.append(on_the_way(model, codes, pair, count, card["model"] == "gan", args.batch_size))
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
     labels = [y for y in classes for _ in range(count)][first:stop]
     images = sample(model, labels, seed=args.seed, first=first, batch_size=args.batch_size, **options)
@@ -797,7 +804,7 @@ def run(args):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{what}.png")
-    if not (args.shard and output.is_dir() and all(path.name[:5].isdecimal() for path in output.iterdir())):
+    if not (args.shard and output.is_dir() and all(path.name.lstrip(".")[:5].isdecimal() for path in output.iterdir())):
         check_output(output, [".png", ".npz", ""])  # the shards share a folder
     start = time.perf_counter()
     images, labels, columns = draw_images(model, args, classes, options, first, stop)

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, at_most_one, autocast, draw_noise
 from common import errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm, in_the_plane
 from common import load_checkpoint, load_data, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
-from common import pick_device, run_parser, sampled_file, save_images, save_map, save_sampled, to_float, to_uint8
-from common import training_device, whole_numbers, zero_init
+from common import pick_device, run_parser, sampled_file, save_images, save_map, save_sampled, spread, to_float
+from common import to_uint8, training_device, whole_numbers, zero_init
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one draws from
@@ -645,11 +645,11 @@ def draw(args):
         )  # fmt: skip
     if args.map:
         data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"])
-        latents = model.to_latents(data.images[:5000]).flatten(1).cpu()
+        latents = model.to_latents(spread(data.images, 5000)).flatten(1).cpu()
         walks = torch.stack([z_t for _, z_t, _ in trace], dim=1).flatten(2).cpu()  # (N, moments, numbers)
         points = in_the_plane(latents, args.map, walks.flatten(0, 1))
         paths = zip(points[len(latents) :].unflatten(0, walks.shape[:2]), labels.tolist(), strict=True)
-        save_map(points[: len(latents)], data.labels[:5000], names, output, list(paths))
+        save_map(points[: len(latents)], spread(data.labels, 5000), names, output, list(paths))
     else:
         decoded = trace and [(t, model.to_images(z_t).cpu(), model.to_images(z_0).cpu()) for t, z_t, z_0 in trace]
         save_sampled(images, labels, names, output, count, decoded, args.filmstrip)

@@ -35,7 +35,7 @@ from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, 
 from common import draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm
 from common import in_the_plane, load_checkpoint, load_data, load_run_data, noise_streams, number, parallel
 from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_map, save_sampled
-from common import to_float, to_uint8, training_device, whole_numbers
+from common import spread, to_float, to_uint8, training_device, whole_numbers
 
 
 NAME = "vae"
@@ -202,7 +202,9 @@ def draw_codes(prior, labels, streams, latent_dim, truncation=None):
     """
     codes = draw_noise(streams, (latent_dim,))
     while truncation and (beyond := np.abs(codes) > truncation).any():
-        codes = np.where(beyond, draw_noise(streams, (latent_dim,)), codes)
+        rows = np.flatnonzero(beyond.any(axis=1))  # or the others' streams would go on with them
+        again = draw_noise([streams[i] for i in rows], (latent_dim,))
+        codes[rows] = np.where(beyond[rows], again, codes[rows])
     if prior is not None:
         factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
         for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
@@ -298,12 +300,13 @@ def train(args, checkpoint=None):
 
     @run.by_the_first
     def save(count=2000, components=quick):
-        """Save with the mixture that the first `count` images ask for."""
+        """Save with the mixture that `count` of the images ask for."""
         run.seed(cpu_generator := torch.Generator())
-        mu, logvar = encode(ema_model.module, data.images[:count], data.labels[:count])
+        some = spread(data.labels, count)
+        mu, logvar = encode(ema_model.module, spread(data.images, count), some)
         run.check_finite(mu=mu.abs().max().item(), logvar=logvar.abs().max().item())
         codes = reparameterise(mu, logvar, torch.randn(mu.shape, generator=cpu_generator))
-        prior = fit_prior(codes, data.labels[:count], num_classes, components, args.seed) if components else None
+        prior = fit_prior(codes, some, num_classes, components, args.seed) if components else None
         grid = sample(model=ema_model.module, prior=prior, labels=grid_labels)
         save_images(grid, grid_labels.tolist(), data.class_names, run.picture(), columns=8)
         run.log({
@@ -357,8 +360,8 @@ def train(args, checkpoint=None):
             if run.save_due():
                 save()
         save()
-        if not run.stopped and args.prior_components > 1:
-            tqdm.write(f"saved; fitting {args.prior_components} Gaussians to the codes of a class (Ctrl-C twice: one)")
+        if not run.stopped and args.prior_components:
+            tqdm.write(f"saved; fitting the prior, {args.prior_components} Gaussians for a class (Ctrl-C twice: skip)")
             save(len(images), args.prior_components)
     return run.end()
 
@@ -432,25 +435,27 @@ def draw(args):
     labels = torch.tensor(classes).repeat_interleave(count)
     if args.map:
         data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"], train=False)
-        mu, _ = encode(model, data.images[:5000], data.labels[:5000])
-        save_map(in_the_plane(mu, args.map), data.labels[:5000], names, output)
+        some = spread(data.labels, 5000)
+        mu, _ = encode(model, spread(data.images, 5000), some)
+        save_map(in_the_plane(mu, args.map), some, names, output)
     elif args.walk:
         axis = torch.linspace(-2.5, 2.5, count if count > 1 else 16)
         z = torch.cartesian_prod(-axis, axis).flip(1)  # row by row from above, the first number to the right
         labels, count = labels[:1].expand(len(z)), len(axis)
-        save_sampled(decode(model, z, one_hot(labels, len(names))), labels, names, output, count)
+        save_sampled(decode(model, z, one_hot(labels, len(names)), args.batch_size), labels, names, output, count)
     elif args.reconstruct or args.between:
         given = [given_image(i, args.class_, config, names, args.data_dir) for i in args.reconstruct or args.between]
         x, labels = (torch.cat(part) for part in zip(*given, strict=True))
         mu, _ = encode(model, to_uint8(x), labels)
         hot = one_hot(labels, len(names))
         if args.reconstruct:
-            back = decode(model, mu, hot)
+            back = decode(model, mu, hot, args.batch_size)
             print(grey_level_error(x, back))
             save_sampled(torch.cat([x, back]), labels.repeat(2), names, output, len(x))
         else:
             weight = torch.linspace(0, 1, count)[:, None]
-            images = decode(model, torch.lerp(mu[:1], mu[1:], weight), torch.lerp(hot[:1], hot[1:], weight))
+            z, hot = (torch.lerp(part[:1], part[1:], weight) for part in (mu, hot))
+            images = decode(model, z, hot, args.batch_size)
             save_sampled(images, labels[:1].expand(count), names, output, count)
     elif args.interpolate:
         ends = classes if args.interpolate == "class" else [y for y in classes for _ in range(2)]
@@ -459,7 +464,8 @@ def draw(args):
         z = torch.from_numpy(draw_codes(arrays, ends, streams, model.latent_dim, args.truncation))
         hot, weight = one_hot(torch.tensor(ends), len(names)), torch.linspace(0, 1, count)[:, None]
         z, hot = (torch.cat([torch.lerp(a, b, weight) for a, b in part.split(2)]) for part in (z, hot))
-        save_sampled(decode(model, z, hot), torch.tensor(ends[::2]).repeat_interleave(count), names, output, count)
+        images = decode(model, z, hot, args.batch_size)
+        save_sampled(images, torch.tensor(ends[::2]).repeat_interleave(count), names, output, count)
     else:
         images = sample(
             model=model, prior=prior, labels=labels, truncation=args.truncation, seed=args.seed,

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -368,7 +370,7 @@ def test_drawn_samples_are_not_drawn_again(workplace, in_tmp, monkeypatch, capsy
     assert len(calls) == 12 + 6 + 6 + 2  # seed 1 of the two that had only seed 0, and the broken file
 
 
-def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp):
+def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypatch):
     model = infer_onnx.load_model(in_tmp / "runs/tiny/ddim.onnx", "cpu", 1)
     other = replace(model, sha256="0")
     files = [
@@ -378,7 +380,13 @@ def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp):
             (model, {"steps": 2}, 1, 0, 20), (model, {"steps": 2}, 0, 20, 40), (model, {"steps": 2}, 0, 0, 19),
         ]
     ]  # fmt: skip
-    assert len(set(files)) == 6
+    cuda = replace(model, session=SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"]))
+    files.append(evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, cuda, {"steps": 2}), 0, 0, 20))
+    changed = Path(infer_onnx.__file__).read_text().replace("# --- Sampling", "# --- Sampling\n# otherwise", 1)
+    Path("edited.py").write_text(changed)
+    monkeypatch.setattr(infer_onnx, "__file__", "edited.py")
+    files.append(evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, model, {"steps": 2}), 0, 0, 20))
+    assert len(set(files)) == 8
     for content in ({"y": np.zeros(3)}, {"x": np.zeros((3, 1, 32, 32), np.uint8)}):
         np.savez("wrong.npz", **content)
         assert evaluate.read_chunk(in_tmp / "wrong.npz", 20) is None

@@ -111,8 +111,11 @@ def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
     checkpoint = ["--checkpoint", str(tiny_runs("gan"))]
     for output in ("/proc/x.png", "file/x.png", "file/folder"):
         refused(importlib.import_module("gan").main, [*checkpoint, "--output", output], capsys)
+    refused(importlib.import_module("gan").main, [*checkpoint, "--output", "file"], capsys)
     refused(export.main, ["gan", *checkpoint, "--output", "/proc/x.onnx"], capsys, code=5)
     assert export.main(["gan", *checkpoint, "--output", "x.onnx"]) == 0
+    refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "x.onnx"], capsys)
+    refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "/proc/x.pt"], capsys, code=5)
     refused(infer_onnx.main, ["--model", "x.onnx", "--output", "/proc/x.png"], capsys, code=5)
     assert {p.name for p in in_tmp.iterdir()} == {"file", "x.onnx"}
 

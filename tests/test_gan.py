@@ -130,16 +130,18 @@ def test_lazy_penalties_weigh_as_much_as_they_are_rare(in_tmp, data_dir, monkeyp
     penalty, calls = gan.gradient_penalty, []
 
     def spy(discriminator, x, classes):
-        calls.append(len(calls))
-        return penalty(discriminator, x, classes)
+        calls.append(torch.zeros((), requires_grad=True))
+        return penalty(discriminator, x, classes) + calls[-1]
 
     monkeypatch.setattr(gan, "gradient_penalty", spy)
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
     assert gan.main([*flags, "--penalty-every", "3"]) == 0
     assert len(calls) == 2 * 2  # R1 and R2 of steps 0 and 3
+    assert all(call.grad == 3 * 0.5 for call in calls)  # gamma / 2, and for three steps
     calls.clear()
     assert gan.main([*flags, "--loss", "nonsaturating"]) == 0
     assert len(calls) == 2  # R1 of steps 0 and 4
+    assert all(call.grad == 4 * 0.5 for call in calls)
     calls.clear()
     assert gan.main([*flags, "--gamma", "0"]) == 0
     assert not calls

@@ -117,11 +117,26 @@ def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(in_tmp, dat
     assert prior["weights"].shape == (10, 1)
 
 
+def test_the_prior_of_sorted_pictures_knows_all_classes(in_tmp):
+    """2,000 images would be of the first of three classes alone."""
+    y = np.arange(6300) // 2100
+    np.savez("sorted.npz", x=np.random.default_rng(0).integers(0, 256, (6300, 8, 8), np.uint8), y=y)
+    flags = ["--data", "sorted.npz", "--epochs", "0.01", *TINY_FLAGS["vae"], "--prior-components", "1"]
+    assert vae.main(["--train", *flags]) == 0
+    prior = torch.load("runs/vae/vae.pt", weights_only=True)["prior"]
+    assert (prior["means"] != 0).any(dim=2).all()
+
+
 def test_truncated_noise_stays_inside_and_is_no_other_batch_s():
     streams = lambda indices: common.noise_streams(0, indices)  # noqa: E731
     codes = vae.draw_codes(None, [0] * 500, streams(range(500)), 8, truncation=0.7)
     assert np.abs(codes).max() <= 0.7 and codes.std() == pytest.approx(0.39, abs=0.03)
     assert np.array_equal(codes[7:9], vae.draw_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7))
+    prior = {"weights": np.full((1, 9), 1 / 9), "means": np.arange(9.0)[None, :, None] * np.ones(8)}
+    prior["scales"] = np.zeros((1, 9, 36))  # so a code says which component it is of
+    chosen = vae.draw_codes(prior, [0] * 500, streams(range(500)), 8, truncation=0.7)
+    assert np.array_equal(chosen[7:9], vae.draw_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7))
+    assert len(np.unique(chosen)) == 9
     free = vae.draw_codes(None, [0] * 500, streams(range(500)), 8)
     assert np.array_equal(codes[np.abs(free).max(axis=1) <= 0.7], free[np.abs(free).max(axis=1) <= 0.7])
 
