@@ -46,7 +46,7 @@ TRIALS = {
     "gan": ["", "--loss nonsaturating", "--gamma 0.3", "--penalty-every 8", "--widths 48,96,128"],
     "vae": ["", "--latent-dim 64", "--kl-weight 0.3", "--reconstruction l1", "--prior-components 0"],
 }  # fmt: skip
-TAKEN = {"ddim": MUON, "ldm": "--optimizer muon", "gan": "", "vae": ""}  # by the scripts' defaults
+TAKEN = dict.fromkeys(BASE, "") | {"ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon"}
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
 DRAWN |= dict.fromkeys(("ddim", "ldm"), "--num-samples 2000 --solver dpm++ --steps 10")
 EXPONENTS = (1.0, 1.3, 2.0)  # of the spacing of steps

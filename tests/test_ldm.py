@@ -121,7 +121,7 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     assert second["config"]["kl_weight"] == first["config"]["kl_weight"]
 
 
-@pytest.mark.parametrize("flags", (["--stage", "2"], ["--autoencoder", "x"]))
+@pytest.mark.parametrize("flags", (["--stage", "2"], ["--stage", "both", "--autoencoder", "x"]))
 def test_a_run_is_not_resumed_in_another_stage(in_tmp, data_dir, capsys, flags):
     assert ldm.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--stage", "1"]) == 0
     with pytest.raises(SystemExit, match="2"):

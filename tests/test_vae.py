@@ -121,7 +121,7 @@ def test_the_prior_of_sorted_pictures_knows_all_classes(in_tmp):
     """2,000 images would be of the first of three classes alone."""
     y = np.arange(6300) // 2100
     np.savez("sorted.npz", x=np.random.default_rng(0).integers(0, 256, (6300, 8, 8), np.uint8), y=y)
-    flags = ["--data", "sorted.npz", "--epochs", "0.01", *TINY_FLAGS["vae"], "--prior-components", "1"]
+    flags = [*TINY_FLAGS["vae"], "--data", "sorted.npz", "--epochs", "0.01", "--prior-components", "1"]
     assert vae.main(["--train", *flags]) == 0
     prior = torch.load("runs/vae/vae.pt", weights_only=True)["prior"]
     assert (prior["means"] != 0).any(dim=2).all()
