@@ -1104,7 +1104,7 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """x + multi-head self-attention over the H * W positions, heads of 32 channels (Vaswani et al. 2017, eq. (1)).
 
-    Written out, since F.scaled_dot_product_attention goes back slowly in bfloat16 on CPUs: a quarter of a whole step.
+    Written out, since F.scaled_dot_product_attention goes back slowly in bfloat16 on CPUs.
     """
 
     def __init__(self, channels):
