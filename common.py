@@ -764,6 +764,7 @@ def find_checkpoint(names, asked=None, shipped=()):
     names, shipped: stems of the files.  Raises InputError if there is none.
     """
     if asked:
+        asked = Path(asked)
         places = [asked / f"{name}.pt" for name in dict.fromkeys([*names, *shipped])] if asked.is_dir() else [asked]
     else:
         runs = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]

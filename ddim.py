@@ -11,7 +11,6 @@ Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the 
 
     python ddim.py --train --epochs 50             train on Fashion-MNIST
     python ddim.py --class Sneaker                 draw a Sneaker with the newest weights
-    python ddim.py --train --minutes 1             smoke run
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
 schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t,
@@ -37,7 +36,8 @@ from common import trajectory_frames, whole_numbers
 
 NAME = "ddim"
 SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
-GRID_STEPS, GUIDANCE = 20, 1.25  # of the grids drawn while training; where it was not asked for
+GRID_STEPS = 20  # of the grids drawn while training
+GUIDANCE, GUIDANCE_LIMIT = 1.6, 0.8  # where they are not asked for; the limit is a share of T
 
 # --- Method -----------------------------------------------------------------------------------------------------
 
@@ -126,16 +126,17 @@ def time_pairs(num_timesteps, steps):
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def guided(model, y, guidance):
+def guided(model, y, guidance, until=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
-    holds for v as for eps, since either is an affine function of the other at a given x_t.  y: int64 (B,).
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  From t = until on it is
+    plain: guidance in that much noise costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
     """
 
     def denoise(x_t, t):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
-        if guidance in (0, 1):
+        if guidance in (0, 1) or t >= until:
             return model(x_t, times, y if guidance else null)
         output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
         return output_u + guidance * (output_c - output_u)
@@ -223,18 +224,18 @@ def slerp(a, b, weight):
 
 @torch.no_grad()
 def sample(
-    *, model, config, labels, steps, guidance, eta=0.0, clip=True, solver="ddim", seed=0, batch_size=100,
-    x_T=None, mix=None, trace=None,
+    *, model, config, labels, steps, guidance, guidance_limit=GUIDANCE_LIMIT, eta=0.0, clip=True, solver="ddim",
+    seed=0, batch_size=100, x_T=None, mix=None, trace=None,
 ):  # fmt: skip
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
-    config: the checkpoint's;  labels: int64 (N,);  x_T: the noise to start from, if not that of the seed;
+    config: the checkpoint's;  labels: int64 (N,);  guidance_limit: a share of T;  x_T: the noise, if not the seed's;
     mix: (labels, weights), other classes to blend with, as in blended;  trace: as in ddim_sample, for N <= batch_size.
     """
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs = time_pairs(config["num_timesteps"], steps)
-    images = []
+    images, until = [], guidance_limit * config["num_timesteps"]
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
         streams = noise_streams(seed, part.tolist())
@@ -242,10 +243,10 @@ def sample(
         def draw(streams=streams):
             return torch.from_numpy(draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))).to(device)
 
-        denoise = guided(model, labels[part].to(device), guidance)
+        denoise = guided(model, labels[part].to(device), guidance, until)
         if mix:
             labels_b, weight = (item[part].to(device) for item in mix)
-            denoise = blended(denoise, guided(model, labels_b, guidance), weight)
+            denoise = blended(denoise, guided(model, labels_b, guidance, until), weight)
         start = draw() if x_T is None else x_T[part].to(device)
         x_0 = ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace, solver)
         images.append(x_0.cpu())
@@ -420,7 +421,8 @@ def build_parser():
     add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.6)")
+    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
@@ -432,21 +434,19 @@ def build_parser():
 
 
 @torch.no_grad()
-def invert(args, checkpoint, model, steps, guidance, output):
+def invert(args, checkpoint, model, device, steps, guidance, output):
     """Image -> noise -> image, as a picture of the three or a .gif of the whole way; prints the error."""
     config, names = checkpoint["config"], checkpoint["class_names"]
     x_0, labels = given_image(args.invert, args.class_, config, names, args.data_dir)
-    device = next(model.parameters()).device
-    denoise = guided(model, labels.to(device), guidance)
+    denoise = guided(model, labels.to(device), guidance, args.guidance_limit * config["num_timesteps"])
     bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs, trace = time_pairs(config["num_timesteps"], steps), []
     x_T = ddim_invert(denoise, x_0.to(device), bars, pairs, config["prediction"], trace)
     back = ddim_sample(denoise, x_T, bars, pairs, config["prediction"], 0, args.clip, None, trace, args.solver).cpu()
     print(f"{names[labels[0]]}, {steps} steps each way: {grey_level_error(x_0, back)}")
     if output.suffix == ".gif":
-        save_gif(trajectory_frames(trace, 1), output)
-    else:
-        save_images(torch.cat([x_0, x_T.cpu(), back]), labels.repeat(3).tolist(), names, output, columns=3)
+        return save_gif(trajectory_frames(trace, 1), output)
+    save_images(torch.cat([x_0, x_T.cpu(), back]), labels.repeat(3).tolist(), names, output, columns=3)
 
 
 def draw(args):
@@ -466,7 +466,7 @@ def draw(args):
     check_frames(args.interpolate, classes, count)
     if args.eta > 0 and (args.interpolate or args.invert or args.solver == "dpm++"):
         raise InputError("--interpolate, --invert and --solver dpm++ need the deterministic sampler, --eta 0")
-    model = ema_network(checkpoint, pick_device(args.device))
+    model = ema_network(checkpoint, device := pick_device(args.device))
     labels, x_T, mix = torch.tensor(classes).repeat_interleave(count), None, None
     if args.interpolate:
         weight, shape = torch.linspace(0, 1, count).view(-1, 1, 1, 1), (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
@@ -476,13 +476,13 @@ def draw(args):
         else:
             x_T, labels, mix = ends[:1].repeat(count, 1, 1, 1), labels[:count], (labels[count:], weight)
     if args.invert:
-        invert(args, checkpoint, model, steps, guidance, output)
+        invert(args, checkpoint, model, device, steps, guidance, output)
     else:
         trace = [] if args.filmstrip or output.suffix == ".gif" else None
         images = sample(
             model=model, config=config, labels=labels, steps=steps, guidance=guidance, eta=args.eta, clip=args.clip,
             solver=args.solver, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), x_T=x_T,
-            mix=mix, trace=trace,
+            mix=mix, trace=trace, guidance_limit=args.guidance_limit,
         )  # fmt: skip
         save_sampled(images, labels, names, output, count, trace, args.filmstrip)
     print(f"wrote {output} (weights: {path})")

@@ -35,7 +35,8 @@ from common import training_device, whole_numbers
 
 NAME = "ddpm"
 SAMPLES_FROM = ("ddpm", "ddim")  # checkpoints of these scripts hold the same network, trained in the same way
-GRID_STEPS, GUIDANCE = 50, 1.25  # of the grids drawn while training; where it was not asked for
+GRID_STEPS = 50  # of the grids drawn while training
+GUIDANCE, GUIDANCE_LIMIT = 1.6, 0.8  # where they are not asked for; the limit is a share of T
 
 # --- Method -----------------------------------------------------------------------------------------------------
 
@@ -124,16 +125,17 @@ def time_pairs(num_timesteps, steps):
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def guided(model, y, guidance):
+def guided(model, y, guidance, until=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
-    holds for v as for eps, since either is an affine function of the other at a given x_t.  y: int64 (B,).
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  From t = until on it is
+    plain: guidance in that much noise costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
     """
 
     def denoise(x_t, t):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
-        if guidance in (0, 1):
+        if guidance in (0, 1) or t >= until:
             return model(x_t, times, y if guidance else null)
         output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
         return output_u + guidance * (output_c - output_u)
@@ -178,16 +180,18 @@ def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", c
 
 @torch.no_grad()
 def sample(
-    *, model, config, labels, steps, guidance, variance="small", clip=True, seed=0, batch_size=100, trace=None
+    *, model, config, labels, steps, guidance, guidance_limit=GUIDANCE_LIMIT, variance="small", clip=True, seed=0,
+    batch_size=100, trace=None,
 ):  # fmt: skip
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
-    config: the checkpoint's;  labels: int64 (N,);  trace: as in ddpm_sample, for N <= batch_size.
+    config: the checkpoint's;  labels: int64 (N,);  guidance_limit: a share of T;
+    trace: as in ddpm_sample, for N <= batch_size.
     """
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs = time_pairs(config["num_timesteps"], steps)
-    images = []
+    images, until = [], guidance_limit * config["num_timesteps"]
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
         streams = noise_streams(seed, part.tolist())
@@ -196,7 +200,7 @@ def sample(
             noise = draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
             return torch.from_numpy(noise).to(device)
 
-        denoise = guided(model, labels[part].to(device), guidance)
+        denoise = guided(model, labels[part].to(device), guidance, until)
         x_0 = ddpm_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], variance, clip, draw, trace)
         images.append(x_0.cpu())
     return torch.cat(images)
@@ -370,7 +374,8 @@ def build_parser():
     add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.25)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.6)")
+    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (T)")
     add("--variance", choices=("small", "large"), default="small", help="of the noise: posterior's, or beta_t (small)")
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
@@ -393,8 +398,9 @@ def draw(args):
     labels = torch.tensor(classes).repeat_interleave(count)
     trace = [] if args.filmstrip or output.suffix == ".gif" else None
     images = sample(
-        model=model, config=config, labels=labels, steps=steps, guidance=guidance, variance=args.variance,
-        clip=args.clip, seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), trace=trace,
+        model=model, config=config, labels=labels, steps=steps, guidance=guidance, guidance_limit=args.guidance_limit,
+        variance=args.variance, clip=args.clip, seed=args.seed,
+        batch_size=args.batch_size if trace is None else len(labels), trace=trace,
     )  # fmt: skip
     save_sampled(images, labels, names, output, count, trace, args.filmstrip)
     print(f"wrote {output} (weights: {path})")

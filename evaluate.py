@@ -352,14 +352,15 @@ class Setting:
     name: str  # as it was asked for
     path: Path
     model: infer_onnx.Model
-    options: dict  # steps, guidance and a solver other than the model's own, of diffusion models
+    options: dict  # of diffusion models: steps, guidance, and a solver or a limit other than the model's own
 
     def passes(self):
-        """Evaluations of the network for an image: guidance takes two a step."""
-        return self.options.get("steps", 1) * (1 if self.options.get("guidance", 1) in (0, 1) else 2)
+        """Evaluations of the network for an image."""
+        return infer_onnx.evaluations(self.model.card, **self.options)
 
     def title(self):
-        return ", ".join([self.name, *(f"{key} {value}".removesuffix(".0") for key, value in self.options.items())])
+        values = [f"{key} {value}".replace("_", " ").removesuffix(".0") for key, value in self.options.items()]
+        return ", ".join([self.name, *values])
 
 
 def find_settings(args, class_names):
@@ -382,16 +383,18 @@ def find_settings(args, class_names):
         if card["kind"] == "codes":
             settings.append(Setting(name, path, model, {}))
             continue
-        limit = len(card["alpha_bars"])
-        if args.steps and max(args.steps) > limit:
-            print(f"{name}: --steps {max(args.steps)} is more than the {limit} of the training, {limit} are taken")
+        most = len(card["alpha_bars"])
+        if args.steps and max(args.steps) > most:
+            print(f"{name}: --steps {max(args.steps)} is more than the {most} of the training, {most} are taken")
         if args.guidance and card["guidance_fixed"]:
             print(f"{name} knows no other guidance than {card['guidance']:g}")
         guidances = args.guidance if args.guidance and not card["guidance_fixed"] else [card["guidance"]]
-        steps = dict.fromkeys(min(s, limit) for s in args.steps or [card["steps"]])
+        steps = dict.fromkeys(min(s, most) for s in args.steps or [card["steps"]])
         solvers = args.solver if "solver" in infer_onnx.MODEL_FLAGS[card["model"]] else ["ddim"]
-        for solver, guidance, number in itertools.product(solvers, guidances, steps):
-            options = {"steps": number, "guidance": guidance} | ({"solver": solver} if solver != "ddim" else {})
+        limits = args.guidance_limit or [None]
+        for solver, limit, guidance, number in itertools.product(solvers, limits, guidances, steps):
+            options = {"steps": number, "guidance": guidance} | ({"guidance_limit": limit} if limit is not None else {})
+            options |= {"solver": solver} if solver != "ddim" else {}
             settings.append(Setting(name, path, model, options))
     if not settings:
         raise InputError("no model in runs/ or pretrained/: make one with export.py, or name an .onnx file")
@@ -839,6 +842,7 @@ def build_parser():
     add("--seeds", type=number(int, 1, 100), default=1, help="sets of N samples; their spread is reported (1)")
     add("--steps", type=several(number(int, 1)), help="of diffusion models, several with commas (the model's)")
     add("--guidance", type=several(number(float, 0)), help="of diffusion models, several with commas (the model's)")
+    add("--guidance-limit", type=several(number(float, 0, 1)), help="the share of T to guide below (the model's)")
     add("--solver", type=several(solver), default=["ddim"], help="of ddim and ldm: ddim, dpm++ or both (ddim)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist", help="the real images (fashion-mnist)")
     add("--data-dir", help="where their IDX files are (data/, then Debian's folder)")

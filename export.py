@@ -146,6 +146,7 @@ def model_card(script, checkpoint, network, module, parts):
             "prediction": config["prediction"],
             "steps": min(STEPS[name], config["num_timesteps"]),
             "guidance": script.default_guidance(config),
+            "guidance_limit": script.GUIDANCE_LIMIT,
             "guidance_fixed": config["label_dropout"] in (0, 1),  # no class was ever dropped, or every one
             "alpha_bars": script.make_alpha_bars(config["schedule"], config["num_timesteps"]).tolist(),
         }

@@ -42,19 +42,19 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
-METADATA_FORMAT = 3
+METADATA_FORMAT = 4
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: field 14, metadata, of 74 bytes: the key, and a value of 64 bytes
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
 KIND_KEYS = {
-    "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_fixed"),
+    "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_limit", "guidance_fixed"),
     "codes": ("latent_dim", "prior"),  # an image for a code: VAE and GAN
 }
 SOLVERS = ("ddim", "dpm++")
 # The flags that a model has a use for, besides those that all share.
 MODEL_FLAGS = {
-    "ddim": ("steps", "guidance", "solver", "eta"),
-    "ddpm": ("steps", "guidance", "variance"),
-    "ldm": ("steps", "guidance", "solver", "eta"),
+    "ddim": ("steps", "guidance", "guidance_limit", "solver", "eta"),
+    "ddpm": ("steps", "guidance", "guidance_limit", "variance"),
+    "ldm": ("steps", "guidance", "guidance_limit", "solver", "eta"),
     "vae": ("truncation", "prior", "interpolate", "reconstruct", "between"),
     "gan": ("truncation", "interpolate"),
 }
@@ -390,7 +390,7 @@ def run_session(session, **feed):
         raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}") from error
 
 
-def denoiser(session, y, guidance, null_label):
+def denoiser(session, y, guidance, null_label, until=math.inf):
     """denoise(x_t, t) -> network output, with classifier-free guidance as in ddim.py's `guided`. y: int64 (B,)."""
     null = np.full_like(y, null_label)
 
@@ -398,7 +398,7 @@ def denoiser(session, y, guidance, null_label):
         return run_session(session, x_t=x_t, t=np.full(len(labels), t, np.int64), y=labels)
 
     def denoise(x_t, t):
-        if guidance in (0, 1):
+        if guidance in (0, 1) or t >= until:
             return run(x_t, t, y if guidance else null)
         output_u, output_c = np.split(run(np.concatenate([x_t, x_t]), t, np.concatenate([null, y])), 2)
         return output_u + guidance * (output_c - output_u)
@@ -430,13 +430,14 @@ def in_batches(model, draw, count, batch_size):
 
 
 def sample(
-    model, labels, *, steps=None, guidance=None, solver="ddim", eta=0.0, variance="small", truncation=None,
-    prior="fitted", seed=0, first=0, batch_size=100,
+    model, labels, *, steps=None, guidance=None, guidance_limit=None, solver="ddim", eta=0.0, variance="small",
+    truncation=None, prior="fitted", seed=0, first=0, batch_size=100,
 ):  # fmt: skip
     """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, first + i), not on the batch.
 
-    model: from load_model;  labels: list of int, classes of its card;  steps, guidance: of diffusion models, else the
-    card's;  solver, eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;  prior: for vae.
+    model: from load_model;  labels: list of int, classes of its card;  steps, guidance, guidance_limit: of diffusion
+    models, else the card's;  solver, eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;
+    prior: for vae.
     Raises ValueError for other labels or solvers, RunError if the network fails or gives no finite numbers.
     """
     card = model.card
@@ -449,6 +450,7 @@ def sample(
         return decode_codes(model, codes, class_weights(labels, len(card["class_names"])), batch_size)
     guidance = card["guidance"] if guidance is None else guidance
     alpha_bars = np.array(card["alpha_bars"], np.float64)
+    until = len(alpha_bars) * (card["guidance_limit"] if guidance_limit is None else guidance_limit)
     pairs = time_pairs(len(alpha_bars), card["steps"] if steps is None else steps)
     latent = card.get("latent_shape")
     walk, options = ddim_sample, {"eta": eta, "solver": solver}
@@ -462,7 +464,7 @@ def sample(
             return draw_noise(streams, latent or card["image_shape"])
 
         y = np.array([labels[i] for i in indices], np.int64)
-        denoise = denoiser(model.session, y, guidance, card["null_label"])
+        denoise = denoiser(model.session, y, guidance, card["null_label"], until)
         x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], clip=not latent, draw=draw, **options)
         if not latent:
             return x_0
@@ -649,6 +651,7 @@ def build_parser():
     add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
+    add("--guidance-limit", type=number(float, 0, 1), help="guide at t below this share of T (the model's default)")
     add("--solver", choices=SOLVERS, help="of ddim and ldm: dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), help="of ddim and ldm: 0 deterministic ... 1 as noisy as DDPM (0)")
     add("--variance", choices=("small", "large"), help="of ddpm: the posterior's, or beta_t (small)")
@@ -721,10 +724,18 @@ def check(model):
     print(f"check passed: outputs within {difference:.1e} of those at the export")
 
 
-def benchmark(model, steps, guidance):
-    """Print the median time of a network evaluation and of an image at several batch sizes."""
+def evaluations(card, *, steps=1, guidance=1, guidance_limit=None, **_):
+    """Evaluations of the network for an image, with options as sample takes them: a guided step takes two."""
+    if card["kind"] == "codes":
+        return 1
+    until = len(card["alpha_bars"]) * (card["guidance_limit"] if guidance_limit is None else guidance_limit)
+    guided = sum(t < until for t, _ in time_pairs(len(card["alpha_bars"]), steps))
+    return steps + (0 if guidance in (0, 1) else guided)
+
+
+def benchmark(model, passes):
+    """Print the median time of a network evaluation and of an image, which takes so many, at several batch sizes."""
     print("batch  ms per evaluation  ms per evaluation and image  images/s at these steps and guidance")
-    passes = steps * (1 if guidance in (0, 1) else 2)
     for batch in (1, 4, 16, 64):
         evaluate, times = evaluation(model, batch), []
         for _ in range(12):
@@ -774,13 +785,14 @@ def run(args):
         return
     for flag in dict.fromkeys(flag for flags in MODEL_FLAGS.values() for flag in flags):
         if flag not in MODEL_FLAGS[name] and getattr(args, flag) is not None:
-            raise InputError(f"--{flag} is not for {name} models: leave it out")
+            raise InputError(f"--{flag.replace('_', '-')} is not for {name} models: leave it out")
     options = {flag: getattr(args, flag) for flag in ("solver", "eta", "variance", "truncation", "prior")}
     options = {flag: value for flag, value in options.items() if value is not None}
     if args.solver == "dpm++" and args.eta:
         raise InputError("--solver dpm++ needs the deterministic sampler, --eta 0")
     if card["kind"] == "diffusion":
-        options |= {k: card[k] if getattr(args, k) is None else getattr(args, k) for k in ("steps", "guidance")}
+        own = ("steps", "guidance", "guidance_limit")
+        options |= {k: card[k] if getattr(args, k) is None else getattr(args, k) for k in own}
         if options["steps"] > len(card["alpha_bars"]):
             raise InputError(f"--steps {options['steps']} is more than the {len(card['alpha_bars'])} of the training")
         if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
@@ -789,7 +801,7 @@ def run(args):
     if args.check:
         return check(model)
     if args.benchmark:
-        return benchmark(model, options.get("steps", 1), options.get("guidance", 1))
+        return benchmark(model, evaluations(card, **options))
     classes = parse_classes(args.class_, names)
     special = [flag for flag in ("interpolate", "reconstruct", "between") if getattr(args, flag)]
     if len(special) > 1:

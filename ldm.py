@@ -10,7 +10,6 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
 
     python ldm.py --train --epochs 50              train both stages on Fashion-MNIST
     python ldm.py --class Sneaker                  draw a Sneaker with the newest weights
-    python ldm.py --train --minutes 1              smoke run
 
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
@@ -21,7 +20,6 @@ with an annealed learning rate, and gradient clipping.
 import argparse
 import math
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +35,8 @@ from common import to_uint8, training_device, whole_numbers, zero_init
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one draws from
-GRID_STEPS, GUIDANCE = 20, 1.5  # of the grids drawn while training; where it was not asked for
+GRID_STEPS = 20  # of the grids drawn while training
+GUIDANCE, GUIDANCE_LIMIT = 2.5, 0.8  # where they are not asked for; the limit is a share of T
 
 # --- Model ------------------------------------------------------------------------------------------------------
 
@@ -207,16 +206,17 @@ def time_pairs(num_timesteps, steps):
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def guided(model, y, guidance):
+def guided(model, y, guidance, until=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
-    holds for v as for eps, since either is an affine function of the other at a given x_t.  y: int64 (B,).
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  From t = until on it is
+    plain: guidance in that much noise costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
     """
 
     def denoise(x_t, t):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
-        if guidance in (0, 1):
+        if guidance in (0, 1) or t >= until:
             return model(x_t, times, y if guidance else null)
         output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
         return output_u + guidance * (output_c - output_u)
@@ -289,15 +289,18 @@ def ddim_invert(denoise, x_0, alpha_bars, pairs, prediction, trace=None):
 
 
 @torch.no_grad()
-def sample(*, model, config, labels, steps, guidance, eta=0.0, solver="ddim", seed=0, batch_size=100, trace=None):
+def sample(
+    *, model, config, labels, steps, guidance, guidance_limit=GUIDANCE_LIMIT, eta=0.0, solver="ddim", seed=0,
+    batch_size=100, trace=None,
+):  # fmt: skip
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
-    config: the checkpoint's;  labels: int64 (N,);  trace: as in ddim_sample, of latents, for N <= batch_size.
+    config: the checkpoint's;  labels: int64 (N,);  guidance_limit: of T;  trace: as in ddim_sample, N <= batch_size.
     """
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs = time_pairs(config["num_timesteps"], steps)
-    images = []
+    images, until = [], guidance_limit * config["num_timesteps"]
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
         streams = noise_streams(seed, part.tolist())
@@ -305,7 +308,7 @@ def sample(*, model, config, labels, steps, guidance, eta=0.0, solver="ddim", se
         def draw(streams=streams):
             return torch.from_numpy(draw_noise(streams, (config["latent_channels"], 8, 8))).to(device)
 
-        denoise = guided(model.denoiser, labels[part].to(device), guidance)
+        denoise = guided(model.denoiser, labels[part].to(device), guidance, until)
         z_0 = ddim_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], eta, False, draw, trace, solver)
         images.append(model.to_images(z_0).cpu())
     return torch.cat(images)
@@ -360,10 +363,9 @@ def train_autoencoder(args, data, device, checkpoint, share):
     images = data.images.to(device)
     network = {"channels": args.channels, "latent_channels": args.latent_channels, "widths": args.autoencoder_widths}
     network["attention"] = args.channel_attention
-    model = Autoencoder(**network).to(device, memory_format=torch.channels_last)
+    model, fused = Autoencoder(**network).to(device, memory_format=torch.channels_last), device.type != "mps"
     forward = parallel(torch.compile(model) if args.compile else model)
-    decay, fused = args.weight_decay, device.type != "mps"
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=decay, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
@@ -430,8 +432,7 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     """Stage 2, the diffusion model on the autoencoder's latents. Returns the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     if not checkpoint:
-        path = find_checkpoint(("autoencoder",), Path(args.autoencoder) if args.autoencoder else folder)
-        stage_1 = load_checkpoint(path, ("autoencoder",))
+        stage_1 = load_checkpoint(find_checkpoint(("autoencoder",), args.autoencoder or folder), ("autoencoder",))
         args.kl_weight = stage_1["config"]["kl_weight"]  # of another run, perhaps, as the shapes below
     autoencoder = checkpoint["autoencoder"] if checkpoint else stage_1["network"]
     earlier = checkpoint["stage_1_seconds"] if checkpoint else stage_1["seconds"]
@@ -566,11 +567,10 @@ def check_sampling(config, steps, guidance):
 def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__)
-    add = parser.add_argument_group("stages").add_argument
+    add = parser.add_argument_group("stages and autoencoder").add_argument
     add("--stage", choices=("1", "2", "both"), default="both", help="1 autoencoder, 2 diffusion on its latents (both)")
     add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.2, help="of the length, if both (0.2)")
     add("--autoencoder", metavar="PATH", help="an autoencoder.pt to use in stage 2, instead of a stage 1")
-    add = parser.add_argument_group("autoencoder").add_argument
     add("--latent-channels", type=number(int, 1, 256), default=8, help="of the latents, which are 8x8 (8)")
     add("--autoencoder-widths", type=whole_numbers, default=(32, 64), help="channels at 16x16 and at 8x8 (32,64)")
     add("--channel-attention", action=on_off, default=True, help="in encoder and decoder (on)")
@@ -596,7 +596,8 @@ def build_parser():
     add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.5)")
+    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (2.5)")
+    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
     add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
     add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
@@ -623,17 +624,16 @@ def draw(args):
     check_sampling(config, steps, guidance)
     if args.eta > 0 and (args.invert or args.solver == "dpm++"):
         raise InputError("--invert and --solver dpm++ need the deterministic sampler, --eta 0")
-    model = ema_network(checkpoint, pick_device(args.device))
-    labels = torch.tensor(classes).repeat_interleave(count)
-    trace = [] if args.filmstrip or args.map or output.suffix == ".gif" else None
+    model, labels = ema_network(checkpoint, pick_device(args.device)), torch.tensor(classes).repeat_interleave(count)
+    trace = [] if args.filmstrip or args.map or args.invert or output.suffix == ".gif" else None
     if args.reconstruct or args.invert:
         given = [given_image(i, args.class_, config, names, args.data_dir) for i in args.reconstruct or [args.invert]]
         x, labels = (torch.cat(part) for part in zip(*given, strict=True))
         z_0 = model.to_latents(x)
         if args.invert:
-            denoise, trace = guided(model.denoiser, labels.to(z_0.device), guidance), []
-            alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
-            way = alpha_bars, time_pairs(config["num_timesteps"], steps), config["prediction"]
+            T = config["num_timesteps"]
+            denoise = guided(model.denoiser, labels.to(z_0.device), guidance, args.guidance_limit * T)
+            way = make_alpha_bars(config["schedule"], T), time_pairs(T, steps), config["prediction"]
             z_0 = ddim_sample(denoise, ddim_invert(denoise, z_0, *way, trace), *way, 0, False, None, trace, args.solver)
         back = model.to_images(z_0).cpu()
         print(grey_level_error(x, back))
@@ -642,6 +642,7 @@ def draw(args):
         images = sample(
             model=model, config=config, labels=labels, steps=steps, guidance=guidance, eta=args.eta, solver=args.solver,
             seed=args.seed, batch_size=args.batch_size if trace is None else len(labels), trace=trace,
+            guidance_limit=args.guidance_limit,
         )  # fmt: skip
     if args.map:
         data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"])

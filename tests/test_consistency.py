@@ -64,7 +64,7 @@ def test_ddpm_and_ddim_differ_in_the_sampler_alone():
 
     own = {"NAME", "SAMPLES_FROM", "GRID_STEPS"}
     (first, constants), (second, others) = parts(SOURCES["ddpm"]), parts(SOURCES["ddim"])
-    assert constants == others and __import__("ddpm").GUIDANCE == __import__("ddim").GUIDANCE
+    assert constants == others
     differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
     assert differing == {"sample", "draw", "build_parser"}
     assert first.keys() - second.keys() == {"posterior", "ddpm_sample"}

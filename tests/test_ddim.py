@@ -265,6 +265,14 @@ def test_guidance_by_hand(guidance, expected):
     assert [(n, t) for n, t, _ in model.calls] == [(2 * passes, [7] * 2 * passes)]
 
 
+@pytest.mark.parametrize(("guidance", "expected"), [(0, 10), (1, 2), (1.5, 2)])
+def test_from_the_limit_on_the_class_is_plain(guidance, expected):
+    model = Recorder()
+    denoise = ddim.guided(model, torch.tensor([2]), guidance, until=7.5)
+    assert denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected and len(model.calls[0][1]) == 1
+    assert denoise(torch.zeros(1, 1, 2, 2), 7)[0, 0, 0, 0] == 10 + guidance * (2 - 10)
+
+
 def test_class_interpolation_by_hand():
     y, y_to, weight = torch.tensor([2, 2, 2]), torch.tensor([6, 6, 6]), torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1)
     ends = (ddim.guided(Recorder(), labels, 1) for labels in (y, y_to))

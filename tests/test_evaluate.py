@@ -328,7 +328,7 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     assert done.returncode == 0, done.stderr
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
-        ("ddim", 2, 4), ("ddim", 3, 6), ("gan", None, 1),
+        ("ddim", 2, 3), ("ddim", 3, 5), ("gan", None, 1),  # the first step is not guided
     ]  # fmt: skip
     for row in results["rows"]:
         assert len(row["scores"]["ffid"]["values"]) == 2 and row["scores"]["ffid"]["spread"] > 0
@@ -451,8 +451,12 @@ def test_settings_follow_the_flags(workplace, capsys):
     args = evaluate.build_parser().parse_args(["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"])
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance"], s.options["steps"], s.passes()) for s in settings] == [
-        (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 10), (2, 1000, 2000),
+        (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 9), (2, 1000, 1800),
     ]  # fmt: skip
+    args = evaluate.build_parser().parse_args(["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"])
+    settings = evaluate.find_settings(args, CLASSES)
+    assert [(s.options["guidance_limit"], s.passes()) for s in settings] == [(1, 10), (0.7, 8)]
+    assert settings[1].title() == "ddim, steps 5, guidance 2, guidance limit 0.7"
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}

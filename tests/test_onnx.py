@@ -92,7 +92,12 @@ def test_the_metadata_says_all(loaded, tiny_run):
     assert card["model"] == "ddim" and card["class_names"] == checkpoint["class_names"]
     assert card["image_shape"] == [1, 32, 32] and card["null_label"] == common.NULL_LABEL
     assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist() and card["prediction"] == "v"
-    assert card["training"]["step"] == 18 and card["steps"] == 20 and card["guidance"] == 1.25
+    assert (
+        card["training"]["step"] == 18
+        and card["steps"] == 20
+        and card["guidance"] == ddim.GUIDANCE
+        and card["guidance_limit"] == 0.8
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -105,13 +110,16 @@ def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
 
 
 @pytest.mark.parametrize(
-    ("steps", "guidance", "eta", "solver"),
-    [(20, 1.5, 0.0, "ddim"), (7, 1, 0.0, "dpm++"), (5, 0, 0.6, "ddim"), (4, 3.0, 1.0, "ddim"), (8, 2, 0.0, "dpm++")],
-)
-def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta, solver):
+    ("steps", "guidance", "limit", "eta", "solver"),
+    [
+        (20, 1.5, 1, 0.0, "ddim"), (7, 1, 1, 0.0, "dpm++"), (5, 0, 0.5, 0.6, "ddim"), (4, 3.0, 0.5, 1.0, "ddim"),
+        (8, 2, 0.3, 0.0, "dpm++"),
+    ],
+)  # fmt: skip
+def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit, eta, solver):
     checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
-    options = {"steps": steps, "guidance": guidance, "eta": eta, "solver": solver, "seed": 5}
+    options = {"steps": steps, "guidance": guidance, "guidance_limit": limit, "eta": eta, "solver": solver, "seed": 5}
     expected = ddim.sample(model=network, config=checkpoint["config"], labels=torch.arange(6), **options)
     for batch_size in (6, 4):
         found = infer_onnx.sample(loaded, list(range(6)), batch_size=batch_size, **options)
@@ -119,9 +127,36 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, eta, s
     assert found.std() > 10  # not all black
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"steps": 5, "guidance": 2, "guidance_limit": 1}, 10),
+        ({"steps": 5, "guidance": 2, "guidance_limit": 0.5}, 7),  # t = 999, 747, 514, 303, 122
+        ({"steps": 5, "guidance": 2, "guidance_limit": 0.514}, 7),
+        ({"steps": 5, "guidance": 2, "guidance_limit": 0.515}, 8),
+        ({"steps": 5, "guidance": 2, "guidance_limit": 0}, 5),
+        ({"steps": 5, "guidance": 1}, 5),
+        ({"steps": 3, "guidance": 0}, 3),
+    ],
+)
+def test_evaluations_are_counted(loaded, monkeypatch, options, expected):
+    rows, run_session = [], infer_onnx.run_session
+
+    def counted(session, **feed):
+        rows.append(len(feed["y"]))
+        return run_session(session, **feed)
+
+    monkeypatch.setattr(infer_onnx, "run_session", counted)
+    infer_onnx.sample(loaded, [4, 5], **options)
+    assert sum(rows) == 2 * expected and infer_onnx.evaluations(loaded.card, **options) == expected
+
+
 OPTIONS = {
-    "ddpm": [{"steps": 12, "guidance": 1.5}, {"steps": 6, "guidance": 1, "variance": "large"}],
-    "ldm": [{"steps": 8, "guidance": 1.5, "solver": "dpm++"}, {"steps": 5, "guidance": 0, "eta": 1.0}],
+    "ddpm": [{"steps": 12, "guidance": 1.5, "guidance_limit": 0.4}, {"steps": 6, "guidance": 1, "variance": "large"}],
+    "ldm": [
+        {"steps": 8, "guidance": 2, "guidance_limit": 0.4, "solver": "dpm++"},
+        {"steps": 5, "guidance": 0, "eta": 1},
+    ],
     "gan": [{}, {"truncation": 0.5}],
     "vae": [{}, {"truncation": 0.5}],
 }
@@ -228,6 +263,7 @@ def test_a_part_that_is_missing_or_of_another_export_exits_with_3(exports, in_tm
     [
         ("vae", ["--steps", "5"]),
         ("gan", ["--guidance", "2"]),
+        ("vae", ["--guidance-limit", "1"]),
         ("gan", ["--reconstruct", "x.png"]),
         ("gan", ["--prior", "normal"]),
         ("ddpm", ["--eta", "0"]),
@@ -466,8 +502,8 @@ def make_bad_file(kind, exported, tiny_run, path):
         ("a checkpoint", "export it with export.py"),
         ("a Git LFS pointer", "git lfs pull"),
         ("another model", "not a file that export.py wrote"),
-        ("newer metadata", "metadata format 99, this infer_onnx.py reads 3: update infer_onnx.py"),
-        ("older metadata", "metadata format 2, this infer_onnx.py reads 3: export it again"),
+        ("newer metadata", "metadata format 99, this infer_onnx.py reads 4: update infer_onnx.py"),
+        ("older metadata", "metadata format 2, this infer_onnx.py reads 4: export it again"),
         ("broken metadata", "broken metadata"),
         ("unknown kind", "unknown kind 'flow'"),
         ("side-car weights missing", "not an ONNX model that onnxruntime can load"),

@@ -71,7 +71,7 @@ def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
     for threads, labels in ((1, [SNEAKER]), (2, [SNEAKER, 0, 8]), (3, [SNEAKER] * 2)):
         torch.set_num_threads(threads)
         images = script.sample(
-            model=network, config=checkpoint["config"], labels=torch.tensor(labels), steps=20, guidance=1.25
+            model=network, config=checkpoint["config"], labels=torch.tensor(labels), steps=20, guidance=script.GUIDANCE
         )
         assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
 
