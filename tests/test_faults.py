@@ -72,7 +72,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(name, damage, tiny_runs, in_tmp, capsys):
-    shutil.copytree(tiny_runs(name), "run")
+    shutil.copytree(tiny_runs(name), "run", ignore=shutil.ignore_patterns("*.onnx"))  # other tests leave them there
     path = Path("run", f"{name}.pt")
     DAMAGES[damage](path)
     before = path.read_bytes()
