@@ -651,8 +651,7 @@ def draw_results(results, folder, class_names):
     floor = results["floor"]["scores"]["ffid"]["mean"]
     by_time, by_steps = {}, {}
     for row in results["rows"]:
-        name = row["model"] + (f", guidance {row['guidance']:g}" if row["steps"] else "")
-        name += f", {row['solver']}" if row["solver"] else ""
+        name = row["title"].replace(f", steps {row['steps']}", "")
         ffid, times = row["scores"]["ffid"]["mean"], row["latency"]
         if times:
             text = f"{row['steps']} steps" if row["steps"] else ""
@@ -913,6 +912,7 @@ def score_setting(setting, reference, sets, test, args):
     return {
         "title": setting.title(), "model": setting.name, "file": setting.path.name, "sha256": setting.model.sha256,
         "steps": setting.options.get("steps"), "guidance": setting.options.get("guidance"),
+        "guidance_limit": setting.options.get("guidance_limit", card.get("guidance_limit")),
         "solver": setting.options.get("solver"),
         "n": args.num_samples, "marked": marked(args.num_samples, reference), "seeds": args.seeds,
         "scores": summary(scores), "evaluations": setting.passes(),

@@ -823,7 +823,7 @@ def run(args):
     seconds = time.perf_counter() - start
     texts = {"model": name, "model_sha256": model.sha256, **options, "seed": args.seed, "Software": "infer_onnx.py"}
     save(images, labels, names, output, columns, texts, first)
-    said = ", ".join(f"{key} {value}" for key, value in {**options, "seed": args.seed}.items())
+    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in {**options, "seed": args.seed}.items())
     print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {said}, model {path}")
 
 
