@@ -10,12 +10,11 @@ Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models
 
     python ddpm.py --train --epochs 50             train on Fashion-MNIST
     python ddpm.py --class Sneaker                 draw a Sneaker with the newest weights
-    python ddpm.py --train --minutes 1             smoke run
 
-Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), a cosine
-schedule and respaced steps (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), a
-smaller network, Muon with an annealed learning rate, gradient clipping, and x_0_hat limited to [-1, 1] (--no-clip).
+Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
+cosine schedule and respaced steps (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
+arXiv:2202.00512), stratified t, an EMA over a share of the run (Karras et al. 2024, arXiv:2312.02696), a smaller
+network, Muon with an annealed learning rate, gradient clipping, and x_0_hat limited to [-1, 1] (--no-clip).
 """
 
 import argparse
@@ -129,13 +128,13 @@ def guided(model, y, guidance, until=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
-    holds for v as for eps, since either is an affine function of the other at a given x_t.  From t = until on it is
-    plain: guidance in that much noise costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  Above 1 it acts only at
+    t < until: in more noise it costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
     """
 
     def denoise(x_t, t):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
-        if guidance in (0, 1) or t >= until:
+        if guidance in (0, 1) or (guidance > 1 and t >= until):
             return model(x_t, times, y if guidance else null)
         output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
         return output_u + guidance * (output_c - output_u)
@@ -376,7 +375,7 @@ def build_parser():
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.6)")
     add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
-    add("--steps", type=number(int, 1), help="network evaluations, at most T (T)")
+    add("--steps", type=number(int, 1), help="steps of the sampler, at most T (T)")
     add("--variance", choices=("small", "large"), default="small", help="of the noise: posterior's, or beta_t (small)")
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")

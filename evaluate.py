@@ -391,11 +391,13 @@ def find_settings(args, class_names):
         guidances = args.guidance if args.guidance and not card["guidance_fixed"] else [card["guidance"]]
         steps = dict.fromkeys(min(s, most) for s in args.steps or [card["steps"]])
         solvers = args.solver if "solver" in infer_onnx.MODEL_FLAGS[card["model"]] else ["ddim"]
-        limits = args.guidance_limit or [None]
+        limits = args.guidance_limit or [card["guidance_limit"]]
         for solver, limit, guidance, number in itertools.product(solvers, limits, guidances, steps):
-            options = {"steps": number, "guidance": guidance} | ({"guidance_limit": limit} if limit is not None else {})
+            options = {"steps": number, "guidance": guidance}
+            options |= {"guidance_limit": limit} if guidance > 1 and limit != card["guidance_limit"] else {}
             options |= {"solver": solver} if solver != "ddim" else {}
-            settings.append(Setting(name, path, model, options))
+            setting = Setting(name, path, model, options)
+            settings += [setting] if setting not in settings else []  # no limit matters up to guidance 1
     if not settings:
         raise InputError("no model in runs/ or pretrained/: make one with export.py, or name an .onnx file")
     return settings
@@ -460,8 +462,8 @@ def latency(setting):
     times = {}
     for batch in BATCHES:
         labels, measured = balanced_labels(0, batch), []
-        once = {flag: value if flag != "steps" else 1 for flag, value in setting.options.items()}
-        infer_onnx.sample(setting.model, labels, **once)  # warms up, in a single step
+        once = setting.options | ({"steps": 1, "guidance_limit": 1} if setting.options else {})
+        infer_onnx.sample(setting.model, labels, **once)  # warms up, in a single step, guided if any is
         begun = time.perf_counter()
         while not measured or (len(measured) < REPEATS and time.perf_counter() - begun < SECONDS):
             start = time.perf_counter()
@@ -550,13 +552,15 @@ NOTES = """\
 - Copy ratio: of up to {queries:,} samples, the median pixel distance to the nearest of {train:,} training images over
   that to the nearest of {others:,} test images. Copies: the share with a ratio that only 1 % of real images go below.
   A ratio far below that of the real images, or a share far above 0.01, says that training images are reproduced.
+- Network evaluations: a step takes two where it is guided, at t below the guidance limit, which is the model's unless
+  it is named.
 - CAS (Ravuri & Vinyals 2019, arXiv:1905.10887): accuracy on the test images of a network trained on {train:,} samples;
   beside it, that of the same network trained on the training images.
 """
 
 # --- Pictures ---------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 560, 70, 220, 40, 50
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1030, 560, 70, 350, 40, 50
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#000000", "#999933", "#882255")
 GREY = "#bbbbbb"
 
@@ -684,12 +688,12 @@ def draw_sets(folder, setting, images, reference):
 def draw_side_by_side(path, first_images):
     """A row of samples for each setting, from one seed, one of each class; first_images {name: uint8 (10, ...)}."""
     grid = infer_onnx.to_picture(np.concatenate(list(first_images.values())), 10)
-    picture = Image.new("L", (grid.width + 200, grid.height), "white")
-    picture.paste(grid, (200, 0))
+    picture = Image.new("L", (grid.width + 330, grid.height), "white")
+    picture.paste(grid, (330, 0))
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(13)
     for i, name in enumerate(first_images):
-        draw.text((190, (i + 0.5) * grid.height / len(first_images)), name, "black", anchor="rm")
+        draw.text((320, (i + 0.5) * grid.height / len(first_images)), name, "black", anchor="rm")
     write_picture(picture, path)
 
 
@@ -841,7 +845,7 @@ def build_parser():
     add("--seeds", type=number(int, 1, 100), default=1, help="sets of N samples; their spread is reported (1)")
     add("--steps", type=several(number(int, 1)), help="of diffusion models, several with commas (the model's)")
     add("--guidance", type=several(number(float, 0)), help="of diffusion models, several with commas (the model's)")
-    add("--guidance-limit", type=several(number(float, 0, 1)), help="the share of T to guide below (the model's)")
+    add("--guidance-limit", type=several(number(float, 0, 1)), help="guide below these shares of T (the model's)")
     add("--solver", type=several(solver), default=["ddim"], help="of ddim and ldm: ddim, dpm++ or both (ddim)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist", help="the real images (fashion-mnist)")
     add("--data-dir", help="where their IDX files are (data/, then Debian's folder)")

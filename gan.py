@@ -10,7 +10,6 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
 
     python gan.py --train --epochs 50              train on Fashion-MNIST
     python gan.py --class Sneaker                  draw a Sneaker with the newest weights
-    python gan.py --train --minutes 1              smoke run
 
 Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018, arXiv:1802.05637), residual
 convolutions, no batch norm, the relativistic loss (Jolicoeur-Martineau 2018, arXiv:1807.00734) with the R1 and R2

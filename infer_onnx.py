@@ -398,7 +398,7 @@ def denoiser(session, y, guidance, null_label, until=math.inf):
         return run_session(session, x_t=x_t, t=np.full(len(labels), t, np.int64), y=labels)
 
     def denoise(x_t, t):
-        if guidance in (0, 1) or t >= until:
+        if guidance in (0, 1) or (guidance > 1 and t >= until):
             return run(x_t, t, y if guidance else null)
         output_u, output_c = np.split(run(np.concatenate([x_t, x_t]), t, np.concatenate([null, y])), 2)
         return output_u + guidance * (output_c - output_u)
@@ -649,7 +649,7 @@ def build_parser():
         "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
     )
     add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
-    add("--steps", type=number(int, 1), help="network evaluations, at most T (the model's default)")
+    add("--steps", type=number(int, 1), help="steps of the sampler, at most T (the model's default)")
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
     add("--guidance-limit", type=number(float, 0, 1), help="guide at t below this share of T (the model's default)")
     add("--solver", choices=SOLVERS, help="of ddim and ldm: dpm++ is of second order, for few steps (ddim)")
@@ -724,13 +724,14 @@ def check(model):
     print(f"check passed: outputs within {difference:.1e} of those at the export")
 
 
-def evaluations(card, *, steps=1, guidance=1, guidance_limit=None, **_):
+def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
     """Evaluations of the network for an image, with options as sample takes them: a guided step takes two."""
     if card["kind"] == "codes":
         return 1
+    guidance = card["guidance"] if guidance is None else guidance
     until = len(card["alpha_bars"]) * (card["guidance_limit"] if guidance_limit is None else guidance_limit)
-    guided = sum(t < until for t, _ in time_pairs(len(card["alpha_bars"]), steps))
-    return steps + (0 if guidance in (0, 1) else guided)
+    pairs = time_pairs(len(card["alpha_bars"]), card["steps"] if steps is None else steps)
+    return len(pairs) + sum(guidance not in (0, 1) and (guidance < 1 or t < until) for t, _ in pairs)
 
 
 def benchmark(model, passes):

@@ -12,9 +12,9 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
     python ldm.py --class Sneaker                  draw a Sneaker with the newest weights
 
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
-arXiv:2207.12598), a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon
-with an annealed learning rate, and gradient clipping.
+arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho
+2022, arXiv:2202.00512), stratified t, an EMA over a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon with
+an annealed learning rate, and gradient clipping.
 """
 
 import argparse
@@ -210,13 +210,13 @@ def guided(model, y, guidance, until=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both take one pass.  It
-    holds for v as for eps, since either is an affine function of the other at a given x_t.  From t = until on it is
-    plain: guidance in that much noise costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
+    holds for v as for eps, since either is an affine function of the other at a given x_t.  Above 1 it acts only at
+    t < until: in more noise it costs variety (Kynkäänniemi et al. 2024, arXiv:2404.07724).  y: int64 (B,).
     """
 
     def denoise(x_t, t):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
-        if guidance in (0, 1) or t >= until:
+        if guidance in (0, 1) or (guidance > 1 and t >= until):
             return model(x_t, times, y if guidance else null)
         output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
         return output_u + guidance * (output_c - output_u)
@@ -295,7 +295,7 @@ def sample(
 ):  # fmt: skip
     """Draw one image for each label: (N, C, 32, 32) in [-1, 1] on the CPU.  Image i depends on (seed, i), not on N.
 
-    config: the checkpoint's;  labels: int64 (N,);  guidance_limit: of T;  trace: as in ddim_sample, N <= batch_size.
+    config: the checkpoint's;  labels: int64 (N,);  guidance_limit: a share of T;  trace: ddim_sample's, one batch's.
     """
     device = next(model.parameters()).device
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
@@ -598,7 +598,7 @@ def build_parser():
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (2.5)")
     add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
-    add("--steps", type=number(int, 1), help="network evaluations, at most T (20)")
+    add("--steps", type=number(int, 1), help="steps of the sampler, at most T (20)")
     add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")

@@ -9,7 +9,6 @@ Diederik Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2013 (arXiv:131
 
     python vae.py --train --epochs 50              train on Fashion-MNIST
     python vae.py --class Sneaker                  draw a Sneaker with the newest weights
-    python vae.py --train --minutes 1              smoke run
 
 Differs from the paper: class labels for encoder and decoder (Kingma et al. 2014, arXiv:1406.5298), residual
 convolutions, a Gaussian p(x | z) whose scale is learned (sigma-VAE, Rybkin et al. 2020, arXiv:2006.13202), an EMA whose

@@ -4,7 +4,7 @@
 
 All is measured in this one run, in turn, and the medians are printed: the share is worth quoting, the times are an
 example. One image costs 6 floating point operations per multiply-accumulate (MAC) in training and 2 in an evaluation;
-20 guided steps take 40 evaluations. bfloat16 is compared with the float32 product, too.
+a guided step takes two evaluations. bfloat16 is compared with the float32 product, too.
 """
 
 import statistics

@@ -265,11 +265,11 @@ def test_guidance_by_hand(guidance, expected):
     assert [(n, t) for n, t, _ in model.calls] == [(2 * passes, [7] * 2 * passes)]
 
 
-@pytest.mark.parametrize(("guidance", "expected"), [(0, 10), (1, 2), (1.5, 2)])
-def test_from_the_limit_on_the_class_is_plain(guidance, expected):
+@pytest.mark.parametrize(("guidance", "expected", "passes"), [(0, 10, 1), (1, 2, 1), (1.5, 2, 1), (0.5, 6, 2)])
+def test_from_the_limit_on_guidance_above_1_is_off(guidance, expected, passes):
     model = Recorder()
     denoise = ddim.guided(model, torch.tensor([2]), guidance, until=7.5)
-    assert denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected and len(model.calls[0][1]) == 1
+    assert denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected and len(model.calls[0][1]) == passes
     assert denoise(torch.zeros(1, 1, 2, 2), 7)[0, 0, 0, 0] == 10 + guidance * (2 - 10)
 
 

@@ -457,6 +457,9 @@ def test_settings_follow_the_flags(workplace, capsys):
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance_limit"], s.passes()) for s in settings] == [(1, 10), (0.7, 8)]
     assert settings[1].title() == "ddim, steps 5, guidance 2, guidance limit 0.7"
+    args = evaluate.build_parser().parse_args(["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"])
+    options = [s.options for s in evaluate.find_settings(args, CLASSES)]
+    assert [(o["guidance"], o.get("guidance_limit")) for o in options] == [(0, None), (1, None), (1.6, None), (1.6, 1)]
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}

@@ -154,6 +154,6 @@ def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     flags = {action.dest for action in script.build_parser()._actions}
     common_flags = {"help", "train", "resume", "run_dir", "class_", "num_samples", "checkpoint", "output"}
     drawing = {"guidance", "steps", "solver", "eta", "variance", "clip", "filmstrip", "interpolate", "invert", "prior"}
-    drawing |= {"truncation", "reconstruct", "between", "map", "walk"}
+    drawing |= {"guidance_limit", "truncation", "reconstruct", "between", "map", "walk"}
     assert {*config} == flags - common_flags - drawing
     assert config["data"] == "kmnist" and common.FORMAT == 2

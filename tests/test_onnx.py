@@ -96,7 +96,7 @@ def test_the_metadata_says_all(loaded, tiny_run):
         card["training"]["step"] == 18
         and card["steps"] == 20
         and card["guidance"] == ddim.GUIDANCE
-        and card["guidance_limit"] == 0.8
+        and card["guidance_limit"] == ddim.GUIDANCE_LIMIT
     )
 
 
@@ -136,6 +136,8 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit,
         ({"steps": 5, "guidance": 2, "guidance_limit": 0.515}, 8),
         ({"steps": 5, "guidance": 2, "guidance_limit": 0}, 5),
         ({"steps": 5, "guidance": 1}, 5),
+        ({"steps": 5, "guidance": 0.5, "guidance_limit": 0}, 10),
+        ({}, 36),
         ({"steps": 3, "guidance": 0}, 3),
     ],
 )
@@ -149,6 +151,23 @@ def test_evaluations_are_counted(loaded, monkeypatch, options, expected):
     monkeypatch.setattr(infer_onnx, "run_session", counted)
     infer_onnx.sample(loaded, [4, 5], **options)
     assert sum(rows) == 2 * expected and infer_onnx.evaluations(loaded.card, **options) == expected
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
+def test_flags_of_guidance_draw_the_same_with_torch_and_without(name, tiny_runs, exports, in_tmp):
+    images = {}
+    for limit in ("0.5", "1"):
+        flags = ["--steps", "4", "--guidance", "40", "--guidance-limit", limit]
+        importlib.import_module(name).main(["--checkpoint", str(tiny_runs(name)), *flags, "--output", "torch.npz"])
+        infer_onnx.main(["--model", str(exports(name)), *flags, "--output", "onnx.npz"])
+        a, b = (np.load(f"{place}.npz")["x"].astype(int) for place in ("torch", "onnx"))
+        assert np.abs(a - b).max() <= 1
+        images[limit] = a
+        if name == "ddim":  # from one class to another: the ends are pictures of these classes
+            between = ["--interpolate", "class", "--class", "0,1", "--num-samples", "2", "--output", "between.npz"]
+            ddim.main(["--checkpoint", str(tiny_runs(name)), *flags, *between])
+            assert np.abs(np.load("between.npz")["x"][0] - a[0]).max() <= 1
+    assert np.abs(images["0.5"] - images["1"]).max() > 3
 
 
 OPTIONS = {
