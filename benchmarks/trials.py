@@ -158,7 +158,8 @@ def table(trials):
             found[flags] = ffid
         text += evaluate.as_table(head, lines)
     text += "/ without: F-FID over that of the longest row above that the change starts with.  taken: by the script's\n"
-    text += "defaults; no gain: not 5 % better; better: but another row is better still, or longer runs are not or were not made.\n"
+    text += "defaults; no gain: not 5 % better; better: but another row is better still, or longer runs are not, or\n"
+    text += "were not made.\n"
     return text
 
 
