@@ -1,7 +1,7 @@
-"""What the model scripts share: data sets, the range pair, image files, run folders, the UNet and its embeddings.
+"""What the model scripts share: data, noise, image files, run folders, the optimiser Muon, the UNet, its embeddings.
 
-Nothing in here belongs to a paper's algorithm box: schedules, losses, samplers, EMA, train loops and the flags of a
-model stay in its script, where the reader of the paper looks for them.
+Nothing in here belongs to the algorithm box of a script's paper: schedules, losses, samplers, EMA, train loops and the
+flags of a model stay in its script, where the reader of the paper looks for them.
 
 Images are uint8 in 0..255 on disk and in memory, and float32 in [-1, 1] everywhere else; `to_float` and `to_uint8`
 are the only way from one to the other.
@@ -54,8 +54,8 @@ class InputError(ValueError):
 
 # --- Data -------------------------------------------------------------------------------------------------------
 
-# name: (torchvision class, folder of Debian's package, SHA-256 of the decompressed files)
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# name: (torchvision class, folder of Debian's package, SHA-256 of the decompressed files)
 IDX_SETS = {
     "fashion-mnist": (
         datasets.FashionMNIST,
@@ -279,19 +279,28 @@ def _load_npz(path):
     )
 
 
-def given_image(text, class_, config, class_names, data_dir=None):
-    """An image by name: a test image's index, or a file, whose class must then be given as in --class.
+def given_images(names, class_, config, class_names, data_dir=None):
+    """Images by name: indices of test images (of a folder or .npz: of any), or files, whose class is that of --class.
 
-    config: the checkpoint's.  Returns (float (1, C, 32, 32) in [-1, 1], int64 (1,)).  Raises InputError.
+    config: the checkpoint's.  Returns (float (N, C, 32, 32) in [-1, 1], int64 (N,)).  Raises InputError.
     """
-    if text.isdecimal():
-        data = load_data(config["data"], data_dir or config["data_dir"], config["channels"], train=False)
-        index = number(int, 0, len(data.images) - 1)(text)
-        return to_float(data.images[index][None]), data.labels[index][None]
-    labels = parse_classes(class_, class_names)
-    if len(labels) != 1:
-        raise InputError(f"{text} needs one --class, that of the image")
-    return to_float(load_image(text, config["channels"])), torch.tensor(labels)
+    if len(names) > 20:
+        raise InputError(f"{len(names)} images are too many for one picture: at most 20")
+    images, labels, data = [], [], None
+    for name in names:
+        if name.isdecimal():
+            data = data or load_data(config["data"], data_dir or config["data_dir"], config["channels"], train=False)
+            if int(name) >= len(data.images):
+                raise InputError(f"there is no image {name}: they are 0 to {len(data.images) - 1}")
+            images.append(data.images[int(name)][None])
+            labels.append(data.labels[int(name)].item())
+        else:
+            (label, *others) = parse_classes(class_, class_names)
+            if others:
+                raise InputError(f"{name} needs one --class, that of the image")
+            images.append(load_image(name, config["channels"]))
+            labels.append(label)
+    return to_float(torch.cat(images)), torch.tensor(labels)
 
 
 @lru_cache(maxsize=1)

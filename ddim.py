@@ -15,7 +15,7 @@ Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
 cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022, arXiv:2202.00512),
 stratified t, an EMA over a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate,
-gradient clipping, x_0_hat limited to [-1, 1] (--no-clip), a smaller network, steps that start at t = T-1 (Lin et al.
+gradient clipping, x_0_hat limited to [-1, 1] (--no-clip), a smaller network, uneven steps from t = T-1 on (Lin et al.
 2023, arXiv:2305.08891), DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095).  The paper writes alpha_bar as plain alpha.
 """
 
@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, at_most_one, autocast
-from common import check_frames, draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error
+from common import check_frames, draw_noise, errors_in_one_line, find_checkpoint, given_images, grey_level_error
 from common import load_checkpoint, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
 from common import pick_device, run_parser, sampled_file, save_gif, save_images, save_sampled, to_float, training_device
 from common import trajectory_frames, whole_numbers
@@ -198,10 +198,10 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
 
 
 def ddim_invert(denoise, x_0, alpha_bars, pairs, prediction, trace=None):
-    """Walk from images to the noise that ddim_sample(eta=0) takes back to them: DDIM eq. (14), read the other way.
+    """Walk from images to the noise that ddim_sample(eta=0) takes back to them: DDIM eq. (13), read the other way.
 
     The noise found at x_prev stands in for the one at x_t, so the way back misses by a little that falls with the
-    number of steps.  Arguments and trace as in ddim_sample.  Returns x_T.
+    number of steps.  Arguments and trace as in ddim_sample, but x_T is not in it.  Returns x_T.
     """
     x_prev = x_0
     for t, t_prev in reversed(pairs):
@@ -437,7 +437,7 @@ def build_parser():
 def invert(args, checkpoint, model, device, steps, guidance, output):
     """Image -> noise -> image, as a picture of the three or a .gif of the whole way; prints the error."""
     config, names = checkpoint["config"], checkpoint["class_names"]
-    x_0, labels = given_image(args.invert, args.class_, config, names, args.data_dir)
+    x_0, labels = given_images([args.invert], args.class_, config, names, args.data_dir)
     denoise = guided(model, labels.to(device), guidance, args.guidance_limit * config["num_timesteps"])
     bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs, trace = time_pairs(config["num_timesteps"], steps), []

@@ -2,19 +2,21 @@
 
 Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239).
 
-    q_sample    x_t    = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps                       eq. (4)
-    loss        E || target - model(x_t, t, y) ||^2,  target = eps or v                              eq. (14)
-    posterior   mean   = sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t) * x_0_hat
-                       + sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t              eq. (7)
-    ddpm_sample x_prev = mean + sqrt(variance) * noise,  no noise on the last step                   algorithm 2
+    q_sample    x_t   = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps                        DDPM eq. (4)
+    loss        E || target - model(x_t, t, y) ||^2,  target = eps or v                              DDPM eq. (14)
+    x_0_hat     (x_t - sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_bar_t)                          DDPM eq. (15)
+    posterior   mean = sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t) * x_0_hat
+                       + sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
+                variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t                         DDPM eq. (7)
+    ddpm_sample x_prev = mean + sqrt(variance) * noise,  no noise on the last step                   DDPM algorithm 2
 
     python ddpm.py --train --epochs 50             train on Fashion-MNIST
     python ddpm.py --class Sneaker                 draw a Sneaker with the newest weights
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
-cosine schedule and respaced steps (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA over a share of the run (Karras et al. 2024, arXiv:2312.02696), a smaller
-network, Muon with an annealed learning rate, gradient clipping, and x_0_hat limited to [-1, 1] (--no-clip).
+cosine schedule and skipped steps (Nichol & Dhariwal 2021, arXiv:2102.09672; here uneven), v-prediction (Salimans & Ho
+2022, arXiv:2202.00512), stratified t, an EMA over a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon with
+an annealed rate, gradient clipping, x_0_hat limited to [-1, 1] (--no-clip), and a smaller network.
 """
 
 import argparse
@@ -30,7 +32,6 @@ from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muo
 from common import errors_in_one_line, find_checkpoint, load_checkpoint, load_run_data, noise_streams, number, parallel
 from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
 from common import training_device, whole_numbers
-
 
 NAME = "ddpm"
 SAMPLES_FROM = ("ddpm", "ddim")  # checkpoints of these scripts hold the same network, trained in the same way
@@ -196,8 +197,7 @@ def sample(
         streams = noise_streams(seed, part.tolist())
 
         def draw(streams=streams):
-            noise = draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
-            return torch.from_numpy(noise).to(device)
+            return torch.from_numpy(draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))).to(device)
 
         denoise = guided(model, labels[part].to(device), guidance, until)
         x_0 = ddpm_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], variance, clip, draw, trace)

@@ -561,7 +561,7 @@ NOTES = """\
 # --- Pictures ---------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1030, 560, 70, 350, 40, 50
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#000000", "#999933", "#882255")
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#000000", "#bcbd22", "#17becf")
 GREY = "#bbbbbb"
 
 
@@ -620,7 +620,8 @@ def write_picture(picture, path):
 def draw_curves(path, x_label, curves, floor):
     """F-FID over a quantity, both on logarithmic scales: curves {name: [(x, F-FID, text), ...]}, floor a line."""
     xs, ys = zip(*((x, y) for points in curves.values() for x, y, _ in points), strict=True)
-    x_range, y_range = (min(xs) / 1.5, max(xs) * 1.5), (min(*ys, floor) / 1.5, max(*ys, floor) * 1.5)
+    # On the right there is room for the text beside a point.
+    x_range, y_range = (min(xs) / 1.5, max(xs) * 2), (min(*ys, floor) / 1.5, max(*ys, floor) * 1.5)
     picture, draw, place = axes("quality of samples", x_label, "F-FID", x_range, y_range, (True, True))
     draw.line([place(x_range[0], floor), place(x_range[1], floor)], fill="#888888")
     draw.text(place(x_range[1], floor), "real images", "#555555", anchor="rb")

@@ -74,15 +74,14 @@ class Generator(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """x + f(x) without a norm, then half the size and other channels if these differ. f starts small."""
+    """x + f(x) without a norm, then half the size and out_channels, unless these are None.  f starts small."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.conv2.weight.data.mul_(0.1)
-        down = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-        self.down = down if in_channels != out_channels else nn.Identity()
+        self.down = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1) if out_channels else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.leaky_relu(x, 0.2))
@@ -101,7 +100,7 @@ class Discriminator(nn.Module):
         super().__init__()
         bottom = IMAGE_SIZE // 2 ** len(widths)
         self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
-        self.blocks = nn.Sequential(*(PlainBlock(a, b) for a, b in itertools.pairwise([*widths, widths[-1]])))
+        self.blocks = nn.Sequential(*(PlainBlock(a, b) for a, b in itertools.pairwise([*widths, None])))
         self.features = nn.Linear(widths[-1] * bottom**2, 128)
         self.out = nn.Linear(128, 1)
         self.label = nn.Linear(num_classes, 128, bias=False)
@@ -142,7 +141,7 @@ def generator_loss(real_logits, fake_logits, loss):
 
 
 def gradient_penalty(discriminator, x, classes):
-    """E || d logit / d x ||^2, the R1 penalty at real and R2 at fake images x: Mescheder et al. 2018 eq. (9)."""
+    """E || d logit / d x ||^2 at real images x (R1) or fake ones (R2), Mescheder et al. 2018 eq. (9) and (10)."""
     x = x.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(discriminator(x, classes).sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(dim=1).mean()
@@ -378,7 +377,7 @@ def build_parser():
     add("--widths-d", type=whole_numbers, default=(32, 64, 128), help="the same of the discriminator (32,64,128)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the code and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="relativistic", help="as in --help's first lines (relativistic)")
+    add("--loss", choices=LOSSES, default="relativistic", help="see the top of this help (relativistic)")
     add("--gamma", type=number(float, 0), default=1.0, help="weight of R1 (nonsaturating), R1 + R2 (relativistic) (1)")
     add("--penalty-every", type=number(int, 1), default=4, help="steps between penalties, which then count as many (4)")
     add = parser.add_argument_group("optimisation").add_argument

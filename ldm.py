@@ -4,8 +4,8 @@ Robin Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Mod
 Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with the method of DDIM.
 
     stage 1     loss = E[ |x - decode(z)| + kl_weight * kl ],  z ~ q(z | x) = N(mu, exp(logvar))     section 3.1
-    latents     z_0 = (mu - latent_mean) / latent_std,  per channel, measured on the training set    appendix G
-    stage 2     q_sample, target and loss of DDPM with z_0 in the place of x_0                       eq. (2)
+    latents     z_0 = (mu - latent_mean) / latent_std,  per channel, measured on the training set    cf. appendix G
+    stage 2     q_sample, target and loss of DDPM with z_0 in the place of x_0                       eq. (3)
     sampling    ddim_step of DDIM on z_t;  image = decode(z_0 * latent_std + latent_mean)            DDIM eq. (12)
 
     python ldm.py --train --epochs 50              train both stages on Fashion-MNIST
@@ -14,7 +14,7 @@ Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with th
 Differs from the paper: no perceptual and no adversarial loss, classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho
 2022, arXiv:2202.00512), stratified t, an EMA over a share of the run (Karras et al. 2024, arXiv:2312.02696), Muon with
-an annealed learning rate, and gradient clipping.
+an annealed rate, gradient clipping, latents standardised by channel, no cross-attention, and a smaller network.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, at_most_one, autocast, draw_noise
-from common import errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm, in_the_plane
+from common import errors_in_one_line, find_checkpoint, given_images, grey_level_error, group_norm, in_the_plane
 from common import load_checkpoint, load_data, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
 from common import pick_device, run_parser, sampled_file, save_images, save_map, save_sampled, spread, to_float
 from common import to_uint8, training_device, whole_numbers, zero_init
@@ -273,10 +273,10 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
 
 
 def ddim_invert(denoise, x_0, alpha_bars, pairs, prediction, trace=None):
-    """Walk from images to the noise that ddim_sample(eta=0) takes back to them: DDIM eq. (14), read the other way.
+    """Walk from images to the noise that ddim_sample(eta=0) takes back to them: DDIM eq. (13), read the other way.
 
     The noise found at x_prev stands in for the one at x_t, so the way back misses by a little that falls with the
-    number of steps.  Arguments and trace as in ddim_sample.  Returns x_T.
+    number of steps.  Arguments and trace as in ddim_sample, but x_T is not in it.  Returns x_T.
     """
     x_prev = x_0
     for t, t_prev in reversed(pairs):
@@ -344,9 +344,8 @@ def train(args, checkpoint=None):
     if len(args.widths) > 4:
         raise InputError(f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times")
     UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)  # refuse it now
-    data = load_run_data(args, checkpoint)
+    data, folder = load_run_data(args, checkpoint), args.run_dir if checkpoint else None
     share = {"1": 1.0, "2": 0.0}.get(args.stage, 0.0 if args.autoencoder else args.stage_1_share)
-    folder = args.run_dir if checkpoint else None
     if checkpoint and (share == 0 if checkpoint["model"] == "autoencoder" else share == 1):
         raise InputError(f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in: resume without it")
     if share > 0 and (not checkpoint or checkpoint["model"] == "autoencoder"):
@@ -432,7 +431,9 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
     """Stage 2, the diffusion model on the autoencoder's latents. Returns the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     if not checkpoint:
-        stage_1 = load_checkpoint(find_checkpoint(("autoencoder",), args.autoencoder or folder), ("autoencoder",))
+        path = find_checkpoint(("autoencoder",), args.autoencoder or folder)
+        stage_1 = load_checkpoint(path, ("autoencoder",))
+        print(f"the autoencoder is {path}")
         args.kl_weight = stage_1["config"]["kl_weight"]  # of another run, perhaps, as the shapes below
     autoencoder = checkpoint["autoencoder"] if checkpoint else stage_1["network"]
     earlier = checkpoint["stage_1_seconds"] if checkpoint else stage_1["seconds"]
@@ -570,7 +571,7 @@ def build_parser():
     add = parser.add_argument_group("stages and autoencoder").add_argument
     add("--stage", choices=("1", "2", "both"), default="both", help="1 autoencoder, 2 diffusion on its latents (both)")
     add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.2, help="of the length, if both (0.2)")
-    add("--autoencoder", metavar="PATH", help="an autoencoder.pt to use in stage 2, instead of a stage 1")
+    add("--autoencoder", metavar="PATH", help="of stage 2, instead of a stage 1 (with --stage 2: the newest)")
     add("--latent-channels", type=number(int, 1, 256), default=8, help="of the latents, which are 8x8 (8)")
     add("--autoencoder-widths", type=whole_numbers, default=(32, 64), help="channels at 16x16 and at 8x8 (32,64)")
     add("--channel-attention", action=on_off, default=True, help="in encoder and decoder (on)")
@@ -603,7 +604,7 @@ def build_parser():
     add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
     add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
     add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
-    add("--reconstruct", metavar="IMAGE", nargs="+", help="files (with --class) or test images, and decoded")
+    add("--reconstruct", metavar="IMAGE", nargs="+", help="test images' indices or files (with --class), and decoded")
     add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or a test image's index")
     return parser
 
@@ -627,8 +628,7 @@ def draw(args):
     model, labels = ema_network(checkpoint, pick_device(args.device)), torch.tensor(classes).repeat_interleave(count)
     trace = [] if args.filmstrip or args.map or args.invert or output.suffix == ".gif" else None
     if args.reconstruct or args.invert:
-        given = [given_image(i, args.class_, config, names, args.data_dir) for i in args.reconstruct or [args.invert]]
-        x, labels = (torch.cat(part) for part in zip(*given, strict=True))
+        x, labels = given_images(args.reconstruct or [args.invert], args.class_, config, names, args.data_dir)
         z_0 = model.to_latents(x)
         if args.invert:
             T = config["num_timesteps"]

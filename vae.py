@@ -11,10 +11,10 @@ Diederik Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2013 (arXiv:131
     python vae.py --class Sneaker                  draw a Sneaker with the newest weights
 
 Differs from the paper: class labels for encoder and decoder (Kingma et al. 2014, arXiv:1406.5298), residual
-convolutions, a Gaussian p(x | z) whose scale is learned (sigma-VAE, Rybkin et al. 2020, arXiv:2006.13202), an EMA whose
-length is a share of the run (Karras et al. 2024, arXiv:2312.02696), and a prior fitted after the training: for each
-class a Gaussian mixture over the codes of its images, which are not as normal as the KL asks for (Ghosh et al. 2019,
-arXiv:1903.12436).
+convolutions, a Gaussian p(x | z) whose scale is learned (sigma-VAE, Rybkin et al. 2020, arXiv:2006.13202), a KL weight
+that grows from 0, AdamW with an annealed learning rate, gradient clipping, an EMA whose length is a share of the run
+(Karras et al. 2024, arXiv:2312.02696), and a prior fitted after the training: for each class a Gaussian mixture over
+the codes of its images, which are not as normal as the KL asks for (Ghosh et al. 2019, arXiv:1903.12436).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, at_most_one, autocast, check_frames
-from common import draw_noise, errors_in_one_line, find_checkpoint, given_image, grey_level_error, group_norm
+from common import draw_noise, errors_in_one_line, find_checkpoint, given_images, grey_level_error, group_norm
 from common import in_the_plane, load_checkpoint, load_data, load_run_data, noise_streams, number, parallel
 from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_map, save_sampled
 from common import spread, to_float, to_uint8, training_device, whole_numbers
@@ -145,7 +145,7 @@ def reconstruction_loss(logits, x, kind, mean=lambda number: number):
 def fit_prior(codes, labels, num_classes, components, seed):
     """A Gaussian mixture over the codes of each class, by scikit-learn's EM; a single Gaussian needs none.
 
-    codes: (N, D);  labels: (N,);  components: K, at most as many as a class has images.
+    codes: (N, D);  labels: (N,);  components: K; a class of fewer than 2 K images gets one Gaussian K times.
     Returns {"weights": (classes, K), "means": (classes, K, D), "scales": (classes, K, D (D + 1) / 2)}; float32,
     but the scales, which are many, float16: each is the lower triangle of the Cholesky factor of a covariance, row by
     row.  A class without images gets N(0, 1).
@@ -411,7 +411,7 @@ def build_parser():
     add("--prior", choices=("fitted", "normal"), default="fitted", help="where codes are drawn from (fitted)")
     add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
     add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
-    add("--reconstruct", metavar="IMAGE", nargs="+", help="files (with --class) or test images, and decoded")
+    add("--reconstruct", metavar="IMAGE", nargs="+", help="test images' indices or files (with --class), and decoded")
     add("--between", metavar="IMAGE", nargs=2, help="from one image to the other, in --num-samples frames")
     add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
     add("--walk", action="store_true", help="of 2 latent numbers: the images on a grid over the plane, of one class")
@@ -427,8 +427,10 @@ def draw(args):
     at_most_one(args, "interpolate", "reconstruct", "between", "map", "walk")
     output = sampled_file(args.output, NAME, classes, names, [".png"] if args.map else [".png", ".npz", ".gif", ""])
     check_frames("noise" if args.between else args.interpolate, classes, count)
-    if args.walk and (config["latent_dim"] != 2 or len(classes) != 1):
-        raise InputError(f"--walk is for --latent-dim 2 (here {config['latent_dim']}) and one --class")
+    if args.walk and (config["latent_dim"] != 2 or len(classes) != 1 or count > 20):
+        raise InputError(f"--walk is for --latent-dim 2 (here {config['latent_dim']}), one --class, at most 20 a side")
+    if args.map and config["latent_dim"] < 2:
+        raise InputError("--map is for --latent-dim 2 and more (here 1)")
     model = ema_network(checkpoint, pick_device(args.device))
     prior = checkpoint["prior"] if args.prior == "fitted" else None
     labels = torch.tensor(classes).repeat_interleave(count)
@@ -443,8 +445,7 @@ def draw(args):
         labels, count = labels[:1].expand(len(z)), len(axis)
         save_sampled(decode(model, z, one_hot(labels, len(names)), args.batch_size), labels, names, output, count)
     elif args.reconstruct or args.between:
-        given = [given_image(i, args.class_, config, names, args.data_dir) for i in args.reconstruct or args.between]
-        x, labels = (torch.cat(part) for part in zip(*given, strict=True))
+        x, labels = given_images(args.reconstruct or args.between, args.class_, config, names, args.data_dir)
         mu, _ = encode(model, to_uint8(x), labels)
         hot = one_hot(labels, len(names))
         if args.reconstruct:

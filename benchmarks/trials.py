@@ -32,7 +32,7 @@ BASE = {
     "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64 --widths 32,64,128",
     "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --prior-components 10 --lr 2e-3 --batch-size 128",
 }
-MUON = "--optimizer muon --batch-size 64 --lr 1e-2"
+MUON, RARE, WIDE = "--optimizer muon --batch-size 64 --lr 1e-2", "--penalty-every 8", "--latent-dim 64"
 TRIALS = {
     "ddim": [
         "", "--optimizer muon", "--optimizer muon --batch-size 64", "--optimizer muon --batch-size 64 --lr 5e-3", MUON,
@@ -43,8 +43,14 @@ TRIALS = {
         f"{MUON} --ema-length 0.04",
     ],
     "ldm": ["", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5"],
-    "gan": ["", "--loss nonsaturating", "--gamma 0.3", "--penalty-every 8", "--widths 48,96,128"],
-    "vae": ["", "--latent-dim 64", "--kl-weight 0.3", "--reconstruction l1", "--prior-components 0"],
+    "gan": [
+        "", "--loss nonsaturating", "--gamma 0.3", RARE, "--widths 48,96,128", f"{RARE} --loss nonsaturating",
+        f"{RARE} --gamma 0.3", "--penalty-every 16",
+    ],
+    "vae": [
+        "", WIDE, f"{WIDE} --kl-weight 0.3", f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
+        "--latent-dim 128",
+    ],
 }  # fmt: skip
 TAKEN = dict.fromkeys(BASE, "") | {"ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon"}
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")

@@ -668,7 +668,7 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--solver", "dpm++", "--eta", "1"], "--eta 0"),
         (["--solver", "euler"], "invalid choice"),
         (["--interpolate", "noise", "--filmstrip"], "one at a time"),
-        (["--invert", "60"], "'60' is not a whole number from 0 to 59"),
+        (["--invert", "60"], "there is no image 60: they are 0 to 59"),
         (["--invert", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
         (["--no-such-flag"], "unrecognized"),
     ],

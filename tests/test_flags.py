@@ -113,7 +113,7 @@ COMBINATIONS = [
     (("ddim", "ldm"), ["--invert", "0", "--filmstrip"], "one at a time"),
     (("ddim",), ["--interpolate", "noise"], "--num-samples 2 or more"),
     (("ddim",), ["--interpolate", "class", "--num-samples", "3"], "give two"),
-    (("ddim",), ["--invert", "60"], "from 0 to 59"),
+    (("ddim",), ["--invert", "60"], "0 to 59"),
     (("vae", "gan"), ["--interpolate", "noise"], "--num-samples 2 or more"),
     (("vae", "gan"), ["--interpolate", "class", "--num-samples", "3"], "give two"),
     (("vae",), ["--walk", "--class", "o"], "--walk is for --latent-dim 2"),

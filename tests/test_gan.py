@@ -82,9 +82,10 @@ def test_the_penalty_has_a_gradient_for_the_discriminator():
     assert found == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3)
 
 
-def test_the_discriminator_projects_on_the_class():
+@pytest.mark.parametrize("widths", [(4, 8), (8, 8), (8,)])
+def test_the_discriminator_projects_on_the_class(widths):
     """Miyato & Koyama eq. (4): between two classes the logit changes by <h, the rows' difference>."""
-    discriminator = gan.Discriminator(1, 3, (4, 8), spectral=False)
+    discriminator = gan.Discriminator(1, 3, widths, spectral=False)
     x, seen = torch.randn(5, 1, 32, 32), []
     discriminator.out.register_forward_hook(lambda module, given, _: seen.append(given[0]))
     logits = [discriminator(x, gan.one_hot(torch.full((5,), y), 3)) for y in (0, 2)]

@@ -214,19 +214,23 @@ def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
     assert np.abs(noise[0] - classes[0]).max() <= 1 and np.abs(noise[4] - classes[-1]).max() <= 1
 
 
-@pytest.mark.parametrize("latent_dim", ["2", "4"])
+@pytest.mark.parametrize("latent_dim", ["1", "2", "4"])
 def test_map_and_walk(in_tmp, data_dir, latent_dim, capsys):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"], "--latent-dim", latent_dim]
     assert vae.main(flags) == 0
-    assert vae.main(["--map", "pca", "--output", "map.png"]) == 0
-    assert len(Image.open("map.png").getcolors(1000)) > 10  # ten colours
+    refused = [["--walk", "--class", "o", *([] if latent_dim != "2" else ["--num-samples", "21"])]]
+    if latent_dim == "1":
+        refused.append(["--map", "pca"])
+    else:
+        assert vae.main(["--map", "pca", "--output", "map.png"]) == 0
+        assert len(Image.open("map.png").getcolors(1000)) > 10  # ten colours
     if latent_dim == "2":
         assert vae.main(["--walk", "--class", "o", "--num-samples", "5", "--output", "walk.npz"]) == 0
         assert np.load("walk.npz")["x"].shape[0] == 25
-    else:
+    for flags in refused:
         with pytest.raises(SystemExit, match="2"):
-            vae.main(["--walk", "--class", "o"])
-        assert "--walk is for --latent-dim 2 (here 4)" in capsys.readouterr().err
+            vae.main(flags)
+        assert f"{flags[0]} is for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,9 +239,10 @@ def test_map_and_walk(in_tmp, data_dir, latent_dim, capsys):
         (["--interpolate", "noise"], "need --num-samples 2"),
         (["--interpolate", "class", "--num-samples", "3"], "give two"),
         (["--reconstruct", "0", "--map", "pca"], "one at a time"),
-        (["--reconstruct", "99"], "'99' is not a whole number from 0 to 59"),
+        (["--reconstruct", "99"], "there is no image 99: they are 0 to 59"),
         (["--reconstruct", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
         (["--reconstruct", "nowhere.png"], "needs one --class"),
+        (["--reconstruct", *map(str, range(21))], "21 images are too many"),
         (["--map", "umap"], "invalid choice"),
         (["--truncation", "0"], "from 0.1"),
     ],
