@@ -409,6 +409,11 @@ def check_output(path, endings):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
         raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def file_stem(class_name):

@@ -391,6 +391,8 @@ def find_settings(args, class_names):
         guidances = args.guidance if args.guidance and not card["guidance_fixed"] else [card["guidance"]]
         steps = dict.fromkeys(min(s, most) for s in args.steps or [card["steps"]])
         solvers = args.solver if "solver" in infer_onnx.MODEL_FLAGS[card["model"]] else ["ddim"]
+        if solvers != args.solver:
+            print(f"{name} has a sampler of its own: --solver is not for it")
         limits = args.guidance_limit or [card["guidance_limit"]]
         for solver, limit, guidance, number in itertools.product(solvers, limits, guidances, steps):
             options = {"steps": number, "guidance": guidance}
@@ -529,7 +531,8 @@ def table(results):
         text += as_table(["model", *results["extractors"][0]["class_names"]], lines)
     head = ["model", "network evaluations", "ms / image, batch 1", "ms / image, best batch (its size)"]
     text += as_table([*head, "parameters", "MB", "training minutes"], [cost_cells(row) for row in rows])
-    where = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['provider']}"
+    threads = f"{machine['cores']} cores, {machine['threads'] or 'as many'} threads"
+    where = f"{machine['processor']}, {threads}, {machine['provider']}"
     text += f"Timed on {where}, onnxruntime {machine['onnxruntime']}: medians, which move with the machine's load.\n\n"
     for number, card in enumerate(results["extractors"], 1):
         weak = " (!) below 93 %, too weak to judge" if card["accuracy"] < 0.93 else ""
@@ -542,8 +545,8 @@ NOTES = """\
 - F-FID: Frechet distance in the first extractor's features of {data}. It is no FID and compares with none.
 - ±: standard deviation over the seeds of the sampling; a smaller difference is none. The floor's seeds are disjoint
   parts of the training images.
-- (!): fewer than {few:,} samples, or not as many as the {reference:,} test images. F-FID grows as N falls, and the four
-  scores after it move too: compare within this table only, and with its floor.
+- (!): fewer than {few:,} samples, or not as many as the {reference:,} test images. As N falls both F-FIDs grow,
+  coverage falls, and the others move a little: compare within this table only, and with its floor.
 - real images: as many training images scored in place of samples, the floor. Its label accuracy, copy ratio and copies
   are those of test images instead, since the extractor and the training images know the training images.
 - Precision, recall, density, coverage: k = {k}, all against all.
@@ -927,7 +930,7 @@ def score_setting(setting, reference, sets, test, args):
 
 
 def score_models(args):
-    """Draw, score and picture every setting; results are on the disk after each."""
+    """Draw, score and picture every setting.  The results are written when all are there."""
     for module in ("sklearn",) * args.tsne + ("torch",) * args.cas:
         importlib.import_module(module)  # now, and not after the work
     if args.num_samples % 10:
@@ -956,6 +959,8 @@ def score_models(args):
                 draw_chunk(cache, *part, bar)
         print(f"drawn: {len(parts)} files in {cache}; with those of the other shards there, run again without --shard")
         return
+    trouble, where = settings[0].model.trouble, settings[0].model.session.get_providers()[0]
+    print(f"running on {where}" + (f"; not on CUDA: {trouble}" if trouble else ""))
     print(f"{len(settings)} settings; real images are scored first", flush=True)
     reference = make_reference(extractors, train, test)
     results = {
@@ -965,9 +970,9 @@ def score_models(args):
         },
         "extractors": [card for _, _, card in extractors],
         "machine": {
-            "processor": processor(), "cores": os.cpu_count(), "threads": args.threads or os.cpu_count(),
-            "provider": settings[0].model.session.get_providers()[0], "python": platform.python_version(),
-            "numpy": np.__version__, "onnxruntime": ort.__version__,
+            "processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
+            "provider": where, "python": platform.python_version(), "numpy": np.__version__,
+            "onnxruntime": ort.__version__,
         },
         "floor": score_floor(reference, train, test, extractors[0][2]["accuracy"], args),
         "rows": [],
@@ -977,11 +982,11 @@ def score_models(args):
             sets = [draw_samples(cache, setting, seed, size, bar) for seed, size in enumerate(sizes)]
             bar.set_description(f"{setting.title()}, scoring")
             results["rows"].append(score_setting(setting, reference, sets, test, args))
-            write_results(results, args.output)
             draw_sets(args.output, setting, sets[0], reference)
             if args.tsne:
                 draw_tsne(args.output, setting, sets[0][: args.num_samples], reference)
             first_images[setting.title()] = sets[0][:10]
+    write_results(results, args.output)
     draw_side_by_side(args.output / "side_by_side.png", first_images)
     draw_results(results, args.output, class_names)
     print(table(results))

@@ -116,7 +116,7 @@ def tidy(graph):
                 tidy(attribute.g)
 
 
-def model_card(script, checkpoint, network, module, parts):
+def model_card(script, checkpoint, network, graphs, parts):
     """What infer_onnx.py must know, as plain JSON types. parts: of further files, {name: {"file", "sha256"}}."""
     config, name = checkpoint["config"], script.NAME
     training = {k: config[k] for k in (*script.FIXED, "lr", "epochs", "minutes")}
@@ -129,12 +129,12 @@ def model_card(script, checkpoint, network, module, parts):
         "class_names": checkpoint["class_names"],
         "image_shape": [config["channels"], IMAGE_SIZE, IMAGE_SIZE],
         "value_range": [-1, 1],
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": sum(p.numel() for module, *_ in graphs.values() for p in module.parameters()),
         "training": {**{k: checkpoint[k] for k in ("step", "images", "torch")}, **training},
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__},
         "parts": parts,
     }
-    noise = noise_streams(0, [0])
+    noise, module = noise_streams(0, [0]), graphs[""][0]
     if card["kind"] == "codes":
         prior = checkpoint.get("prior")
         card |= {"latent_dim": network.latent_dim, "prior": prior and {k: packed(v) for k, v in prior.items()}}
@@ -156,7 +156,17 @@ def model_card(script, checkpoint, network, module, parts):
         probe = {"seed": 0, "t": config["num_timesteps"] // 2, "y": 0}
         x_t = torch.from_numpy(draw_noise(noise, card.get("latent_shape", card["image_shape"])))
         output = module(x_t, torch.tensor([probe["t"]]), torch.tensor([probe["y"]]))
-    return {**card, "probe": {**probe, "output": [round(v, 6) for v in output.flatten().tolist()]}}
+    probe["output"] = rounded(output)
+    for part, about in parts.items():
+        module, inputs, _ = graphs[part]
+        shapes = {name: tuple(value.shape[1:]) for name, value in inputs.items()}
+        given = infer_onnx.part_inputs(shapes, probe, len(card["class_names"]))
+        about["output"] = rounded(module(*(torch.from_numpy(given[name]) for name in inputs)))
+    return {**card, "probe": probe}
+
+
+def rounded(tensor):
+    return [round(value, 6) for value in tensor.flatten().tolist()]
 
 
 def packed(tensor):
@@ -227,17 +237,18 @@ def export(name, checkpoint_path, output, weights):
     files = {part: output.with_name(f"{output.stem}_{part}.onnx") if part else output for part in graphs}
     contents = {part: infer_onnx.sealed(proto.SerializeToString()) for part, proto in protos.items() if part}
     parts = {k: {"file": files[k].name, "sha256": hashlib.sha256(v).hexdigest()} for k, v in contents.items()}
-    card = model_card(script, checkpoint, network, graphs[""][0], parts)
+    card = model_card(script, checkpoint, network, graphs, parts)
     onnx.helper.set_model_props(protos[""], {METADATA_KEY: json.dumps(card)})
     contents[""] = infer_onnx.sealed(protos[""].SerializeToString())  # written last: it names the others
     with tempfile.TemporaryDirectory() as scratch:  # they take their names only if the comparison passes
         for part, content in contents.items():
             Path(scratch, files[part].name).write_bytes(content)
         worst, levels = compare(script, checkpoint, network, graphs, Path(scratch, output.name))
-    for part, content in contents.items():
-        with written_whole(files[part]) as scratch:
-            scratch.write_bytes(content)
-        print(f"wrote {files[part]} ({files[part].stat().st_size / 1e6:.2f} MB) from {path}")
+    with contextlib.ExitStack() as stack:  # none takes its name before all are written
+        for part, content in contents.items():
+            stack.enter_context(written_whole(files[part])).write_bytes(content)
+    for file in files.values():
+        print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB) from {path}")
     print(f"network outputs within {worst:.1e} of torch's; images within {levels} grey level(s)")
     if weights:
         dropped = ("weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty")
@@ -287,7 +298,7 @@ def main(argv=None):
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
-        parser.exit(5, f"{parser.prog}: error: {error}; no file was written\n")
+        parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {name}.onnx was written\n")
     except OSError as error:
         parser.exit(5, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -528,6 +529,11 @@ def check_output(path, endings):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
         raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def file_stem(class_name):
@@ -712,16 +718,30 @@ def evaluation(model, count):
     return lambda: denoise(x_t, probe["t"])
 
 
+def part_inputs(shapes, probe, classes):
+    """What a part is checked with: noise of the shapes {input: shape}, and the class of the card's probe."""
+    inputs = {name: draw_noise(noise_streams(probe["seed"], [0]), shape) for name, shape in shapes.items()}
+    return inputs | {name: class_weights([probe["y"]], classes) for name in inputs.keys() & {"classes"}}
+
+
 def check(model):
-    """Run the network on the card's probe; RunError if its output is not what it was at the export."""
-    expected = np.array(model.card["probe"]["output"], np.float32)
-    difference = float(np.abs(evaluation(model, 1)().ravel()[: len(expected)] - expected).max())
+    """Run the network, and its parts, on the card's probe; RunError if an output is not what it was at the export."""
+    card = model.card
+    outputs = {card["model"]: (evaluation(model, 1)(), card["probe"]["output"])}
+    for name, session in model.parts.items():
+        if "output" not in card["parts"][name]:
+            raise RunError(f"the {name} was exported before it could be checked: export it again")
+        shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
+        inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
+        outputs[name] = run_session(session, **inputs), card["parts"][name]["output"]
     limit = 1e-4 if model.session.get_providers()[0] == "CPUExecutionProvider" else 1e-2  # CUDA: TF32
-    if not difference <= limit:
-        raise RunError(
-            f"the check failed: outputs differ by {difference:.1e} from those at the export, limit {limit:.0e}"
-        )
-    print(f"check passed: outputs within {difference:.1e} of those at the export")
+    for name, (found, expected) in outputs.items():
+        difference = float(np.abs(found.ravel()[: len(expected)] - np.array(expected, np.float32)).max())
+        if not difference <= limit:
+            raise RunError(
+                f"the check failed: {name}'s outputs differ by {difference:.1e} from the export's, limit {limit:.0e}"
+            )
+        print(f"check passed: {name}'s outputs within {difference:.1e} of those at the export")
 
 
 def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
@@ -734,9 +754,9 @@ def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
     return len(pairs) + sum(guidance not in (0, 1) and (guidance < 1 or t < until) for t, _ in pairs)
 
 
-def benchmark(model, passes):
-    """Print the median time of a network evaluation and of an image, which takes so many, at several batch sizes."""
-    print("batch  ms per evaluation  ms per evaluation and image  images/s at these steps and guidance")
+def benchmark(model, options):
+    """Print, at several batch sizes, the median time of a network evaluation and the images drawn in a second."""
+    print("batch  ms per evaluation  ms per evaluation and image  images/s drawn")
     for batch in (1, 4, 16, 64):
         evaluate, times = evaluation(model, batch), []
         for _ in range(12):
@@ -744,7 +764,10 @@ def benchmark(model, passes):
             evaluate()
             times.append(time.perf_counter() - start)
         median = sorted(times[2:])[5]  # the first two warm up
-        print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {batch / median / passes:36.1f}")
+        start = time.perf_counter()
+        sample(model, [model.card["probe"]["y"]] * batch, batch_size=batch, **options)
+        drawn = batch / (time.perf_counter() - start)
+        print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {drawn:14.1f}")
 
 
 def draw_images(model, args, classes, options, first, stop):
@@ -782,6 +805,7 @@ def run(args):
     names, where = card["class_names"], model.session.get_providers()[0]
     if args.info:
         short = {k: v if k not in ("alpha_bars", "probe", "prior") else "..." for k, v in card.items()}
+        short["parts"] = {name: {**part, "output": "..."} for name, part in card["parts"].items()}
         print(json.dumps({"file": str(path), "sha256": model.sha256, **short}, indent=1))
         return
     for flag in dict.fromkeys(flag for flags in MODEL_FLAGS.values() for flag in flags):
@@ -802,7 +826,7 @@ def run(args):
     if args.check:
         return check(model)
     if args.benchmark:
-        return benchmark(model, evaluations(card, **options))
+        return benchmark(model, options)
     classes = parse_classes(args.class_, names)
     special = [flag for flag in ("interpolate", "reconstruct", "between") if getattr(args, flag)]
     if len(special) > 1:

@@ -116,7 +116,7 @@ def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
     assert export.main(["gan", *checkpoint, "--output", "x.onnx"]) == 0
     refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "x.onnx"], capsys)
     refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "/proc/x.pt"], capsys, code=5)
-    refused(infer_onnx.main, ["--model", "x.onnx", "--output", "/proc/x.png"], capsys, code=5)
+    refused(infer_onnx.main, ["--model", "x.onnx", "--output", "/proc/x.png"], capsys)
     assert {p.name for p in in_tmp.iterdir()} == {"file", "x.onnx"}
 
 

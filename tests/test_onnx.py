@@ -1,8 +1,10 @@
 """export.py and infer_onnx.py: the same pictures without torch, honest providers, every bad file with its exit code."""
 
 import ctypes
+import errno
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -236,6 +238,26 @@ def test_every_model_is_drawn_and_checked_without_torch(exports, tmp_path, name)
     assert len(info["class_names"]) == 10 and info["parameters"] > 1000
 
 
+@pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
+def test_the_check_is_of_the_second_file_too(exports, name, part):
+    model = infer_onnx.load_model(exports(name), "cpu")
+    infer_onnx.check(model)
+    model.card["parts"][part]["output"][3] += 0.01
+    with pytest.raises(infer_onnx.RunError, match=f"{part}'s outputs differ by 1.0e-02"):
+        infer_onnx.check(model)
+    del model.card["parts"][part]["output"]  # as in files of an earlier export.py
+    with pytest.raises(infer_onnx.RunError, match=f"the {part} was exported before"):
+        infer_onnx.check(model)
+
+
+def test_the_card_counts_the_parameters_that_are_exported(exports):
+    for name in ("vae", "ldm"):
+        files = [exports(name), *exports(name).parent.glob(f"{name}_*.onnx")]
+        weights = [array for file in files for array in onnx.load(file).graph.initializer if array.data_type == 1]
+        counted = json.loads(onnx.load(exports(name)).metadata_props[0].value)["parameters"]
+        assert len(files) == 2 and 0 <= sum(math.prod(array.dims) for array in weights) - counted < 0.05 * counted
+
+
 def test_the_card_holds_the_fitted_prior(tiny_runs, exports):
     prior = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["prior"]
     found = infer_onnx.fitted_prior(infer_onnx.load_model(exports("vae"), "cpu").card)
@@ -365,8 +387,26 @@ def test_a_graph_that_differs_is_not_kept(exported, tiny_run, in_tmp, monkeypatc
     monkeypatch.setattr(export, "export_graph", lambda *_: proto)
     with pytest.raises(SystemExit, match="5"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
-    assert re.search("outputs differ by .*no file was written", capsys.readouterr().err)
+    assert re.search("ddim: the network's outputs differ by .*no ddim.onnx was written", capsys.readouterr().err)
     assert list(in_tmp.iterdir()) == []
+
+
+def test_two_files_are_both_new_or_both_old(tiny_runs, in_tmp, monkeypatch, capsys):
+    """The disk fills up between them."""
+    write, argv = Path.write_bytes, ["ldm", "--checkpoint", str(tiny_runs("ldm")), "--output", "x.onnx"]
+    assert export.main(argv) == 0
+    old = {path.name: path.read_bytes() for path in in_tmp.iterdir()}
+
+    def on_a_full_disk(path, content):
+        if path.name.startswith(".x.onnx"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", on_a_full_disk)
+    with pytest.raises(SystemExit, match="5"):
+        export.main([*argv, "--weights", "x.pt"])  # with rounded weights, so that both files would differ
+    assert "No space left" in capsys.readouterr().err
+    assert len(old) == 2 and {path.name: path.read_bytes() for path in in_tmp.iterdir()} == old
 
 
 def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, capsys):
@@ -374,7 +414,7 @@ def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, ca
     monkeypatch.setattr(infer_onnx, "sample", lambda *a, **k: sample(*a, **k) ^ 2)  # two grey levels off
     with pytest.raises(SystemExit, match="5"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
-    assert re.search("images differ by .*no file was written", capsys.readouterr().err)
+    assert re.search("images differ by .*onnx was written", capsys.readouterr().err)
     assert list(in_tmp.iterdir()) == []
 
 
@@ -452,7 +492,7 @@ def test_outputs(exported, tmp_path):
 def test_info_check_and_benchmark(exported, tmp_path):
     info = json.loads(infer("--model", exported, "--info", cwd=tmp_path).stdout)
     assert info["model"] == "ddim" and info["parameters"] > 1000 and len(info["sha256"]) == 64
-    assert "check passed" in infer("--model", exported, "--check", cwd=tmp_path).stdout
+    assert "check passed: ddim's outputs" in infer("--model", exported, "--check", cwd=tmp_path).stdout
     assert len(infer("--model", exported, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
     assert list(tmp_path.iterdir()) == []
 
