@@ -83,8 +83,8 @@ def target_of(prediction, x_0, eps, alpha_bar_t):
 def implied(output, x_t, prediction, alpha_bar_t, clip=False):
     """x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps: DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip, x_0_hat is limited
-    to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
+    eps: DDPM eq. (15), DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip,
+    x_0_hat is limited to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
     output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
     """
     signal_t, noise_t = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5

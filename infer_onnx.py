@@ -253,8 +253,8 @@ def time_pairs(num_timesteps, steps):
 def implied(output, x_t, prediction, alpha_bar_t, clip=False):
     """x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps: DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip, x_0_hat is limited
-    to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
+    eps: DDPM eq. (15), DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip,
+    x_0_hat is limited to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
     output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
     """
     signal_t, noise_t = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
@@ -344,8 +344,8 @@ def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", c
         x_0_hat, _ = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
-        mean, square = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
-        x_t = mean + square**0.5 * draw() if t_prev >= 0 else mean
+        mean, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
+        x_t = mean + sigma_squared**0.5 * draw() if t_prev >= 0 else mean
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t

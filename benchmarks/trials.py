@@ -10,6 +10,7 @@ runs/trials/, so that what was stopped goes on; the figures of all trials are ke
 """
 
 import argparse
+import hashlib
 import json
 import os
 import queue
@@ -36,7 +37,7 @@ MUON, RARE, WIDE = "--optimizer muon --batch-size 64 --lr 1e-2", "--penalty-ever
 TRIALS = {
     "ddim": [
         "", "--optimizer muon", "--optimizer muon --batch-size 64", "--optimizer muon --batch-size 64 --lr 5e-3", MUON,
-        "--optimizer muon --batch-size 64 --lr 2e-2", "--optimizer muon --batch-size 32 --lr 1e-2",
+        "--optimizer muon --batch-size 64 --lr 2e-2", f"{MUON} --batch-size 32",
         f"{MUON} --no-attention", f"{MUON} --depths 1,2", f"{MUON} --depths 1,4", f"{MUON} --widths 32,128",
         f"{MUON} --widths 48,96", f"{MUON} --patch 4 --widths 96 --depths 4",
         f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3", f"{MUON} --prediction eps", f"{MUON} --schedule linear",
@@ -68,19 +69,23 @@ def plan(minutes):
         for name in TRIALS
         for flags in TRIALS[name]
     ]
+    model = hashlib.sha256((ROOT / "pretrained/ddim.onnx").read_bytes()).hexdigest()
     return trials + [
-        {"name": "steps", "flags": f"{solver} {steps} {exponent}"} for solver, steps in WALKS for exponent in EXPONENTS
+        {"name": "steps", "flags": f"{solver} {steps} {exponent}", "model": model}
+        for solver, steps in WALKS
+        for exponent in EXPONENTS
     ]
 
 
 def key(trial):
-    return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn"))
+    return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn", "model"))
 
 
 def run_trial(trial, cores):
     """Train, export and evaluate on one core; returns the trial with its figures."""
     core, name, flags = cores.get(), trial["name"], trial["flags"].split()
-    place = RUNS / "-".join([name, f"{trial['minutes']:g}", *(flag.lstrip("-").replace(",", ".") for flag in flags)])
+    digest = hashlib.sha256(f"{trial['base']} {trial['flags']} {trial['minutes']:g}".encode()).hexdigest()[:8]
+    place = RUNS / "-".join([name, digest, *(flag.lstrip("-").replace(",", ".") for flag in flags)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def command(*words):
@@ -156,16 +161,17 @@ def table(trials):
             without = max((other for other in found if flags.startswith(other)), key=len, default=None)
             cells = [f"`{flags}`" if flags else "none", "", ""]
             if without is not None:
-                ratio = ffid / found[without]
-                verdict = "taken" if TAKEN[name].startswith(flags) else "better" if ratio < 0.95 else "no gain"
-                cells[1:] = verdict, f"{ratio:.2f}"
+                before, spread = found[without]
+                better = ffid < 0.95 * before and ffid + trial["spread"] < before - spread
+                verdict = "taken" if TAKEN[name].startswith(flags) else "better" if better else "no gain"
+                cells[1:] = verdict, f"{ffid / before:.2f}"
             cells += [f"{trial['epochs']:.1f}", f"{ffid:.3f} ± {trial['spread']:.3f}", f"{ffid / trial['floor']:.0f}"]
             lines.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
-            found[flags] = ffid
+            found[flags] = ffid, trial["spread"]
         text += evaluate.as_table(head, lines)
     text += "/ without: F-FID over that of the longest row above that the change starts with.  taken: by the script's\n"
-    text += "defaults; no gain: not 5 % better; better: but another row is better still, or longer runs are not, or\n"
-    text += "were not made.\n"
+    text += "defaults; no gain: not 5 % better, or not by both spreads; better: but another row is better still, or\n"
+    text += "longer runs are not, or were not made.\n"
     return text
 
 
