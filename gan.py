@@ -6,16 +6,18 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
     nonsaturating  the same loss_d,  loss_g = softplus(-fake)                                         section 3
     relativistic   loss_d = softplus(fake - real),  loss_g = softplus(real - fake)
     hinge          loss_d = relu(1 - real) + relu(1 + fake),  loss_g = -fake,  spectrally normalised
-    R1, R2         gamma / 2 * E || gradient of the logit with respect to the image ||^2, real and fake images
+    R1             gamma / 2 * E || gradient of the logit with respect to a real image ||^2, with nonsaturating
+    R1 + R2        the same at real and at fake images, with relativistic
 
     python gan.py --train --epochs 50              train on Fashion-MNIST
     python gan.py --class Sneaker                  draw a Sneaker with the newest weights
 
 Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018, arXiv:1802.05637), residual
-convolutions, no batch norm, the relativistic loss (Jolicoeur-Martineau 2018, arXiv:1807.00734) with the R1 and R2
-penalties (Mescheder et al. 2018, arXiv:1801.04406; both together: Huang et al. 2024, arXiv:2501.05441), penalties on
-every n-th step alone (Karras et al. 2019, arXiv:1912.04958), no momentum, an annealed learning rate, and an EMA of the
-generator whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696).
+convolutions, no batch norm, the R1 penalty (Mescheder et al. 2018, arXiv:1801.04406), on every n-th step alone (Karras
+et al. 2019, arXiv:1912.04958), no momentum, an annealed learning rate, and an EMA of the generator whose length is a
+share of the run (Karras et al. 2024, arXiv:2312.02696).  The losses of later papers: hinge (Miyato et al. 2018,
+arXiv:1802.05957), relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties: Huang et al. 2024,
+arXiv:2501.05441).
 """
 
 import argparse
@@ -377,9 +379,9 @@ def build_parser():
     add("--widths-d", type=whole_numbers, default=(32, 64, 128), help="the same of the discriminator (32,64,128)")
     add("--emb-channels", type=number(int, 4), default=128, help="size of the code and class embedding (128)")
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="relativistic", help="see the top of this help (relativistic)")
+    add("--loss", choices=LOSSES, default="nonsaturating", help="see the top of this help (nonsaturating)")
     add("--gamma", type=number(float, 0), default=1.0, help="weight of R1 (nonsaturating), R1 + R2 (relativistic) (1)")
-    add("--penalty-every", type=number(int, 1), default=4, help="steps between penalties, which then count as many (4)")
+    add("--penalty-every", type=number(int, 1), default=8, help="steps between penalties, which then count as many (8)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate after the warm-up (0.001)")
     add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")

@@ -53,7 +53,10 @@ TRIALS = {
         "--latent-dim 128",
     ],
 }  # fmt: skip
-TAKEN = dict.fromkeys(BASE, "") | {"ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon"}
+TAKEN = {
+    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon",
+    "gan": f"{RARE} --loss nonsaturating", "vae": WIDE,
+}  # fmt: skip
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
 DRAWN["ddim"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.25 --guidance-limit 1"
 DRAWN["ldm"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.5 --guidance-limit 1"

@@ -27,14 +27,12 @@ def torchrun(*command, processes=2, timeout=180):
 
 
 def losses(run_dir):
-    """{(file, step): the losses and gradients in a line of the log}.
-
-    Not a GAN's logits: the relativistic losses hold for any bias of them, which drifts on rounding alone.
-    """
+    """{(file, step): the losses, logits and gradients in a line of the log}."""
     found = {}
     for path in sorted(Path(run_dir).glob("*log.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            kept = {k: v for k, v in line.items() if k.startswith(("loss", "recon", "kl", "grad_norm"))}
+            names = ("loss", "recon", "kl", "grad_norm", "real_", "fake_")
+            kept = {k: v for k, v in line.items() if k.startswith(names)}
             if kept and "loss_by_tenth_of_t" in kept:
                 kept["loss_by_tenth_of_t"] = [v or 0.0 for v in kept["loss_by_tenth_of_t"]]
             if kept:
