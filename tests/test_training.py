@@ -1,0 +1,234 @@
+"""What the train loops do with batches, labels and flags: seen by spies, or by runs with and without a flag."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_FLAGS, equal
+
+import common
+import gan
+import ldm
+import vae
+
+DIFFUSION = ["ddpm", "ddim", "ldm"]
+
+
+def flags_of(name, data_dir, *flags):
+    return ["--train", "--epochs", "1", "--warmup", "0", "--data-dir", data_dir, *TINY_FLAGS[name], *flags]
+
+
+def class_of_bar(images):
+    """Images of the small set in [-1, 1] -> their classes, told by the place of the bar."""
+    return images[:, 0, 6:26, 4:].mean(dim=1).unfold(1, 4, 2).mean(dim=-1).argmax(dim=1)
+
+
+def is_real(images):
+    """Whether each image has levels of 0 to 255 alone, as no network's output has."""
+    return (common.to_float(common.to_uint8(images)) == images).flatten(1).all(dim=1)
+
+
+@pytest.fixture(autouse=True)
+def short_grids(monkeypatch):
+    for name in DIFFUSION:
+        monkeypatch.setattr(importlib.import_module(name), "GRID_STEPS", 2)
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_image_once_and_each_step_its_own_noise():
+    def at(step, seed=5):
+        args = SimpleNamespace(seed=seed, batch_size=20)
+        return SimpleNamespace(args=args, num_images=60, steps_per_epoch=3, step=step)
+
+    def noise(run):
+        generator = torch.Generator()
+        common.Run.seed(run, generator)
+        return torch.rand(1, generator=generator).item()
+
+    epochs = [torch.cat([common.Run.batch(at(step)) for step in steps]) for steps in (range(3), range(3, 6))]
+    assert all(sorted(epoch.tolist()) == [*range(60)] for epoch in epochs) and not torch.equal(*epochs)
+    assert len({noise(at(step, seed)) for step in range(4) for seed in (0, 1)}) == 8
+    assert noise(at(3)) == noise(at(3))
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_a_noised_image_is_shown_with_its_own_label(name, in_tmp, data_dir, monkeypatch):
+    script, forward, shown, labels = importlib.import_module(name), common.UNet.forward, [], []
+    q_sample = script.q_sample
+
+    def spy_image(x_0, *rest):
+        shown.append(x_0)
+        return q_sample(x_0, *rest)
+
+    def spy_label(self, x_t, t, y):
+        labels.append(y)
+        return forward(self, x_t, t, y)
+
+    monkeypatch.setattr(script, "q_sample", spy_image)
+    monkeypatch.setattr(common.UNet, "forward", spy_label)
+    monkeypatch.setattr(script, "sample", lambda **_: torch.zeros(80, 1, 32, 32))  # the grids show other labels
+    if name == "ldm":  # latents that are numbered by the class of their image
+
+        def numbered(self, images):
+            return class_of_bar(common.to_float(images)).float().view(-1, 1, 1, 1).expand(-1, 8, 8, 8)
+
+        monkeypatch.setattr(ldm.LatentDiffusion, "to_latents", numbered)
+    assert script.main(flags_of(name, data_dir, "--label-dropout", "0")) == 0
+    shown = torch.cat(shown)
+    expected = class_of_bar(shown) if name != "ldm" else shown[:, 0, 0, 0].unique(return_inverse=True)[1]
+    assert len(shown) >= 60 and torch.equal(expected, torch.cat(labels))
+
+
+def test_a_vae_encodes_and_decodes_an_image_with_its_own_label(in_tmp, data_dir, monkeypatch):
+    encode, decode, seen = vae.Encoder.forward, vae.Decoder.forward, []
+
+    def spy_encoder(self, x, classes):
+        seen.append((class_of_bar(x), classes.argmax(dim=1)))
+        return encode(self, x, classes)
+
+    def spy_decoder(self, z, classes):
+        if torch.is_grad_enabled():  # in the training, the images are those that were just encoded
+            seen.append((seen[-1][0], classes.argmax(dim=1)))
+        return decode(self, z, classes)
+
+    monkeypatch.setattr(vae.Encoder, "forward", spy_encoder)
+    monkeypatch.setattr(vae.Decoder, "forward", spy_decoder)
+    assert vae.main(flags_of("vae", data_dir)) == 0
+    assert len(seen) >= 6 and all(torch.equal(own, given) for own, given in seen)
+
+
+@pytest.mark.parametrize("loss", gan.LOSSES)
+def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(loss, in_tmp, data_dir, monkeypatch):
+    forward, asked, penalty = gan.Discriminator.forward, gan.discriminator_loss, gan.gradient_penalty
+    judged, penalised, steps = [], [], []
+
+    def spy(self, x, classes):
+        judged.append((x.detach(), classes.argmax(dim=1), forward(self, x, classes)))
+        return judged[-1][2]
+
+    def spy_loss(real, fake, kind):
+        x, y, logits = judged[-1]
+        true = is_real(x)
+        assert torch.equal(real, logits[true].float()) and torch.equal(fake, logits[~true].float()) and kind == loss
+        assert torch.equal(class_of_bar(x[true]), y[true]) and torch.equal(y[true], y[~true])
+        steps.append(len(real))
+        return asked(real, fake, kind)
+
+    def spy_penalty(discriminator, x, classes):
+        penalised.append(is_real(x).all().item())
+        return penalty(discriminator, x, classes)
+
+    monkeypatch.setattr(gan.Discriminator, "forward", spy)
+    monkeypatch.setattr(gan, "discriminator_loss", spy_loss)
+    monkeypatch.setattr(gan, "gradient_penalty", spy_penalty)
+    assert gan.main(flags_of("gan", data_dir, "--loss", loss, "--penalty-every", "2")) == 0
+    assert steps == [20, 20, 20]
+    once = {"nonsaturating": [True], "relativistic": [True, False]}.get(loss, [])
+    assert penalised == 2 * once  # R1 of real images, R2 of fake ones, at steps 0 and 2
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vae", "ldm"])
+def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
+    script, leaves = importlib.import_module(name), []
+    kl_divergence = script.kl_divergence
+
+    def spy(mu, logvar):
+        leaves.append(torch.zeros((), requires_grad=True))
+        return kl_divergence(mu, logvar) + leaves[-1]
+
+    monkeypatch.setattr(script, "kl_divergence", spy)
+    own = ["--kl-warmup", "0"] if name == "vae" else ["--stage", "1"]
+    assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *own)) == 0
+    assert [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None] == [pytest.approx(3)] * 3
+
+
+CHANGES = [
+    *((name, flags) for name in DIFFUSION for flags in (
+        "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw", "--optimizer adam",
+        "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3", "--lr 1e-4", "--label-dropout 1", "--seed 1",
+        "--num-timesteps 50",
+    )),
+    *(("ldm", flags) for flags in ("--kl-weight 5", "--stage-1-share 0.6", "--latent-channels 3")),
+    *(("vae", flags) for flags in (
+        "--reconstruction l1", "--reconstruction l2", "--reconstruction bce", "--kl-weight 3", "--weight-decay 0.5",
+        "--ema-length 0.4", "--grad-clip 1e-3", "--lr 1e-4", "--seed 1",
+    )),
+    *(("gan", flags) for flags in (
+        "--loss minmax", "--loss hinge", "--loss relativistic", "--gamma 9", "--penalty-every 2", "--ema-length 0.4",
+        "--lr 1e-4", "--seed 1",
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def averaged(data_dir, tmp_path_factory):
+    """A function: the averaged weights after an epoch of a script with these flags, trained when first asked for."""
+    made = {}
+
+    def weights_of(name, flags=""):
+        if (name, flags) not in made:
+            run_dir = tmp_path_factory.mktemp("run") / "run"
+            argv = [*flags_of(name, data_dir, *flags.split()), "--run-dir", str(run_dir)]
+            assert importlib.import_module(name).main([*argv, *(["--epochs", "2"] if name == "ldm" else [])]) == 0
+            made[name, flags] = torch.load(run_dir / f"{name}.pt", weights_only=True)["ema"]
+        return made[name, flags]
+
+    return weights_of
+
+
+@pytest.mark.parametrize(("name", "flags"), CHANGES)
+def test_a_flag_changes_what_is_learned(name, flags, averaged):
+    assert not equal(averaged(name), averaged(name, flags))
+
+
+@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
+def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
+    script, key = importlib.import_module(name), {"vae": "kl", "gan": "loss_g"}.get(name, "loss")
+    logs = []
+    for every in (1, 2):
+        monkeypatch.setattr(script, "LOG_EVERY", every)
+        argv = flags_of(name, data_dir, "--run-dir", str(every), "--epochs", "4" if name == "ldm" else "2")
+        assert script.main(argv) == 0
+        lines = map(json.loads, Path(f"{every}/log.jsonl").read_text().splitlines())
+        logs.append({line["step"]: line[key] for line in lines if key in line})
+    steps = [step for step in logs[1] if step - 1 in logs[0]]
+    assert len(steps) >= 3
+    for step in steps:
+        assert logs[1][step] == pytest.approx((logs[0][step - 1] + logs[0][step]) / 2, rel=1e-4)
+
+
+# --- Clock ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves half a second a step."""
+    now, show = [1e6], common.Run.show
+
+    def tick(self, bar, text):
+        now[0] += 0.5
+        show(self, bar, text)
+
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(common.Run, "show", tick)
+
+
+def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):
+    argv = ["--train", "--minutes", "0.19", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--run-dir", "run"]
+    assert ldm.main(argv) == 0  # 11.4 seconds, a quarter of them for stage 1
+    assert [torch.load(f"run/{stem}.pt", weights_only=True)["step"] for stem in ("autoencoder", "ldm")] == [6, 18]
+
+
+@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim"])
+def test_grids_are_drawn_as_often_as_asked_for(name, clock, in_tmp, data_dir):
+    argv = ["--train", "--minutes", "0.2", "--save-every", "0.05", "--data-dir", data_dir, *TINY_FLAGS[name]]
+    assert importlib.import_module(name).main([*argv, "--run-dir", "run"]) == 0
+    assert [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())] == [0, 6, 12, 18, 24]
