@@ -527,6 +527,21 @@ def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_muon_has_nesterov_momentum_and_decoupled_decay():
+    """Written out for three steps: m <- 0.95 m + 0.05 g, and the step is along 0.05 g + 0.95 m."""
+    matrix = torch.nn.Parameter(torch.randn(8, 12))
+    expected, m = matrix.detach().clone(), torch.zeros(8, 12)
+    other = torch.nn.Parameter(torch.ones(3), requires_grad=True)
+    muon = common.Muon([("down.weight", matrix), ("norm.weight", other)], 0.01, 0.1, False)
+    for _ in range(3):
+        matrix.grad = g = torch.randn(8, 12)
+        other.grad = torch.ones(3)
+        m = 0.95 * m + 0.05 * g
+        muon.step()
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * common.orthogonal(0.05 * g + 0.95 * m)
+    assert torch.allclose(matrix, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("units", [(), ("amx_bf16",), ("avx512_bf16",)])
 def test_bfloat16_is_the_default_where_the_cpu_computes_in_it(monkeypatch, units):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))

@@ -238,6 +238,10 @@ def test_a_full_step_with_eta_1_is_the_ddpm_posterior():
         variance = (1 - ab_prev) / (1 - ab) * (1 - alpha)
         found = ddim.ddim_step(x_0, eps, ab, ab_prev, 1.0, noise)
         assert torch.allclose(found, mean + variance**0.5 * noise, atol=1e-9)
+        noisy, plain = (ddim.ddim_step(x_0, eps, ab, ab_prev, 0.3, some) for some in (noise, 0 * noise))
+        assert torch.allclose(noisy - plain, 0.3 * variance**0.5 * noise, atol=1e-9)  # eq. (16)
+        expected = ab_prev**0.5 * x_0 + (1 - ab_prev - 0.3**2 * variance) ** 0.5 * eps
+        assert torch.allclose(plain, expected, atol=1e-9)
 
 
 def test_last_step_adds_no_noise():

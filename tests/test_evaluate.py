@@ -524,7 +524,7 @@ def test_a_model_of_other_classes_or_a_wrong_range_is_refused(workplace, in_tmp,
     assert not (in_tmp / "results/results.json").exists()
 
 
-def test_extractors_are_trained_and_used(workplace, in_tmp, capsys):
+def test_extractors_are_trained_and_used(workplace, in_tmp, monkeypatch, capsys):
     made = [*workplace, "--extractors", "made"]
     assert evaluate.main([*made, "--train-extractor", "--epochs", "3"]) == 0
     out = capsys.readouterr().out
@@ -536,8 +536,16 @@ def test_extractors_are_trained_and_used(workplace, in_tmp, capsys):
     train, test = (evaluate.load_split("kmnist", data_dir, split) for split in (True, False))
     evaluate.train_extractor(train, test, 1, 3, in_tmp / "again.onnx", "kmnist", data_dir)
     assert (in_tmp / "again.onnx").read_bytes() == (in_tmp / "made/extractor_kmnist.onnx").read_bytes()
+    train_extractor, labels = evaluate.train_extractor, []
+
+    def spy(pairs, *rest):
+        labels.append(pairs[1].tolist())
+        return train_extractor(pairs, *rest)
+
+    monkeypatch.setattr(evaluate, "train_extractor", spy)
     assert evaluate.main(["gan", *made, "--cas", "--tsne"]) == 0
+    assert labels == [train[1].tolist(), evaluate.balanced_labels(0, 60)]  # of real images, of samples
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert results["extractors"][0]["class_names"] == CLASSES
-    assert 0 <= results["rows"][0]["scores"]["cas"]["mean"] <= 1 and "cas" in results["floor"]["scores"]
+    assert "cas" in results["rows"][0]["scores"] and "cas" in results["floor"]["scores"]
     assert Image.open("results/tsne_gan.png").width == evaluate.WIDTH

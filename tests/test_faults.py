@@ -204,6 +204,7 @@ def test_a_batch_that_does_not_fit_into_memory(in_tmp, data_dir):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path(evaluate.IDX_SETS["fashion-mnist"][1]).is_dir(), reason="needs the real data set")
 def test_evaluate_says_what_it_cannot_write(in_tmp, capsys):
     (in_tmp / "file").write_text("")
     assert "file" in refused(evaluate.main, ["gan", "--num-samples", "20", "--output", "file"], capsys, code=5)

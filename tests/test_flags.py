@@ -5,6 +5,7 @@ import inspect
 import math
 
 import pytest
+import torch
 from conftest import TINY_FLAGS
 
 COMMANDS = [*TINY_FLAGS, "export", "infer_onnx", "evaluate"]
@@ -134,6 +135,16 @@ def test_what_does_not_go_together_is_refused_in_a_line(name, flags, message, ti
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
     assert not list(in_tmp.glob("*.p*")) and not list(in_tmp.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_steps_and_guidance_are_those_that_the_help_says(name, tiny_runs, in_tmp, monkeypatch):
+    script, run_dir, seen = importlib.import_module(name), str(tiny_runs(name)), []
+    monkeypatch.setattr(script, "sample", lambda **given: seen.append(given) or torch.zeros(1, 1, 32, 32))
+    assert script.main(["--checkpoint", run_dir, "--class", "0", "--output", "x.png"]) == 0
+    said = {action.dest: action.help for action in script.build_parser()._actions}
+    assert said["guidance"].endswith(f"({seen[0]['guidance']:g})")
+    assert said["steps"].endswith({1000: "(T)"}.get(seen[0]["steps"], f"({seen[0]['steps']})"))
 
 
 @pytest.mark.parametrize("name", DIFFUSION)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, save_sealed
+from conftest import ROOT, TINY_FLAGS, save_sealed
 from PIL import Image
 
 import common
@@ -170,6 +170,53 @@ def test_flags_of_guidance_draw_the_same_with_torch_and_without(name, tiny_runs,
             ddim.main(["--checkpoint", str(tiny_runs(name)), *flags, *between])
             assert np.abs(np.load("between.npz")["x"][0] - a[0]).max() <= 1
     assert np.abs(images["0.5"] - images["1"]).max() > 3
+
+
+WAYS = [
+    ("ddim", ["--solver", "dpm++"]), ("ddim", ["--eta", "1"]), ("ddpm", ["--variance", "large"]),
+    ("ldm", ["--solver", "dpm++"]), ("ldm", ["--eta", "1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "flags"), WAYS)
+def test_flags_of_the_sampler_draw_the_same_with_torch_and_without(name, flags, tiny_runs, exports, in_tmp):
+    images = {}
+    for own in ([], flags):
+        own = ["--steps", "4", "--class", "0,1,2", *own]
+        importlib.import_module(name).main(["--checkpoint", str(tiny_runs(name)), *own, "--output", "torch.npz"])
+        infer_onnx.main(["--model", str(exports(name)), *own, "--output", "onnx.npz"])
+        a, b = (np.load(f"{place}.npz")["x"].astype(int) for place in ("torch", "onnx"))
+        assert np.abs(a - b).max() <= 1
+        images[len(own)] = a
+    plain, flagged = images.values()
+    assert np.abs(plain - flagged).max() > 1
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_no_clip_reaches_the_sampler(name, tiny_runs, in_tmp, monkeypatch):
+    script, run_dir, seen = importlib.import_module(name), str(tiny_runs(name)), []
+    monkeypatch.setattr(script, "sample", lambda **given: seen.append(given["clip"]) or torch.zeros(1, 1, 32, 32))
+    for flags in ([], ["--no-clip"]):
+        script.main(["--checkpoint", run_dir, "--class", "0", *flags, "--output", "x.png"])
+    assert seen == [True, False]
+
+
+def test_a_model_of_another_kind_is_drawn_without_torch(in_tmp, data_dir):
+    """In colour, predicting noise, with few steps and a linear schedule, its labels never hidden."""
+    kind = ["--channels", "3", "--prediction", "eps", "--schedule", "linear", "--num-timesteps", "10"]
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"], *kind, "--label-dropout", "0"]
+    assert ddim.main(flags) == export.main(["ddim"]) == 0
+    card = infer_onnx.load_model("runs/ddim/ddim.onnx", "cpu").card
+    assert card["steps"] == 10 and card["guidance"] == 1 and card["guidance_fixed"]
+    assert card["image_shape"] == [3, 32, 32] and card["prediction"] == "eps" and len(card["alpha_bars"]) == 10
+    for way in ("folder", "grid.png"):
+        assert ddim.main(["--class", "0,1", "--output", f"torch/{way}"]) == 0
+        infer_onnx.main(["--class", "0,1", "--output", f"onnx/{way}"])
+    files = sorted(path.relative_to("torch") for path in Path("torch").rglob("*.png"))
+    assert len(files) == 3 and files == sorted(path.relative_to("onnx") for path in Path("onnx").rglob("*.png"))
+    for file in files:
+        a, b = (np.array(Image.open(folder / file)).astype(int) for folder in (Path("torch"), Path("onnx")))
+        assert a.shape[2] == 3 and (file.name == "grid.png" or np.abs(a - b).max() <= 1)
 
 
 OPTIONS = {

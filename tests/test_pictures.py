@@ -14,7 +14,10 @@ from PIL import Image
 import common
 import ddim
 import ddpm
+import gan
 import infer_onnx
+import ldm
+import vae
 
 NAMES = ["vae", "gan", "ddpm", "ddim", "ldm"]
 SNEAKER, LEVELS = 7, 1  # grey levels by which processors, threads and runtimes may differ
@@ -74,6 +77,24 @@ def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
             model=network, config=checkpoint["config"], labels=torch.tensor(labels), steps=20, guidance=script.GUIDANCE
         )
         assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
+
+
+@pytest.mark.parametrize("script", [vae, gan, ldm])
+def test_shipped_weights_draw_the_golden_picture(script):
+    checkpoint = common.load_checkpoint(ROOT / f"pretrained/{script.NAME}.pt", (script.NAME,))
+    own = {
+        "vae": {"prior": checkpoint.get("prior")},
+        "ldm": {"config": checkpoint["config"], "steps": 20, "guidance": ldm.GUIDANCE},
+    }.get(script.NAME, {})
+    network = script.ema_network(checkpoint, torch.device("cpu"))
+    images = script.sample(model=network, labels=torch.tensor([SNEAKER]), **own)
+    golden = np.array(Image.open(ROOT / f"tests/golden/{script.NAME}.png"))[::8, ::8]
+    assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_passes_its_own_check(name):
+    infer_onnx.check(shipped(name))
 
 
 def test_shards_draw_what_one_process_does(in_tmp):

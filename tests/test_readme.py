@@ -1,5 +1,7 @@
 """The README: its commands parse, its code runs, its links lead somewhere."""
 
+import hashlib
+import json
 import re
 import shlex
 import subprocess
@@ -46,7 +48,9 @@ def test_code_runs(code, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}
     exec(code, names)
-    assert len(names["images"]) == 3
+    images = names["images"]
+    assert images.shape == (3, 1, 32, 32) and str(images.dtype) in ("torch.float32", "uint8")
+    assert (images.min(), images.max()) == ((-1, 1) if str(images.dtype) == "torch.float32" else (0, 255))
 
 
 def test_links_lead_somewhere():
@@ -58,9 +62,16 @@ def tables(text):
     return re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("folder", ["results", "results/ten_steps", "results/steps"])
+@pytest.mark.parametrize("folder", ["results", "results/ddpm", "results/ten_steps", "results/steps"])
 def test_the_scores_are_those_of_the_table(folder):
-    """The tables of table.md (of further ones the scores), whole and word for word: no figure is typed."""
+    """The tables of table.md (of further ones the scores), whole and word for word: no figure is typed; and they are
+    of the models that ship.
+    """
+    results = json.loads((ROOT / folder / "results.json").read_text())
+    assert evaluate.table(results) == (ROOT / folder / "table.md").read_text()
+    for row in results["rows"]:
+        shipped = (ROOT / "pretrained" / row["file"]).read_bytes()
+        assert row["sha256"] == hashlib.sha256(shipped).hexdigest(), f"{row['title']}: not the model that ships"
     found = tables((ROOT / folder / "table.md").read_text())
     assert len(found) >= 3
     assert all(table in tables(README) for table in (found if folder == "results" else found[:1]))

@@ -58,6 +58,9 @@ def test_the_optimal_sigma_is_optimal():
     for factor in (0.9, 1.1):
         sigma = squares.mean().sqrt().detach() * factor
         assert found < (0.5 * squares / sigma**2 + sigma.log()).sum()
+    held = 0.5 * squares / squares.mean().detach()
+    gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, held.sum())]
+    assert torch.allclose(*gradients) and gradients[0].abs().max() > 0
 
 
 def test_losses_do_not_change_with_the_batch_size():
