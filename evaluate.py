@@ -533,7 +533,7 @@ def table(results):
     text += as_table([*head, "parameters", "MB", "training minutes"], [cost_cells(row) for row in rows])
     threads = f"{machine['cores']} cores, {machine['threads'] or 'as many'} threads"
     where = f"{machine['processor']}, {threads}, {machine['provider']}"
-    text += f"Timed on {where}, onnxruntime {machine['onnxruntime']}: medians, which move with the machine's load.\n\n"
+    text += f"On {where}, onnxruntime {machine['onnxruntime']}; times: medians, which move with the machine's load.\n\n"
     for number, card in enumerate(results["extractors"], 1):
         weak = " (!) below 93 %, too weak to judge" if card["accuracy"] < 0.93 else ""
         text += f"- Extractor {number}: {card['file']}, {card['architecture']}; test accuracy "
