@@ -687,14 +687,16 @@ def test_failed_check_and_bad_numbers_exit_with_5(exported, in_tmp, capsys):
 
 
 def test_memory_and_disk_faults_exit_with_5(exported, in_tmp, capsys, monkeypatch):
-    (in_tmp / "file").write_text("")
-    assert main_code(["--model", exported, "--steps", "1", "--output", "file/x.png"], capsys)[0] == 5
+    (in_tmp / "file").write_text("")  # known before anything is drawn, and the user's to mend
+    code, error = main_code(["--model", exported, "--steps", "1", "--output", "file/x.png"], capsys)
+    assert code == 2 and "file/x.png cannot be written" in error
+    for fault in (MemoryError("cannot allocate"), OSError(errno.ENOSPC, "No space left on device")):
 
-    def no_memory(*_, **__):
-        raise MemoryError("cannot allocate")
+        def fail(*_, fault=fault, **__):
+            raise fault
 
-    monkeypatch.setattr(infer_onnx, "draw_noise", no_memory)
-    assert main_code(["--model", exported], capsys)[0] == 5
+        monkeypatch.setattr(infer_onnx, "draw_noise", fail)
+        assert main_code(["--model", exported], capsys)[0] == 5
 
 
 def test_ctrl_c_exits_with_130(exported, in_tmp, capsys, monkeypatch):
