@@ -295,7 +295,7 @@ def given_images(names, class_, config, class_names, data_dir=None):
             images.append(data.images[int(name)][None])
             labels.append(data.labels[int(name)].item())
         else:
-            (label, *others) = parse_classes(class_, class_names)
+            label, *others = parse_classes(class_, class_names)
             if others:
                 raise InputError(f"{name} needs one --class, that of the image")
             images.append(load_image(name, config["channels"]))

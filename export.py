@@ -239,7 +239,7 @@ def export(name, checkpoint_path, output, weights):
     parts = {k: {"file": files[k].name, "sha256": hashlib.sha256(v).hexdigest()} for k, v in contents.items()}
     card = model_card(script, checkpoint, network, graphs, parts)
     onnx.helper.set_model_props(protos[""], {METADATA_KEY: json.dumps(card)})
-    contents[""] = infer_onnx.sealed(protos[""].SerializeToString())  # written last: it names the others
+    contents[""] = infer_onnx.sealed(protos[""].SerializeToString())  # after the others: it holds their sums
     with tempfile.TemporaryDirectory() as scratch:  # they take their names only if the comparison passes
         for part, content in contents.items():
             Path(scratch, files[part].name).write_bytes(content)
