@@ -959,8 +959,7 @@ def score_models(args):
                 draw_chunk(cache, *part, bar)
         print(f"drawn: {len(parts)} files in {cache}; with those of the other shards there, run again without --shard")
         return
-    trouble, where = settings[0].model.trouble, settings[0].model.session.get_providers()[0]
-    print(f"running on {where}" + (f"; not on CUDA: {trouble}" if trouble else ""))
+    print(f"running on {settings[0].model.where}")
     print(f"{len(settings)} settings; real images are scored first", flush=True)
     reference = make_reference(extractors, train, test)
     results = {
@@ -971,8 +970,8 @@ def score_models(args):
         "extractors": [card for _, _, card in extractors],
         "machine": {
             "processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
-            "provider": where, "python": platform.python_version(), "numpy": np.__version__,
-            "onnxruntime": ort.__version__,
+            "provider": settings[0].model.session.get_providers()[0], "python": platform.python_version(),
+            "numpy": np.__version__, "onnxruntime": ort.__version__,
         },
         "floor": score_floor(reference, train, test, extractors[0][2]["accuracy"], args),
         "rows": [],

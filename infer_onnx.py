@@ -105,6 +105,11 @@ class Model:
     sha256: str
     trouble: str | None  # why CUDA is not used
 
+    @property
+    def where(self):
+        """The provider it runs on, and why that is not CUDA."""
+        return self.session.get_providers()[0] + (f"; not on CUDA: {self.trouble}" if self.trouble else "")
+
 
 def load_model(path, provider="auto", threads=0, tf32=True):
     """Read and check a model file and its parts beside it. Returns a Model.
@@ -803,7 +808,7 @@ def run(args):
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
     card, name = model.card, model.card["model"]
-    names, where = card["class_names"], model.session.get_providers()[0]
+    names = card["class_names"]
     if args.info:
         short = {k: v if k not in ("alpha_bars", "probe", "prior") else "..." for k, v in card.items()}
         short["parts"] = {name: {**part, "output": "..."} for name, part in card["parts"].items()}
@@ -823,7 +828,7 @@ def run(args):
             raise InputError(f"--steps {options['steps']} is more than the {len(card['alpha_bars'])} of the training")
         if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
             raise InputError(f"this model knows no other --guidance than {card['guidance']}")
-    print(f"running on {where}" + (f"; not on CUDA: {model.trouble}" if model.trouble else ""))
+    print(f"running on {model.where}")
     if args.check:
         return check(model)
     if args.benchmark:

@@ -38,10 +38,9 @@ TRIALS = {
     "ddim": [
         "", "--optimizer muon", "--optimizer muon --batch-size 64", "--optimizer muon --batch-size 64 --lr 5e-3", MUON,
         "--optimizer muon --batch-size 64 --lr 2e-2", f"{MUON} --batch-size 32",
-        f"{MUON} --no-attention", f"{MUON} --depths 1,2", f"{MUON} --depths 1,4", f"{MUON} --widths 32,128",
-        f"{MUON} --widths 48,96", f"{MUON} --patch 4 --widths 96 --depths 4",
-        f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3", f"{MUON} --prediction eps", f"{MUON} --schedule linear",
-        f"{MUON} --ema-length 0.04",
+        f"{MUON} --no-attention", f"{MUON} --depths 1,4", f"{MUON} --depths 1,2",
+        f"{MUON} --patch 4 --widths 96 --depths 4", f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3",
+        f"{MUON} --prediction eps", f"{MUON} --schedule linear", f"{MUON} --widths 48,96", f"{MUON} --ema-length 0.04",
     ],
     "ldm": ["", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5"],
     "gan": [
@@ -50,7 +49,7 @@ TRIALS = {
     ],
     "vae": [
         "", WIDE, f"{WIDE} --kl-weight 0.3", f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
-        "--latent-dim 128",
+        "--latent-dim 128", f"{WIDE} --kl-weight 0.1", f"{WIDE} --prior-components 30",
     ],
 }  # fmt: skip
 TAKEN = {
