@@ -42,7 +42,10 @@ TRIALS = {
         f"{MUON} --patch 4 --widths 96 --depths 4", f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3",
         f"{MUON} --prediction eps", f"{MUON} --schedule linear", f"{MUON} --widths 48,96", f"{MUON} --ema-length 0.04",
     ],
-    "ldm": ["", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5"],
+    "ldm": [
+        "", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5",
+        "--optimizer muon --latent-channels 4",
+    ],
     "gan": [
         "", "--loss nonsaturating", "--gamma 0.3", RARE, "--widths 48,96,128", f"{RARE} --loss nonsaturating",
         f"{RARE} --gamma 0.3", "--penalty-every 16",
@@ -50,6 +53,7 @@ TRIALS = {
     "vae": [
         "", WIDE, f"{WIDE} --kl-weight 0.3", f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
         "--latent-dim 128", f"{WIDE} --kl-weight 0.1", f"{WIDE} --prior-components 30",
+        "--latent-dim 128 --kl-weight 0.3 --prior-components 5",
     ],
 }  # fmt: skip
 TAKEN = {
