@@ -12,9 +12,10 @@ Diederik Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2013 (arXiv:131
 
 Differs from the paper: class labels for encoder and decoder (Kingma et al. 2014, arXiv:1406.5298), residual
 convolutions, a Gaussian p(x | z) whose scale is learned (sigma-VAE, Rybkin et al. 2020, arXiv:2006.13202), a KL weight
-that grows from 0, AdamW with an annealed learning rate, gradient clipping, an EMA whose length is a share of the run
-(Karras et al. 2024, arXiv:2312.02696), and a prior fitted after the training: for each class a Gaussian mixture over
-the codes of its images, which are not as normal as the KL asks for (Ghosh et al. 2019, arXiv:1903.12436).
+that grows from 0 and stays below 1 (Alemi et al. 2018, arXiv:1711.00464), AdamW with an annealed learning rate,
+gradient clipping, an EMA whose length is a share of the run (Karras et al. 2024, arXiv:2312.02696), and a prior fitted
+after the training: for each class a Gaussian mixture over the codes of its images, which are not as normal as the KL
+asks for (Ghosh et al. 2019, arXiv:1903.12436).
 """
 
 import argparse
@@ -396,7 +397,7 @@ def build_parser():
     add(
         "--reconstruction", choices=("sigma", "l2", "l1", "bce"), default="sigma", help="p(x | z); sigma adapts (sigma)"
     )
-    add("--kl-weight", type=number(float, 0), default=1.0, help="of the KL divergence, after its warm-up (1)")
+    add("--kl-weight", type=number(float, 0), default=0.3, help="of the KL divergence, after its warm-up (0.3)")
     add("--kl-warmup", type=number(float, 0, 1), default=0.1, help="share of the run in which it grows from 0 (0.1)")
     add("--prior-components", type=number(int, 0, 1000), default=15, help="per class; 0 is N(0, 1) (15)")
     add = parser.add_argument_group("optimisation").add_argument

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -31,7 +32,8 @@ BASE = {
     "ddim": "--optimizer adamw --lr 3e-3 --batch-size 128 --widths 32,96 --depths 1,3 --patch 2 --prediction v",
     "ldm": "--optimizer adamw --lr 3e-3 --batch-size 64 --latent-channels 8 --kl-weight 1e-2 --stage-1-share 0.2",
     "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64 --widths 32,64,128",
-    "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --prior-components 10 --lr 2e-3 --batch-size 128",
+    "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --kl-weight 1 --prior-components 10 --lr 2e-3 "
+    "--batch-size 128",
 }
 MUON, RARE, WIDE = "--optimizer muon --batch-size 64 --lr 1e-2", "--penalty-every 8", "--latent-dim 64"
 TRIALS = {
@@ -57,8 +59,8 @@ TRIALS = {
     ],
 }  # fmt: skip
 TAKEN = {
-    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon",
-    "gan": f"{RARE} --loss nonsaturating", "vae": WIDE,
+    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon --latent-channels 4",
+    "gan": f"{RARE} --loss nonsaturating", "vae": f"{WIDE} --kl-weight 0.3",
 }  # fmt: skip
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
 DRAWN["ddim"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.25 --guidance-limit 1"
@@ -85,6 +87,11 @@ def plan(minutes):
 
 def key(trial):
     return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn", "model"))
+
+
+def pairs(flags):
+    """{"--flag value"} of a command line's flags."""
+    return set(re.findall(r"--\S+(?: [^-]\S*)?", flags))
 
 
 def run_trial(trial, cores):
@@ -169,7 +176,8 @@ def table(trials):
             if without is not None:
                 before, spread = found[without]
                 better = ffid < 0.95 * before and ffid + trial["spread"] < before - spread
-                verdict = "taken" if TAKEN[name].startswith(flags) else "better" if better else "no gain"
+                taken = pairs(flags) <= pairs(TAKEN[name])
+                verdict = "taken" if taken else "better" if better else "no gain"
                 cells[1:] = verdict, f"{ffid / before:.2f}"
             cells += [f"{trial['epochs']:.1f}", f"{ffid:.3f} ± {trial['spread']:.3f}", f"{ffid / trial['floor']:.0f}"]
             lines.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
