@@ -400,8 +400,11 @@ def written_whole(path):
         scratch.unlink(missing_ok=True)
 
 
-def check_output(path, endings):
-    """Refuse an output that could not be written, before the work is done. endings: of its name; "" is a folder."""
+def check_output(path, endings, given=()):
+    """Refuse an output that could not be written, before the work is done.
+
+    endings: of its name; "" is a folder;  given: names of images, or None, which it may not replace.
+    """
     if path.suffix not in endings:
         names = " or ".join(ending for ending in endings if ending)
         raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
@@ -409,6 +412,8 @@ def check_output(path, endings):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
         raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
+    if path.resolve() in [Path(name).resolve() for name in given if name]:
+        raise InputError(f"{path} is an image that is given: name another --output")
     there = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -526,11 +531,11 @@ def save_gif(frames, path, milliseconds=80):
         frames[0].save(scratch, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def sampled_file(asked, name, classes, class_names, endings):
+def sampled_file(asked, name, classes, class_names, endings, given=()):
     """The path to write samples to: the one asked for, or NAME_CLASS.png; refused as by check_output."""
     what = file_stem(class_names[classes[0]]) if len(classes) == 1 else "samples"
     output = asked or Path(f"{name}_{what}.png")
-    check_output(output, endings)
+    check_output(output, endings, given)
     return output
 
 
@@ -874,7 +879,8 @@ class Run:
         """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
         folder = [None]
         if self.rank == 0:
-            if asked and ((asked / f"{self.stem}.pt").exists() or (asked / self.log_file).exists()):
+            files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}
+            if asked and any((asked / file).exists() for file in files):
                 raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
             names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
             folder = [asked or next(path for name in names if new_folder(path := Path("runs", name)))]

@@ -461,7 +461,7 @@ def draw(args):
     classes, count = parse_classes(args.class_, names), args.num_samples
     at_most_one(args, "filmstrip", "interpolate", "invert")
     endings = [".png"] if args.filmstrip else [".png", ".npz", *([] if args.interpolate else [".gif"]), ""]
-    output = sampled_file(args.output, NAME, classes, names, endings)
+    output = sampled_file(args.output, NAME, classes, names, endings, given=[args.invert])
     check_sampling(config, steps, guidance)
     check_frames(args.interpolate, classes, count)
     if args.eta > 0 and (args.interpolate or args.invert or args.solver == "dpm++"):

@@ -190,7 +190,7 @@ def random_inputs(inputs, batch, card):
 
 
 def compare(script, checkpoint, network, graphs, path):
-    """Largest difference of the graphs' outputs, and of uint8 images of every class. Raises ParityError."""
+    """Largest difference of the graphs' outputs, and of uint8 images of the first ten classes. Raises ParityError."""
     model = infer_onnx.load_model(path, "cpu")
     card, worst = model.card, 0.0
     for part, (module, inputs, _) in graphs.items():
@@ -298,7 +298,7 @@ def main(argv=None):
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
-        parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {name}.onnx was written\n")
+        parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {args.output or name + '.onnx'} was written\n")
     except OSError as error:
         parser.exit(5, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

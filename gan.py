@@ -76,7 +76,10 @@ class Generator(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """x + f(x) without a norm, then half the size and out_channels, unless these are None.  f starts small."""
+    """x + f(x) without a norm, then half the size and out_channels, unless these are None.
+
+    f starts small, unless conv2 is spectrally normalised, which undoes any scale.
+    """
 
     def __init__(self, in_channels, out_channels):
         super().__init__()

@@ -525,8 +525,11 @@ def draw_noise(streams, shape):
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 
-def check_output(path, endings):
-    """Refuse an output that could not be written, before the work is done. endings: of its name; "" is a folder."""
+def check_output(path, endings, given=()):
+    """Refuse an output that could not be written, before the work is done.
+
+    endings: of its name; "" is a folder;  given: names of images, or None, which it may not replace.
+    """
     if path.suffix not in endings:
         names = " or ".join(ending for ending in endings if ending)
         raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
@@ -534,6 +537,8 @@ def check_output(path, endings):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
         raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
+    if path.resolve() in [Path(name).resolve() for name in given if name]:
+        raise InputError(f"{path} is an image that is given: name another --output")
     there = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -848,7 +853,7 @@ def run(args):
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{what}.png")
     if not (args.shard and output.is_dir() and all(path.name.lstrip(".")[:5].isdecimal() for path in output.iterdir())):
-        check_output(output, [".png", ".npz", ""])  # the shards share a folder
+        check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())  # shards share a folder
     start = time.perf_counter()
     images, labels, columns = draw_images(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start

@@ -424,6 +424,7 @@ def train_autoencoder(args, data, device, checkpoint, share):
             if run.save_due():
                 save()
         save()
+        run.agree()  # or a signal meanwhile would be lost, and the next stage begin
     return run.folder, run.end()
 
 
@@ -621,7 +622,7 @@ def draw(args):
     classes, count = parse_classes(args.class_, names), args.num_samples
     at_most_one(args, "filmstrip", "map", "reconstruct", "invert")
     endings = [".png"] if args.filmstrip or args.map else [".png", ".npz", ".gif", ""]
-    output = sampled_file(args.output, NAME, classes, names, endings)
+    output = sampled_file(args.output, NAME, classes, names, endings, given=args.reconstruct or [args.invert])
     check_sampling(config, steps, guidance)
     if args.eta > 0 and (args.invert or args.solver == "dpm++"):
         raise InputError("--invert and --solver dpm++ need the deterministic sampler, --eta 0")

@@ -426,7 +426,8 @@ def draw(args):
     config, names = checkpoint["config"], checkpoint["class_names"]
     classes, count = parse_classes(args.class_, names), args.num_samples
     at_most_one(args, "interpolate", "reconstruct", "between", "map", "walk")
-    output = sampled_file(args.output, NAME, classes, names, [".png"] if args.map else [".png", ".npz", ".gif", ""])
+    endings, given = [".png"] if args.map else [".png", ".npz", ".gif", ""], args.reconstruct or args.between or ()
+    output = sampled_file(args.output, NAME, classes, names, endings, given)
     check_frames("noise" if args.between else args.interpolate, classes, count)
     if args.walk and (config["latent_dim"] != 2 or len(classes) != 1 or count > 20):
         raise InputError(f"--walk is for --latent-dim 2 (here {config['latent_dim']}), one --class, at most 20 a side")

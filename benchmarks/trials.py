@@ -89,6 +89,19 @@ def key(trial):
     return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn", "model"))
 
 
+def read_kept():
+    """All trials so far by their keys."""
+    return {key(trial): trial for trial in json.loads(KEPT.read_text())} if KEPT.is_file() else {}
+
+
+def keep(trial):
+    """Add a trial to those so far, also to what another process has added meanwhile; returns all."""
+    kept = {**read_kept(), key(trial): trial}
+    with infer_onnx.written_whole(KEPT) as scratch:
+        scratch.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+    return kept
+
+
 def pairs(flags):
     """{"--flag value"} of a command line's flags."""
     return set(re.findall(r"--\S+(?: [^-]\S*)?", flags))
@@ -198,28 +211,24 @@ def main():
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
-    kept = {key(trial): trial for trial in json.loads(KEPT.read_text())} if KEPT.is_file() else {}
+    kept = read_kept()
     wanted = [t for t in trials if key(t) not in kept and t["name"] in (args.names or t["name"])]
     wanted = [] if args.table else [t for t in wanted if t["flags"] in (args.flags or [t["flags"]])]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
 
-    def keep(result):
-        kept[key(result)] = result
-        KEPT.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
-
     with ThreadPoolExecutor(cores.qsize()) as pool:
         jobs = [pool.submit(run_trial, trial, cores) for trial in wanted if trial["name"] != "steps"]
         try:
             for job in as_completed(jobs):
-                keep(job.result())
+                kept = keep(job.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     for trial in wanted:
         if trial["name"] == "steps":
-            keep(try_spacing(trial))
+            kept = keep(try_spacing(trial))
     lengths = sorted({trial.get("minutes", args.minutes) for trial in kept.values()})
     shown = dict.fromkeys(key(trial) for minutes in lengths for trial in plan(minutes))
     text = table([kept[known] for known in shown if known in kept])

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; tiny networks gain nothing from more
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests compare bits, messages and two processes as they are on a CPU
 import common  # noqa: E402
 import ddim  # noqa: E402
 import infer_onnx  # noqa: E402

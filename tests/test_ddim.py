@@ -674,6 +674,7 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--interpolate", "noise", "--filmstrip"], "one at a time"),
         (["--invert", "60"], "there is no image 60: they are 0 to 59"),
         (["--invert", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
+        (["--invert", "a.png", "--class", "o", "--output", "a.png"], "a.png is an image that is given"),
         (["--no-such-flag"], "unrecognized"),
     ],
 )
@@ -689,8 +690,7 @@ def test_bad_input_gets_one_line(tiny_run, in_tmp, data_dir, capsys, flags, mess
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
-    if not torch.cuda.is_available():
-        assert "--device cuda" in refused(["--checkpoint", str(tiny_run), "--device", "cuda"], capsys)
+    assert "--device cuda" in refused(["--checkpoint", str(tiny_run), "--device", "cuda"], capsys)
 
 
 def test_training_data_of_other_classes_is_refused_on_resume(tiny_run, in_tmp):

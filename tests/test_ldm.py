@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,32 @@ def test_a_run_is_not_resumed_in_another_stage(in_tmp, data_dir, capsys, flags):
     with pytest.raises(SystemExit, match="2"):
         ldm.main(["--resume", *flags])
     assert "leaves out the stage that runs/ldm is in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_that_holds_the_second_stage_alone_is_refused(in_tmp, data_dir, capsys):
+    Path("run").mkdir()
+    for file in ("ldm.pt", "log.jsonl"):
+        Path("run", file).touch()
+        with pytest.raises(SystemExit, match="2"):
+            ldm.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--run-dir", "run"])
+        assert "run holds a run" in capsys.readouterr().err.splitlines()[-1]
+        assert [path.name for path in Path("run").iterdir()] == [file]
+        Path("run", file).unlink()
+
+
+def test_ctrl_c_while_the_first_stage_is_saved_ends_the_run(in_tmp, data_dir, monkeypatch, capsys):
+    save, calls = ldm.Run.save, []
+
+    def interrupted(run, content):
+        save(run, content)
+        calls.append(run.part)
+        if len(calls) == 2:  # at the start and at the end
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ldm.Run, "save", interrupted)
+    assert ldm.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]) == 130
+    assert calls == ["autoencoder"] * 2 and "--resume --run-dir runs/ldm" in capsys.readouterr().out
+    assert ldm.main(["--resume"]) == 0 and Path("runs/ldm/ldm.pt").is_file()
 
 
 def test_a_finished_first_stage_is_not_gone_back_to(tiny_runs, tmp_path, capsys):

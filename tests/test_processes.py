@@ -90,8 +90,8 @@ def test_an_error_of_the_first_process_is_its_line_and_no_traceback_of_the_other
 
 def test_the_line_of_the_readme_and_a_batch_that_cannot_be_shared(in_tmp, data_dir):
     command = ["torchrun", "--nproc-per-node", "2", str(ROOT / "ddim.py"), *FLAGS["ddim"], "--data-dir", data_dir]
-    bin_dir = str(Path(sys.executable).parent)
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": bin_dir, "OMP_NUM_THREADS": "1"})
+    env = {"PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run runs/ddim on cpu") == 1 and Path("runs/ddim/ddim.pt").is_file()
     done = torchrun(ROOT / "ddim.py", *FLAGS["ddim"], "--data-dir", data_dir, "--batch-size", "21")

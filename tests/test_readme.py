@@ -9,8 +9,10 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from conftest import ROOT
 
+import common
 import ddim
 import ddpm
 import evaluate
@@ -72,6 +74,18 @@ def test_the_scores_are_those_of_the_table(folder, quoted):
         shipped = (ROOT / "pretrained" / row["file"]).read_bytes()
         assert row["sha256"] == hashlib.sha256(shipped).hexdigest(), f"{row['title']}: not the model that ships"
     assert len(tables(text)) == 3 and all(table in tables(README) for table in tables(text)[:quoted])
+
+
+@pytest.mark.parametrize("module", [vae, gan, ddim, ldm])
+def test_the_shipped_models_are_runs_of_the_defaults_as_its_table_says(module):
+    name = module.NAME
+    config = torch.load(ROOT / f"pretrained/{name}.pt", weights_only=True)["config"]
+    own = {*module.FIXED, *module.FREE} - {*common.RUN_FLAGS, "bf16", "compile", "autoencoder"}
+    defaults = vars(module.build_parser().parse_args([]))
+    assert {key: config[key] for key in own} == {key: defaults[key] for key in own}
+    minutes, epochs = re.search(rf"`python {name}\.py --train --minutes (\d+)` \| ([\d.]+) \|", README).groups()
+    log = (ROOT / f"pretrained/{name}.log.jsonl").read_text().splitlines()
+    assert float(minutes) == config["minutes"] and epochs == f"{json.loads(log[-1])['epoch']:.1f}"
 
 
 def test_the_table_of_tests_counts_what_pytest_collects():

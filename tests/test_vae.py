@@ -204,6 +204,9 @@ def test_reconstructions_and_the_way_between_two_images(tiny_runs, in_tmp, capsy
     Image.fromarray(x[0, 0]).save("given.png")
     own = test_set.class_names[test_set.labels[0]]
     assert vae.main([*at, "--reconstruct", "given.png", "--class", own, "--output", "file.npz"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        vae.main([*at, "--between", "0", "given.png", "--class", own, "--num-samples", "2", "--output", "given.png"])
+    assert "given.png is an image that is given" in capsys.readouterr().err
     assert np.abs(np.load("file.npz")["x"][1].astype(int) - x[2]).max() <= 1
 
 
