@@ -59,7 +59,7 @@ TRIALS = {
     ],
 }  # fmt: skip
 TAKEN = {
-    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon --latent-channels 4",
+    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon",
     "gan": f"{RARE} --loss nonsaturating", "vae": f"{WIDE} --kl-weight 0.3",
 }  # fmt: skip
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
