@@ -1036,6 +1036,8 @@ class Run:
         """Say how the run ended and what comes next; returns the exit code."""
         if self.world > 1:
             dist.barrier()  # for what the first has to save
+        if self.part:
+            self.agree()  # or a signal while that was saved would be lost, and the next part begin
         print(f"{self.step} steps, {self.epoch():.2f} epochs, {self.seconds() / 60:.1f} minutes")
         if self.stopped:
             print(f"Stopped and saved. Go on with:\n  {self._command('--resume --run-dir')}", flush=True)

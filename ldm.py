@@ -424,7 +424,6 @@ def train_autoencoder(args, data, device, checkpoint, share):
             if run.save_due():
                 save()
         save()
-        run.agree()  # or a signal meanwhile would be lost, and the next stage begin
     return run.folder, run.end()
 
 
