@@ -879,7 +879,7 @@ class Run:
         """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
         folder = [None]
         if self.rank == 0:
-            files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}  # a part must not meet another run's whole
+            files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}  # a part, or the whole
             if asked and any((asked / file).exists() for file in files):
                 raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
             names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
