@@ -36,31 +36,38 @@ BASE = {
     "--batch-size 128",
 }
 MUON, RARE, WIDE = "--optimizer muon --batch-size 64 --lr 1e-2", "--penalty-every 8", "--latent-dim 64"
+TAKEN = {
+    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon",
+    "gan": f"{RARE} --loss nonsaturating", "vae": f"{WIDE} --kl-weight 0.3",
+}  # fmt: skip
 TRIALS = {
     "ddim": [
-        "", "--optimizer muon", "--optimizer muon --batch-size 64", "--optimizer muon --batch-size 64 --lr 5e-3", MUON,
+        "", "--optimizer muon", "--optimizer muon --batch-size 64", TAKEN["ddim"], MUON,
         "--optimizer muon --batch-size 64 --lr 2e-2", f"{MUON} --batch-size 32",
         f"{MUON} --no-attention", f"{MUON} --depths 1,4", f"{MUON} --depths 1,2",
         f"{MUON} --patch 4 --widths 96 --depths 4", f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3",
         f"{MUON} --prediction eps", f"{MUON} --schedule linear", f"{MUON} --widths 48,96", f"{MUON} --ema-length 0.04",
+        *(f"{TAKEN['ddim']} {flags}" for flags in (
+            "--no-attention", "--depths 1,2", "--depths 1,4", "--widths 48,96", "--loss huber", "--ema-length 0.04",
+            "--patch 1 --widths 16,32,96 --depths 1,1,3",
+        )),
     ],
     "ldm": [
         "", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5",
-        "--optimizer muon --latent-channels 4",
+        *(f"{TAKEN['ldm']} {flags}" for flags in (
+            "--latent-channels 4", "--lr 5e-3", "--lr 1e-2", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5",
+        )),
     ],
     "gan": [
-        "", "--loss nonsaturating", "--gamma 0.3", RARE, "--widths 48,96,128", f"{RARE} --loss nonsaturating",
-        f"{RARE} --gamma 0.3", "--penalty-every 16",
+        "", "--loss nonsaturating", "--gamma 0.3", RARE, "--widths 48,96,128", TAKEN["gan"],
+        f"{RARE} --gamma 0.3", "--penalty-every 16", f"{RARE} --loss nonsaturating --widths 48,96,128",
+        f"{RARE} --loss nonsaturating --gamma 0.3", "--penalty-every 16 --loss nonsaturating",
     ],
     "vae": [
-        "", WIDE, f"{WIDE} --kl-weight 0.3", f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
+        "", WIDE, TAKEN["vae"], f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
         "--latent-dim 128", f"{WIDE} --kl-weight 0.1", f"{WIDE} --prior-components 30",
         "--latent-dim 128 --kl-weight 0.3 --prior-components 5",
     ],
-}  # fmt: skip
-TAKEN = {
-    "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon",
-    "gan": f"{RARE} --loss nonsaturating", "vae": f"{WIDE} --kl-weight 0.3",
 }  # fmt: skip
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
 DRAWN["ddim"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.25 --guidance-limit 1"
