@@ -48,21 +48,18 @@ TRIALS = {
         f"{MUON} --patch 4 --widths 96 --depths 4", f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3",
         f"{MUON} --prediction eps", f"{MUON} --schedule linear", f"{MUON} --widths 48,96", f"{MUON} --ema-length 0.04",
         *(f"{TAKEN['ddim']} {flags}" for flags in (
-            "--no-attention", "--depths 1,2", "--depths 1,4", "--widths 48,96", "--loss huber", "--ema-length 0.04",
-            "--patch 1 --widths 16,32,96 --depths 1,1,3", "--no-attention --widths 48,96",
+            "--no-attention", "--depths 1,2", "--widths 48,96", "--no-attention --widths 48,96",
         )),
     ],
     "ldm": [
         "", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4", "--depths 5",
         *(f"{TAKEN['ldm']} {flags}" for flags in (
-            "--latent-channels 4", "--lr 5e-3", "--lr 1e-2", "--kl-weight 1e-3", "--kl-weight 3e-2", "--kl-weight 1e-1",
-            "--stage-1-share 0.4", "--depths 5",
+            "--latent-channels 4", "--lr 5e-3", "--kl-weight 3e-2", "--kl-weight 1e-1",
         )),
     ],
     "gan": [
         "", "--loss nonsaturating", "--gamma 0.3", RARE, "--widths 48,96,128", TAKEN["gan"],
-        f"{RARE} --gamma 0.3", "--penalty-every 16", f"{RARE} --loss nonsaturating --widths 48,96,128",
-        f"{RARE} --loss nonsaturating --gamma 0.3", "--penalty-every 16 --loss nonsaturating",
+        f"{RARE} --gamma 0.3", "--penalty-every 16",
     ],
     "vae": [
         "", WIDE, TAKEN["vae"], f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
