@@ -45,7 +45,9 @@ except ImportError:  # Windows
     fcntl = None
 
 IMAGE_SIZE = 32
-NULL_LABEL = -1  # "no class": the label of an image whose class was dropped, and of unconditional sampling
+NULL_LABEL = (
+    -1
+)  # "no class": the label of an image whose class was dropped, and of unconditional sampling
 
 
 class InputError(ValueError):
@@ -54,7 +56,12 @@ class InputError(ValueError):
 
 # --- Data -------------------------------------------------------------------------------------------------------
 
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 # name: (torchvision class, folder of Debian's package, SHA-256 of the decompressed files)
 IDX_SETS = {
     "fashion-mnist": (
@@ -120,7 +127,9 @@ def load_data(name, data_dir=None, channels=1, train=True):
         raise InputError(
             f"no data set {name!r}: give one of {', '.join(IDX_SETS)}, a folder of class folders, or an .npz"
         )
-    if images.shape[1] != channels:  # grey becomes three equal channels; colour becomes its luminance
+    if (
+        images.shape[1] != channels
+    ):  # grey becomes three equal channels; colour becomes its luminance
         images = images.expand(-1, 3, -1, -1) if channels == 3 else TF.rgb_to_grayscale(images)
     return ImageData(_to_image_size(images).contiguous(), labels, class_names, source)
 
@@ -140,10 +149,15 @@ def _load_idx(name, data_dir, train):
     wanted = IDX_FILES[:2] if train else IDX_FILES[2:]
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"--data-dir {data_dir} is not a folder")
-    places = [Path(data_dir or "data"), *([Path(debian_dir)] if debian_dir and data_dir is None else [])]
+    places = [
+        Path(data_dir or "data"),
+        *([Path(debian_dir)] if debian_dir and data_dir is None else []),
+    ]
     found = _find_idx(places, dataset_class.__name__, wanted)
     if found is None and data_dir is not None:
-        raise InputError(f"--data-dir {data_dir} has no {wanted[0]} (or .gz), nor has its {dataset_class.__name__}/raw")
+        raise InputError(
+            f"--data-dir {data_dir} has no {wanted[0]} (or .gz), nor has its {dataset_class.__name__}/raw"
+        )
     if found is None:
         _download(dataset_class, Path("data"))
         found = _find_idx(places, dataset_class.__name__, wanted)
@@ -154,10 +168,21 @@ def _load_idx(name, data_dir, train):
             content = _read_verified(file, sums and sums[IDX_FILES.index(base)])
             plain = Path(scratch, base)
             plain.write_bytes(content)
-            reader = datasets.mnist.read_image_file if "images" in base else datasets.mnist.read_label_file
+            reader = (
+                datasets.mnist.read_image_file
+                if "images" in base
+                else datasets.mnist.read_label_file
+            )
             try:
                 parsed.append(reader(str(plain)))
-            except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+            except (
+                AssertionError,
+                ValueError,
+                RuntimeError,
+                KeyError,
+                IndexError,
+                TypeError,
+            ) as error:
                 raise InputError(
                     f"{file} is not an IDX file of {'images' if 'images' in base else 'labels'}"
                 ) from error
@@ -168,7 +193,9 @@ def _load_idx(name, data_dir, train):
     if images.shape[1:] != (28, 28):
         raise InputError(f"{found[0]} has images of {tuple(images.shape[1:])}, not 28x28")
     if len(images) != len(labels):
-        raise InputError(f"{found[0]} has {len(images)} images but {found[1]} has {len(labels)} labels")
+        raise InputError(
+            f"{found[0]} has {len(images)} images but {found[1]} has {len(labels)} labels"
+        )
     if len(labels) == 0 or labels.max() >= len(class_names):
         raise InputError(f"{found[1]} has labels outside 0..{len(class_names) - 1}, or none at all")
     return images[:, None], labels, class_names, f"{name} ({found[0].parent})"
@@ -178,11 +205,16 @@ def _find_idx(places, class_name, wanted):
     """The paths of the wanted files in the first place that has one of them (plain or .gz), or None."""
     for place in places:
         for folder in (place / class_name / "raw", place):
-            files = [next((f for f in (folder / w, folder / f"{w}.gz") if f.is_file()), None) for w in wanted]
+            files = [
+                next((f for f in (folder / w, folder / f"{w}.gz") if f.is_file()), None)
+                for w in wanted
+            ]
             if any(files):
                 missing = [w for w, file in zip(wanted, files, strict=True) if file is None]
                 if missing:
-                    raise InputError(f"{folder} has no {missing[0]} (or .gz) beside the other files of the set")
+                    raise InputError(
+                        f"{folder} has no {missing[0]} (or .gz) beside the other files of the set"
+                    )
                 return files
     return None
 
@@ -210,7 +242,9 @@ def _read_verified(file, sha256):
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, ValueError, gzip.zlib.error) as error:
-        raise InputError(f"{file} is broken ({error}): delete it and run again, or name another --data-dir") from error
+        raise InputError(
+            f"{file} is broken ({error}): delete it and run again, or name another --data-dir"
+        ) from error
     if sha256 and hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(
             f"{file} is not the published file (its SHA-256 differs): delete it, or name another --data-dir"
@@ -223,7 +257,9 @@ def _load_folder(path, channels):
     try:
         folder = datasets.ImageFolder(str(path))
     except FileNotFoundError as error:
-        raise InputError(f"{path} needs one sub-folder of images per class ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"{path} needs one sub-folder of images per class ({str(error).splitlines()[0]})"
+        ) from error
     images = torch.cat([load_image(file, channels) for file, _ in folder.samples])
     return images, torch.tensor(folder.targets), folder.classes
 
@@ -239,9 +275,13 @@ def load_image(path, channels):
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # pillow would clip these to white without a word
                 raise ValueError("more than 8 bits a channel")
-            return _to_image_size(TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None])
+            return _to_image_size(
+                TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None]
+            )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable image ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"{path} is not a readable image ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _load_npz(path):
@@ -264,7 +304,9 @@ def _load_npz(path):
             f"{path}: x is {arrays['x'].dtype} {arrays['x'].shape}; it must be uint8 (N, H, W) or (N, H, W, 1|3)"
         )
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-        raise InputError(f"{path}: y is {y.dtype} {y.shape}; it must be {len(x)} integers from 0 up")
+        raise InputError(
+            f"{path}: y is {y.dtype} {y.shape}; it must be {len(x)} integers from 0 up"
+        )
     names = [str(n) for n in arrays["class_names"].ravel()] if "class_names" in arrays else None
     if names is not None and y.max() >= len(names):
         raise InputError(f"{path}: y goes up to {y.max()} but there are {len(names)} class_names")
@@ -289,7 +331,9 @@ def given_images(names, class_, config, class_names, data_dir=None):
     images, labels, data = [], [], None
     for name in names:
         if name.isdecimal():
-            data = data or load_data(config["data"], data_dir or config["data_dir"], config["channels"], train=False)
+            data = data or load_data(
+                config["data"], data_dir or config["data_dir"], config["channels"], train=False
+            )
             if int(name) >= len(data.images):
                 raise InputError(f"there is no image {name}: they are 0 to {len(data.images) - 1}")
             images.append(data.images[int(name)][None])
@@ -347,7 +391,9 @@ def parse_classes(text, class_names):
         else:
             close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]
             names = ", ".join(class_names[lower.index(c)] for c in close)
-            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)")
+            raise InputError(
+                f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)"
+            )
     return indices
 
 
@@ -361,7 +407,9 @@ def at_most_one(args, *flags):
 def check_frames(interpolate, classes, count):
     """Raise InputError unless what goes from one picture to another has frames and, between classes, two of these."""
     if interpolate == "class" and len(classes) != 2:
-        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+        raise InputError(
+            "--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag"
+        )
     if interpolate and count < 2:
         raise InputError("frames from one picture to another need --num-samples 2 or more")
 
@@ -407,11 +455,15 @@ def check_output(path, endings, given=()):
     """
     if path.suffix not in endings:
         names = " or ".join(ending for ending in endings if ending)
-        raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
+        raise InputError(
+            f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings)
+        )
     if path.is_dir() and (path.suffix or any(path.iterdir())):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
-        raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
+        raise InputError(
+            f"--output {path} is a file, where a folder for pictures would go: name another"
+        )
     if path.resolve() in [Path(name).resolve() for name in given if name]:
         raise InputError(f"{path} is an image that is given: name another --output")
     there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -429,7 +481,9 @@ def file_stem(class_name):
 def image_grid(images, columns):
     """float (N, C, H, W) in [-1, 1] -> one PIL picture, row by row, `columns` wide, up to 8 times the size."""
     grid = make_grid(to_uint8(images), nrow=columns, padding=2)
-    picture = TF.to_pil_image(grid[:1] if images.shape[1] == 1 else grid)  # make_grid turns grey into RGB
+    picture = TF.to_pil_image(
+        grid[:1] if images.shape[1] == 1 else grid
+    )  # make_grid turns grey into RGB
     scale = max(1, min(8, 1000 // picture.width))
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
@@ -440,18 +494,26 @@ def save_images(images, labels, class_names, path, columns):
     if path.suffix == ".png":
         save_picture(image_grid(images, columns), path)
     elif path.suffix == ".npz":
-        arrays = {"x": to_uint8(images).numpy(), "y": np.array(labels), "class_names": np.array(class_names)}
+        arrays = {
+            "x": to_uint8(images).numpy(),
+            "y": np.array(labels),
+            "class_names": np.array(class_names),
+        }
         with written_whole(path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, **arrays)
     else:
         for i, (image, label) in enumerate(zip(to_uint8(images), labels, strict=True)):
-            save_picture(TF.to_pil_image(image), path / f"{i:05d}_{file_stem(class_names[label])}.png")
+            save_picture(
+                TF.to_pil_image(image), path / f"{i:05d}_{file_stem(class_names[label])}.png"
+            )
 
 
 def trajectory_frames(trace, columns):
     """trace, a list of (t, x_t, x_0_hat) -> one picture a step: the grid of x_t above the grid of x_0_hat."""
     _, x_T, _ = trace[0]
-    blank = -torch.ones_like(x_T[:1]).expand(-len(x_T) % columns, -1, -1, -1)  # to fill the last row of x_t
+    blank = -torch.ones_like(x_T[:1]).expand(
+        -len(x_T) % columns, -1, -1, -1
+    )  # to fill the last row of x_t
     return [image_grid(torch.cat([x_t, blank, x_0_hat]), columns) for _, x_t, x_0_hat in trace]
 
 
@@ -483,9 +545,13 @@ def in_the_plane(codes, how, others=None):
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or take pca") from error
+        raise InputError(
+            "t-SNE needs scikit-learn: pip install scikit-learn, or take pca"
+        ) from error
     perplexity = min(30, (len(every) - 1) / 3)
-    return torch.from_numpy(TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(every.numpy()))
+    return torch.from_numpy(
+        TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(every.numpy())
+    )
 
 
 def save_map(points, labels, class_names, path, walks=()):
@@ -501,7 +567,9 @@ def save_map(points, labels, class_names, path, walks=()):
     pen = ImageDraw.Draw(picture)
 
     def place(points):
-        x, y = ((points - low) / (high - low).clamp(min=1e-9) * (size - 2 * margin) + margin).T.tolist()
+        x, y = (
+            (points - low) / (high - low).clamp(min=1e-9) * (size - 2 * margin) + margin
+        ).T.tolist()
         return list(zip(x, [size - v for v in y], strict=True))
 
     for (x, y), label in zip(place(points), labels.tolist(), strict=True):
@@ -510,8 +578,15 @@ def save_map(points, labels, class_names, path, walks=()):
         spots = place(walk)
         pen.line(spots, fill="black", width=4)
         pen.line(spots, fill=colours[label], width=2)
-        for (x, y), radius in ((spots[0], 4), (spots[-1], 7)):  # a small dot where it starts, a large one where it ends
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colours[label], outline="black")
+        for (x, y), radius in (
+            (spots[0], 4),
+            (spots[-1], 7),
+        ):  # a small dot where it starts, a large one where it ends
+            pen.ellipse(
+                (x - radius, y - radius, x + radius, y + radius),
+                fill=colours[label],
+                outline="black",
+            )
     for y, (name, colour) in enumerate(zip(class_names[:40], colours, strict=False)):
         pen.ellipse((size, margin + 20 * y, size + 10, margin + 20 * y + 10), fill=colour)
         pen.text((size + 16, margin + 20 * y), name, fill="black")
@@ -528,7 +603,14 @@ def save_gif(frames, path, milliseconds=80):
     """Write a list of PIL pictures as an endless GIF that rests on its last frame for a second."""
     durations = [milliseconds] * (len(frames) - 1) + [1000]
     with written_whole(path) as scratch:
-        frames[0].save(scratch, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(
+            scratch,
+            format="gif",
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+        )
 
 
 def sampled_file(asked, name, classes, class_names, endings, given=()):
@@ -542,13 +624,20 @@ def sampled_file(asked, name, classes, class_names, endings, given=()):
 def save_sampled(images, labels, class_names, path, count, trace=None, strip=False):
     """Write `count` samples of each class as save_images does, or their trace as a GIF or a filmstrip."""
     if not images.isfinite().all():
-        raise InputError("the samples are not finite: the weights are damaged, or their training went astray")
+        raise InputError(
+            "the samples are not finite: the weights are damaged, or their training went astray"
+        )
     columns = count if 1 < count <= 20 else min(10, len(images))
     if strip:
         save_picture(filmstrip(trace), path)
     elif path.suffix == ".gif":  # of the walk, or of one sample of each class after the other
         each = images.unflatten(0, (-1, count)).unbind(1)
-        save_gif(trajectory_frames(trace, columns) if trace else [image_grid(x, min(10, len(x))) for x in each], path)
+        save_gif(
+            trajectory_frames(trace, columns)
+            if trace
+            else [image_grid(x, min(10, len(x))) for x in each],
+            path,
+        )
     else:
         save_images(images, labels.tolist(), class_names, path, columns)
 
@@ -558,7 +647,14 @@ def save_sampled(images, labels, class_names, path, count, trace=None, strip=Fal
 
 FORMAT = 2  # of the checkpoint file
 LOG_EVERY = 50  # steps
-RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")  # may change when a run goes on
+RUN_FLAGS = (
+    "data_dir",
+    "epochs",
+    "minutes",
+    "save_every",
+    "device",
+    "deterministic",
+)  # may change when a run goes on
 
 
 class Parser(argparse.ArgumentParser):
@@ -575,8 +671,12 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             value = math.nan
         if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+            limits = f"{'above' if above else 'from'} {low}" + (
+                f" to {high}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' * (kind is int)}number {limits}"
+            )
         return value
 
     return parse
@@ -596,26 +696,99 @@ def run_parser(name, doc, batch_size=64):
     parser = Parser(prog=f"{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--train", action="store_true", help="train; without it, draw samples")
-    add("--resume", action="store_true", help="go on with the newest run, or that of --run-dir; needs no other flag")
-    add("--run-dir", type=Path, help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the newest run, or that of --run-dir; needs no other flag",
+    )
+    add(
+        "--run-dir",
+        type=Path,
+        help="folder of the run (default: runs/NAME, or runs/NAME-2, ... if that is taken)",
+    )
+    add(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="where to compute (auto)",
+    )
     on_off = argparse.BooleanOptionalAction
-    add("--deterministic", action=on_off, default=False, help="of training: the same bits again on CUDA too (off)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order and noise (0)")
-    add("--batch-size", type=number(int, 1), default=batch_size, help=f"images at a time ({batch_size})")
+    add(
+        "--deterministic",
+        action=on_off,
+        default=False,
+        help="of training: the same bits again on CUDA too (off)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="of weights, data order and noise (0)",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        default=batch_size,
+        help=f"images at a time ({batch_size})",
+    )
     add = parser.add_argument_group("length of the run, one of the two").add_argument
-    add("--epochs", type=number(float, 0, above=True), help="passes over the data, fractions allowed (20)")
-    add("--minutes", type=number(float, 0, above=True), help="wall time, resumed or not; the rate reaches 0 just then")
-    add("--save-every", type=number(float, 0), default=3.0, help="minutes between checkpoints and sample grids (3)")
+    add(
+        "--epochs",
+        type=number(float, 0, above=True),
+        help="passes over the data, fractions allowed (20)",
+    )
+    add(
+        "--minutes",
+        type=number(float, 0, above=True),
+        help="wall time, resumed or not; the rate reaches 0 just then",
+    )
+    add(
+        "--save-every",
+        type=number(float, 0),
+        default=3.0,
+        help="minutes between checkpoints and sample grids (3)",
+    )
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="fashion-mnist", help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y")
-    add("--data-dir", help="where a named set's files are (data, then Debian's folder, then a download)")
-    add("--channels", type=int, choices=(1, 3), default=1, help="of the images: 1 grey, 3 colour (1)")
+    add(
+        "--data",
+        default="fashion-mnist",
+        help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x, y",
+    )
+    add(
+        "--data-dir",
+        help="where a named set's files are (data, then Debian's folder, then a download)",
+    )
+    add(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="of the images: 1 grey, 3 colour (1)",
+    )
     add = parser.add_argument_group("what to draw").add_argument
-    add("--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, all (all)")
-    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
-    add("--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped weights)")
-    add("--output", type=Path, help="a .png grid, an .npz, a .gif, or a folder for PNGs (NAME_CLASS.png)")
+    add(
+        "--class",
+        dest="class_",
+        metavar="NAME",
+        default="all",
+        help="name or index, several with commas, all (all)",
+    )
+    add(
+        "--num-samples",
+        type=number(int, 1, 1_000_000),
+        default=1,
+        help="images of each class, or frames (1)",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        help="a .pt file or a run's folder (the newest run, else the shipped weights)",
+    )
+    add(
+        "--output",
+        type=Path,
+        help="a .png grid, an .npz, a .gif, or a folder for PNGs (NAME_CLASS.png)",
+    )
     return parser
 
 
@@ -634,9 +807,13 @@ def errors_in_one_line(parser):
     except (MemoryError, RuntimeError) as error:
         if of_lost_process(error):
             parser.exit(2, f"{parser.prog}: error: another process is gone, torchrun says which\n")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not isinstance(
+            error, MemoryError | torch.OutOfMemoryError
+        ) and "allocate memory" not in str(error):
             raise
-        parser.exit(2, f"{parser.prog}: error: out of memory: lower --batch-size; what was saved is kept\n")
+        parser.exit(
+            2, f"{parser.prog}: error: out of memory: lower --batch-size; what was saved is kept\n"
+        )
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
     finally:
@@ -654,7 +831,9 @@ def parse_run(parser, argv, names, fixed):
     if args.epochs and args.minutes:
         raise InputError("give --epochs or --minutes, not both")
     if args.checkpoint and (args.train or args.resume):
-        raise InputError("--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER")
+        raise InputError(
+            "--checkpoint is to sample from; a run goes on with --resume --run-dir FOLDER"
+        )
     if not args.train and not args.resume and (args.run_dir or args.epochs or args.minutes):
         raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
     if not args.train and not args.resume and "LOCAL_RANK" in os.environ:
@@ -666,25 +845,38 @@ def parse_run(parser, argv, names, fixed):
     checkpoint = load_checkpoint(path, names)
     if "optimizer" not in checkpoint:
         raise InputError(f"{path} holds weights to sample with, not a run to go on with")
-    length = {} if args.epochs or args.minutes else {k: checkpoint["config"][k] for k in ("epochs", "minutes")}
+    length = (
+        {}
+        if args.epochs or args.minutes
+        else {k: checkpoint["config"][k] for k in ("epochs", "minutes")}
+    )
     parser.set_defaults(**{**checkpoint["config"], "epochs": None, "minutes": None, **length})
     args = parser.parse_args(argv)  # again: what is typed still wins over the checkpoint
     args.run_dir = path.parent
     for k in fixed:
         if getattr(args, k) != checkpoint["config"][k]:
-            raise InputError(f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run")
+            raise InputError(
+                f"--{k.replace('_', '-')} is {checkpoint['config'][k]} and cannot change in a run"
+            )
     return args, checkpoint
 
 
 def pick_device(name):
     """'auto' -> the best device there is, made ready to train on; InputError if the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+        "auto": True,
+    }
     if not there[name]:
         raise InputError(f"--device {name} is not to be had on this machine: use --device auto")
     device = torch.device(name if name != "auto" else next(d for d in there if there[d]))
     torch.set_flush_denormal(True)  # a CPU takes many times as long over numbers next to zero
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32; on a CPU the same setting costs a third of the speed
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32; on a CPU the same setting costs a third of the speed
     return device
 
 
@@ -695,7 +887,9 @@ def training_device(args):
     """
     device = pick_device(args.device)
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library starts
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read when CUDA's library starts
         torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" not in os.environ:
         return device
@@ -703,12 +897,16 @@ def training_device(args):
         raise InputError("torchrun is for CPUs and CUDA: --device cpu")
     if device.type == "cuda":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise InputError(f"more processes than GPUs: --nproc-per-node must be at most {torch.cuda.device_count()}")
+            raise InputError(
+                f"more processes than GPUs: --nproc-per-node must be at most {torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if args.batch_size % dist.get_world_size():
-        raise InputError(f"--batch-size {args.batch_size} is no multiple of the {dist.get_world_size()} processes")
+        raise InputError(
+            f"--batch-size {args.batch_size} is no multiple of the {dist.get_world_size()} processes"
+        )
     if dist.get_rank():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
     return device
@@ -738,7 +936,11 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, named_parameters, lr, weight_decay, fused):
         rest = dict(named_parameters)
-        inner = [k for k, p in rest.items() if p.ndim > 1 and not k.startswith(("stem", "head", "embedding"))]
+        inner = [
+            k
+            for k, p in rest.items()
+            if p.ndim > 1 and not k.startswith(("stem", "head", "embedding"))
+        ]
         groups = [{"params": [rest.pop(name) for name in inner]}, {"params": [*rest.values()]}]
         super().__init__(groups, lr, weight_decay=weight_decay, fused=fused)
 
@@ -760,7 +962,9 @@ def orthogonal(matrix):
     """About U V^T of a matrix U S V^T, with singular values near 1: five Newton-Schulz steps (Jordan et al. 2024)."""
     wide = len(matrix) <= matrix.shape[1]
     x = matrix if wide else matrix.T
-    x = (x / x.norm().clamp(min=1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)  # on a GPU that is enough
+    x = (x / x.norm().clamp(min=1e-7)).to(
+        torch.bfloat16 if x.is_cuda else x.dtype
+    )  # on a GPU that is enough
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
@@ -784,7 +988,11 @@ def find_checkpoint(names, asked=None, shipped=()):
     """
     if asked:
         asked = Path(asked)
-        places = [asked / f"{name}.pt" for name in dict.fromkeys([*names, *shipped])] if asked.is_dir() else [asked]
+        places = (
+            [asked / f"{name}.pt" for name in dict.fromkeys([*names, *shipped])]
+            if asked.is_dir()
+            else [asked]
+        )
     else:
         runs = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
         runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
@@ -805,12 +1013,19 @@ def load_checkpoint(path, names):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         name, version = checkpoint["model"], checkpoint["format"]
     except Exception as error:  # whatever the reader of a foreign or broken file stumbles over
-        raise InputError(f"{path} is not a checkpoint of {' or '.join(names)}, or not a whole one") from error
+        raise InputError(
+            f"{path} is not a checkpoint of {' or '.join(names)}, or not a whole one"
+        ) from error
     if name not in names:
         raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
     if version != FORMAT:
-        raise InputError(f"{path} has checkpoint format {version}; these scripts read format {FORMAT}")
-    if missing := {"config", "network", "class_names", "ema", "step", "seconds"} - checkpoint.keys():
+        raise InputError(
+            f"{path} has checkpoint format {version}; these scripts read format {FORMAT}"
+        )
+    if (
+        missing := {"config", "network", "class_names", "ema", "step", "seconds"}
+        - checkpoint.keys()
+    ):
         raise InputError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
@@ -825,7 +1040,9 @@ def load_run_data(args, checkpoint=None):
         dist.barrier()
     print(data)
     if checkpoint and data.class_names != checkpoint["class_names"]:
-        raise InputError(f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}")
+        raise InputError(
+            f"the data has the classes {data.class_names}, the run {checkpoint['class_names']}"
+        )
     return data
 
 
@@ -864,26 +1081,43 @@ class Run:
     """
 
     def __init__(self, name, args, num_images, checkpoint=None, part="", folder=None, share=1.0):
-        self.name, self.part, self.args, self.num_images, self.share = name, part, args, num_images, share
+        self.name, self.part, self.args, self.num_images, self.share = (
+            name,
+            part,
+            args,
+            num_images,
+            share,
+        )
         self.stem, self.log_file = part or name, f"{part}_log.jsonl" if part else "log.jsonl"
         self.steps_per_epoch = len(epoch_batches(num_images, args.batch_size, args.seed, 0))
-        self.total_steps = math.ceil(round(args.epochs * share * self.steps_per_epoch, 6)) if args.epochs else None
+        self.total_steps = (
+            math.ceil(round(args.epochs * share * self.steps_per_epoch, 6)) if args.epochs else None
+        )
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
         self.rank, self.world = processes()
         self.signals, self.stopped = [], False
         self.folder = folder or (args.run_dir if checkpoint else self._new_folder(args.run_dir))
         self.start = self.last_save = time.monotonic()
-        self.clock = self.start - (checkpoint["seconds"] if checkpoint else 0)  # as if it had never been interrupted
+        self.clock = self.start - (
+            checkpoint["seconds"] if checkpoint else 0
+        )  # as if it had never been interrupted
 
     def _new_folder(self, asked):
         """Make the folder of a new run: the one asked for, if it holds no run, else runs/NAME, runs/NAME-2, ..."""
         folder = [None]
         if self.rank == 0:
-            files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}  # a part, or the whole
+            files = {
+                f"{self.stem}.pt",
+                self.log_file,
+                f"{self.name}.pt",
+                "log.jsonl",
+            }  # a part, or the whole
             if asked and any((asked / file).exists() for file in files):
                 raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
             names = itertools.chain([self.name], (f"{self.name}-{i}" for i in itertools.count(2)))
-            folder = [asked or next(path for name in names if new_folder(path := Path("runs", name)))]
+            folder = [
+                asked or next(path for name in names if new_folder(path := Path("runs", name)))
+            ]
             folder[0].mkdir(parents=True, exist_ok=True)
         if self.world > 1:
             dist.broadcast_object_list(folder)
@@ -900,7 +1134,9 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
         options = {"bar_format": bar_format, "mininterval": interval, "disable": self.rank > 0}
         options |= {"total": 1.0, "initial": min(self.progress(), 1.0)}
-        kept = f"what {self.folder} holds is kept. Go on with:  {self._command('--resume --run-dir')}"
+        kept = (
+            f"what {self.folder} holds is kept. Go on with:  {self._command('--resume --run-dir')}"
+        )
         try:
             with self._own_folder(), signals_caught() as self.signals, tqdm(**options) as bar:
                 yield bar
@@ -923,9 +1159,13 @@ class Run:
         with (self.folder / ".lock").open("w") as file:
             try:
                 if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                    fcntl.flock(
+                        file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                    )  # ends with the process, however that ends
             except BlockingIOError as error:
-                raise InputError(f"{self.folder} is the folder of a run that goes on: stop that, or wait") from error
+                raise InputError(
+                    f"{self.folder} is the folder of a run that goes on: stop that, or wait"
+                ) from error
             except OSError:
                 pass  # a file system without locks
             path = self.folder / self.log_file
@@ -947,7 +1187,9 @@ class Run:
     def progress(self):
         """The share of --epochs or --minutes that is over, from 0 on."""
         return (
-            self.step / self.total_steps if self.args.epochs else self.seconds() / 60 / (self.args.minutes * self.share)
+            self.step / self.total_steps
+            if self.args.epochs
+            else self.seconds() / 60 / (self.args.minutes * self.share)
         )
 
     def agree(self):
@@ -987,11 +1229,17 @@ class Run:
 
     def seed(self, generator):
         """Make what a step draws depend on (seed, step) alone: a run goes on without a generator's state."""
-        generator.manual_seed(int(np.random.SeedSequence([self.args.seed, self.step]).generate_state(1)[0]))
+        generator.manual_seed(
+            int(np.random.SeedSequence([self.args.seed, self.step]).generate_state(1)[0])
+        )
 
     def show(self, bar, text):
-        speed = (self.step - self.first_step) * self.args.batch_size / (time.monotonic() - self.start)
-        bar.set_postfix_str(f"epoch {int(self.epoch())}, {text}, {speed:.0f} images/s", refresh=False)
+        speed = (
+            (self.step - self.first_step) * self.args.batch_size / (time.monotonic() - self.start)
+        )
+        bar.set_postfix_str(
+            f"epoch {int(self.epoch())}, {text}, {speed:.0f} images/s", refresh=False
+        )
         bar.update(min(self.progress(), 1.0) - bar.n)
 
     def log(self, line):
@@ -1007,9 +1255,7 @@ class Run:
         """Raise InputError unless all values are finite numbers."""
         if not all(map(math.isfinite, values.values())):
             said = ", ".join(f"{name} {value}" for name, value in values.items())
-            kept = (
-                f"what {self.folder} holds is kept. Go on with a lower --lr than {self.args.lr}, and look at the data"
-            )
+            kept = f"what {self.folder} holds is kept. Go on with a lower --lr than {self.args.lr}, and look at the data"
             raise InputError(f"step {self.step}: {said}: not finite, stopped; {kept}")
 
     def picture(self):
@@ -1040,18 +1286,25 @@ class Run:
             self.agree()  # or a signal while that was saved would be lost, and the next part begin
         print(f"{self.step} steps, {self.epoch():.2f} epochs, {self.seconds() / 60:.1f} minutes")
         if self.stopped:
-            print(f"Stopped and saved. Go on with:\n  {self._command('--resume --run-dir')}", flush=True)
+            print(
+                f"Stopped and saved. Go on with:\n  {self._command('--resume --run-dir')}",
+                flush=True,
+            )
             return 130
         if not self.part:
             where = shlex.quote(self.folder.as_posix())
-            print(f"Draw samples with:\n  python {self.name}.py --checkpoint {where} --class all --num-samples 10")
+            print(
+                f"Draw samples with:\n  python {self.name}.py --checkpoint {where} --class all --num-samples 10"
+            )
         return 0
 
     def _command(self, flags):
         """The command line that starts this script in the same way, with flags and then the run's folder."""
         start = "python"
         if self.world > 1:
-            here = os.environ["LOCAL_WORLD_SIZE"]  # of several machines, their number and address are the user's
+            here = os.environ[
+                "LOCAL_WORLD_SIZE"
+            ]  # of several machines, their number and address are the user's
             start = f"torchrun --nproc-per-node {here}" + " ..." * (int(here) < self.world)
         return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
 
@@ -1067,7 +1320,9 @@ def sinusoidal_embedding(t, dim):
     """
     if dim % 2:
         raise ValueError(f"dim {dim} is odd; sine and cosine come in pairs")
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -1082,12 +1337,16 @@ class TimeClassEmbedding(nn.Module):
         super().__init__()
         self.sinusoidal_dim = emb_channels // 2
         self.time = nn.Sequential(
-            nn.Linear(self.sinusoidal_dim, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(self.sinusoidal_dim, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
         )
         self.label = nn.Embedding(num_classes + 1, emb_channels)
 
     def forward(self, t, y):
-        return F.silu(self.time(sinusoidal_embedding(t, self.sinusoidal_dim)) + self.label(y - NULL_LABEL))
+        return F.silu(
+            self.time(sinusoidal_embedding(t, self.sinusoidal_dim)) + self.label(y - NULL_LABEL)
+        )
 
 
 # --- UNet -------------------------------------------------------------------------------------------------------
@@ -1115,7 +1374,11 @@ class ResidualBlock(nn.Module):
         self.emb = nn.Linear(emb_channels, 2 * out_channels)
         self.norm2 = group_norm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -1141,7 +1404,9 @@ class SelfAttention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3 * self.heads, c // self.heads, h * w)
         q, k, v = qkv.chunk(3, dim=1)  # (B, heads, C/heads, H*W) each
-        weights = torch.softmax(k.transpose(2, 3) @ q * (c // self.heads) ** -0.5, dim=2)  # of all k, for each q
+        weights = torch.softmax(
+            k.transpose(2, 3) @ q * (c // self.heads) ** -0.5, dim=2
+        )  # of all k, for each q
         return x + self.out((v @ weights).reshape(b, c, h, w))
 
 
@@ -1163,13 +1428,24 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, channels=1, num_classes=10, widths=(32, 96), depths=(1, 3), patch=2, attention=True, emb_channels=128
+        self,
+        channels=1,
+        num_classes=10,
+        widths=(32, 96),
+        depths=(1, 3),
+        patch=2,
+        attention=True,
+        emb_channels=128,
     ):
         super().__init__()
         if not widths or len(widths) != len(depths) or min(*widths, *depths) < 1:
-            raise InputError(f"--widths {widths} and --depths {depths} must be equally many, all 1 or more")
+            raise InputError(
+                f"--widths {widths} and --depths {depths} must be equally many, all 1 or more"
+            )
         if attention and widths[-1] > 32 and widths[-1] % 32:
-            raise InputError(f"--widths: the last, {widths[-1]}, must be a multiple of 32, for attention heads of 32")
+            raise InputError(
+                f"--widths: the last, {widths[-1]}, must be a multiple of 32, for attention heads of 32"
+            )
         if emb_channels < 4 or emb_channels % 4:
             raise InputError(f"--emb-channels {emb_channels} must be a multiple of 4")
         self.patch = patch
@@ -1178,7 +1454,9 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for width, below, depth in zip(widths[:-1], widths[1:], depths[:-1], strict=True):
             blocks = [ResidualBlock(width, width, emb_channels) for _ in range(depth)]
-            self.down.append(nn.ModuleList([*blocks, nn.Conv2d(width, below, 3, stride=2, padding=1)]))
+            self.down.append(
+                nn.ModuleList([*blocks, nn.Conv2d(width, below, 3, stride=2, padding=1)])
+            )
             blocks = [ResidualBlock(2 * width, width, emb_channels) for _ in range(depth)]
             self.up.insert(0, nn.ModuleList([nn.Conv2d(below, 4 * width, 1), *blocks]))
         self.bottom = nn.ModuleList()

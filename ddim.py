@@ -28,14 +28,52 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, at_most_one, autocast
-from common import check_frames, draw_noise, errors_in_one_line, find_checkpoint, given_images, grey_level_error
-from common import load_checkpoint, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
-from common import pick_device, run_parser, sampled_file, save_gif, save_images, save_sampled, to_float, training_device
+from common import (
+    IMAGE_SIZE,
+    LOG_EVERY,
+    NULL_LABEL,
+    RUN_FLAGS,
+    InputError,
+    Muon,
+    Run,
+    UNet,
+    at_most_one,
+    autocast,
+)
+from common import (
+    check_frames,
+    draw_noise,
+    errors_in_one_line,
+    find_checkpoint,
+    given_images,
+    grey_level_error,
+)
+from common import (
+    load_checkpoint,
+    load_run_data,
+    noise_streams,
+    number,
+    parallel,
+    parse_classes,
+    parse_run,
+)
+from common import (
+    pick_device,
+    run_parser,
+    sampled_file,
+    save_gif,
+    save_images,
+    save_sampled,
+    to_float,
+    training_device,
+)
 from common import trajectory_frames, whole_numbers
 
 NAME = "ddim"
-SAMPLES_FROM = ("ddim", "ddpm")  # checkpoints of these scripts hold the same network, trained in the same way
+SAMPLES_FROM = (
+    "ddim",
+    "ddpm",
+)  # checkpoints of these scripts hold the same network, trained in the same way
 GRID_STEPS = 20  # of the grids drawn while training
 GUIDANCE, GUIDANCE_LIMIT = 1.6, 0.8  # where they are not asked for; the limit is a share of T
 
@@ -58,7 +96,11 @@ def make_alpha_bars(schedule, num_timesteps):
     else:
         power = {"linear": 1.0, "quadratic": 2.0}[schedule]
         first, last = (1e-4) ** (1 / power), 0.02 ** (1 / power)
-        betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power * 1000 / num_timesteps
+        betas = (
+            torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power
+            * 1000
+            / num_timesteps
+        )
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
@@ -138,7 +180,9 @@ def guided(model, y, guidance, until=math.inf):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
         if guidance in (0, 1) or (guidance > 1 and t >= until):
             return model(x_t, times, y if guidance else null)
-        output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
+        output_u, output_c = model(
+            torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])
+        ).chunk(2)
         return output_u + guidance * (output_c - output_u)
 
     return denoise
@@ -154,8 +198,12 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
 
     x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers;  noise: like x_0_hat where eta > 0.
     """
-    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
-    x_prev = alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    sigma_t = (
+        eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
+    )
+    x_prev = (
+        alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    )
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
@@ -166,12 +214,25 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
     h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
     DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
     """
-    last, now, then = (math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    last, now, then = (
+        math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev)
+    )
     D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
     return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
 
 
-def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None, solver="ddim"):
+def ddim_sample(
+    denoise,
+    x_T,
+    alpha_bars,
+    pairs,
+    prediction,
+    eta=0.0,
+    clip=True,
+    draw=None,
+    trace=None,
+    solver="ddim",
+):
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
@@ -191,7 +252,9 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
         if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
             x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
         last = now
-        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
+        x_t = ddim_step(
+            x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None
+        )
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -241,14 +304,18 @@ def sample(
         streams = noise_streams(seed, part.tolist())
 
         def draw(streams=streams):
-            return torch.from_numpy(draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))).to(device)
+            return torch.from_numpy(
+                draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
+            ).to(device)
 
         denoise = guided(model, labels[part].to(device), guidance, until)
         if mix:
             labels_b, weight = (item[part].to(device) for item in mix)
             denoise = blended(denoise, guided(model, labels_b, guidance, until), weight)
         start = draw() if x_T is None else x_T[part].to(device)
-        x_0 = ddim_sample(denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace, solver)
+        x_0 = ddim_sample(
+            denoise, start, alpha_bars, pairs, config["prediction"], eta, clip, draw, trace, solver
+        )
         images.append(x_0.cpu())
     return torch.cat(images)
 
@@ -258,7 +325,12 @@ def sample(
 
 def learning_rate(args, step, progress):
     """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
-    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        args.lr
+        * min(1.0, (step + 1) / (args.warmup + 1))
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def power_ema(length):
@@ -282,15 +354,27 @@ def train(args, checkpoint=None):
     data = load_run_data(args, checkpoint)
     images, labels = data.images.to(device), data.labels.to(device)
     if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
-        raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
-    network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
+        raise InputError(
+            f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels"
+        )
+    network = {
+        k: getattr(args, k)
+        for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")
+    }
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
     forward = parallel(torch.compile(model) if args.compile else model)
     kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
-    optimizer = kind(model.named_parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    optimizer = kind(
+        model.named_parameters(),
+        args.lr,
+        weight_decay=args.weight_decay,
+        fused=device.type != "mps",
+    )
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
-    by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
+    by_tenth = torch.zeros(
+        2, 10, device=device
+    )  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
@@ -304,7 +388,13 @@ def train(args, checkpoint=None):
     @run.by_the_first
     def save():
         steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
-        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
+        grid = sample(
+            model=ema_model.module,
+            config=config,
+            labels=grid_labels,
+            steps=steps,
+            guidance=guidance,
+        )
         run.check_finite(samples=grid.abs().max().item())
         save_images(grid, grid_labels.tolist(), data.class_names, run.picture(), columns=8)
         run.save({
@@ -312,7 +402,10 @@ def train(args, checkpoint=None):
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
         })  # fmt: skip
 
-    print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(
+        f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
     with run.under_way() as bar:
@@ -325,7 +418,9 @@ def train(args, checkpoint=None):
             batch = run.batch().to(device)
             t = stratified_t(len(batch), args.num_timesteps, generator)
             eps = torch.randn(len(batch), *images.shape[1:], generator=generator, device=device)
-            dropped = torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            dropped = (
+                torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            )
             batch, t, eps, dropped = run.own(batch, t, eps, dropped)
             x_0, y = to_float(images[batch]), torch.where(dropped, NULL_LABEL, labels[batch])
 
@@ -350,7 +445,9 @@ def train(args, checkpoint=None):
             both, tenths = torch.stack([losses.detach(), nothing]), t * 10 // args.num_timesteps
             by_tenth += run.total(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
             run.show(bar, f"loss {loss.item():.4f}")
-            if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
+            if (
+                run.step % LOG_EVERY == 0
+            ):  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
                 run.log({
                     "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
@@ -391,45 +488,153 @@ def default_guidance(config):
 def check_sampling(config, steps, guidance):
     """Raise InputError for what the training does not allow."""
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
-        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+        raise InputError(
+            f"the label dropout of the training leaves only --guidance {default_guidance(config)}"
+        )
     if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+        raise InputError(
+            f"--steps {steps} is more than the {config['num_timesteps']} of the training"
+        )
 
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__)
-    add = parser.add_argument_group("network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4").add_argument
-    add("--widths", type=whole_numbers, default=(32, 96), help="channels by resolution, finest first (32,96)")
-    add("--depths", type=whole_numbers, default=(1, 3), help="residual blocks at each resolution (1,3)")
-    add("--patch", type=int, choices=(1, 2, 4), default=2, help="pixels a side folded into channels at the start (2)")
-    add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
-    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add = parser.add_argument_group(
+        "network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4"
+    ).add_argument
+    add(
+        "--widths",
+        type=whole_numbers,
+        default=(32, 96),
+        help="channels by resolution, finest first (32,96)",
+    )
+    add(
+        "--depths",
+        type=whole_numbers,
+        default=(1, 3),
+        help="residual blocks at each resolution (1,3)",
+    )
+    add(
+        "--patch",
+        type=int,
+        choices=(1, 2, 4),
+        default=2,
+        help="pixels a side folded into channels at the start (2)",
+    )
+    add(
+        "--attention",
+        action=on_off,
+        default=True,
+        help="self-attention at the lowest resolution (on)",
+    )
+    add(
+        "--emb-channels",
+        type=number(int, 4),
+        default=128,
+        help="size of the time and class embedding (128)",
+    )
     add = parser.add_argument_group("method").add_argument
     add("--num-timesteps", type=number(int, 2, 100_000), default=1000, help="T (1000)")
-    add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine", help="of alpha_bar (cosine)")
+    add(
+        "--schedule",
+        choices=("linear", "quadratic", "cosine"),
+        default="cosine",
+        help="of alpha_bar (cosine)",
+    )
     add("--prediction", choices=("eps", "v"), default="v", help="what the network outputs (v)")
-    add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
-    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
+    add(
+        "--loss",
+        choices=("l2", "l1", "huber"),
+        default="l2",
+        help="distance of output and target (l2)",
+    )
+    add(
+        "--label-dropout",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="share of labels hidden, for guidance (0.1)",
+    )
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for the rest (muon)")
-    add("--lr", type=number(float, 0, above=True), default=5e-3, help="learning rate after the warm-up (0.005)")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
-    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
-    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    add(
+        "--optimizer",
+        choices=("muon", "adamw", "adam"),
+        default="muon",
+        help="muon: with AdamW for the rest (muon)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0, above=True),
+        default=5e-3,
+        help="learning rate after the warm-up (0.005)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=0.01,
+        help="pull of the weights towards 0 (0.01)",
+    )
+    add(
+        "--warmup",
+        type=number(int, 0),
+        default=200,
+        help="steps up to the full learning rate (200)",
+    )
+    add(
+        "--grad-clip",
+        type=number(float, 0, above=True),
+        default=1.0,
+        help="largest norm of the gradient (1)",
+    )
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age / run length (0.08)",
+    )
+    add(
+        "--bf16",
+        action=on_off,
+        help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)",
+    )
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.6)")
-    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
+    add(
+        "--guidance-limit",
+        type=number(float, 0, 1),
+        default=GUIDANCE_LIMIT,
+        help="guide below this share of T (0.8)",
+    )
     add("--steps", type=number(int, 1), help="steps of the sampler, at most T (20)")
-    add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
+    add(
+        "--solver",
+        choices=("ddim", "dpm++"),
+        default="ddim",
+        help="dpm++ is of second order, for few steps (ddim)",
+    )
+    add(
+        "--eta",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="0 deterministic ... 1 as noisy as DDPM (0)",
+    )
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
-    add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
-    add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
-    add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or a test image's index")
+    add(
+        "--filmstrip",
+        action="store_true",
+        help="a .png of the trajectory: x_t above the x_0 it implies",
+    )
+    add(
+        "--interpolate",
+        choices=("noise", "class"),
+        help="between two noises of a class, or two classes of a noise",
+    )
+    add(
+        "--invert",
+        metavar="IMAGE",
+        help="image -> noise -> image: a file (with --class), or a test image's index",
+    )
     return parser
 
 
@@ -438,15 +643,21 @@ def invert(args, checkpoint, model, device, steps, guidance, output):
     """Image -> noise -> image, as a picture of the three or a .gif of the whole way; prints the error."""
     config, names = checkpoint["config"], checkpoint["class_names"]
     x_0, labels = given_images([args.invert], args.class_, config, names, args.data_dir)
-    denoise = guided(model, labels.to(device), guidance, args.guidance_limit * config["num_timesteps"])
+    denoise = guided(
+        model, labels.to(device), guidance, args.guidance_limit * config["num_timesteps"]
+    )
     bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
     pairs, trace = time_pairs(config["num_timesteps"], steps), []
     x_T = ddim_invert(denoise, x_0.to(device), bars, pairs, config["prediction"], trace)
-    back = ddim_sample(denoise, x_T, bars, pairs, config["prediction"], 0, args.clip, None, trace, args.solver).cpu()
+    back = ddim_sample(
+        denoise, x_T, bars, pairs, config["prediction"], 0, args.clip, None, trace, args.solver
+    ).cpu()
     print(f"{names[labels[0]]}, {steps} steps each way: {grey_level_error(x_0, back)}")
     if output.suffix == ".gif":
         return save_gif(trajectory_frames(trace, 1), output)
-    save_images(torch.cat([x_0, x_T.cpu(), back]), labels.repeat(3).tolist(), names, output, columns=3)
+    save_images(
+        torch.cat([x_0, x_T.cpu(), back]), labels.repeat(3).tolist(), names, output, columns=3
+    )
 
 
 def draw(args):
@@ -460,21 +671,34 @@ def draw(args):
     steps = min(20, config["num_timesteps"]) if args.steps is None else args.steps
     classes, count = parse_classes(args.class_, names), args.num_samples
     at_most_one(args, "filmstrip", "interpolate", "invert")
-    endings = [".png"] if args.filmstrip else [".png", ".npz", *([] if args.interpolate else [".gif"]), ""]
+    endings = (
+        [".png"]
+        if args.filmstrip
+        else [".png", ".npz", *([] if args.interpolate else [".gif"]), ""]
+    )
     output = sampled_file(args.output, NAME, classes, names, endings, given=[args.invert])
     check_sampling(config, steps, guidance)
     check_frames(args.interpolate, classes, count)
     if args.eta > 0 and (args.interpolate or args.invert or args.solver == "dpm++"):
-        raise InputError("--interpolate, --invert and --solver dpm++ need the deterministic sampler, --eta 0")
+        raise InputError(
+            "--interpolate, --invert and --solver dpm++ need the deterministic sampler, --eta 0"
+        )
     model = ema_network(checkpoint, device := pick_device(args.device))
     labels, x_T, mix = torch.tensor(classes).repeat_interleave(count), None, None
     if args.interpolate:
-        weight, shape = torch.linspace(0, 1, count).view(-1, 1, 1, 1), (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
+        weight, shape = (
+            torch.linspace(0, 1, count).view(-1, 1, 1, 1),
+            (config["channels"], IMAGE_SIZE, IMAGE_SIZE),
+        )
         ends = torch.from_numpy(draw_noise(noise_streams(args.seed, (0, 1)), shape))
         if args.interpolate == "noise":
             x_T = slerp(ends[:1], ends[1:], weight).repeat(len(classes), 1, 1, 1)
         else:
-            x_T, labels, mix = ends[:1].repeat(count, 1, 1, 1), labels[:count], (labels[count:], weight)
+            x_T, labels, mix = (
+                ends[:1].repeat(count, 1, 1, 1),
+                labels[:count],
+                (labels[count:], weight),
+            )
     if args.invert:
         invert(args, checkpoint, model, device, steps, guidance, output)
     else:

@@ -28,13 +28,44 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, autocast, draw_noise
-from common import errors_in_one_line, find_checkpoint, load_checkpoint, load_run_data, noise_streams, number, parallel
-from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_sampled, to_float
+from common import (
+    IMAGE_SIZE,
+    LOG_EVERY,
+    NULL_LABEL,
+    RUN_FLAGS,
+    InputError,
+    Muon,
+    Run,
+    UNet,
+    autocast,
+    draw_noise,
+)
+from common import (
+    errors_in_one_line,
+    find_checkpoint,
+    load_checkpoint,
+    load_run_data,
+    noise_streams,
+    number,
+    parallel,
+)
+from common import (
+    parse_classes,
+    parse_run,
+    pick_device,
+    run_parser,
+    sampled_file,
+    save_images,
+    save_sampled,
+    to_float,
+)
 from common import training_device, whole_numbers
 
 NAME = "ddpm"
-SAMPLES_FROM = ("ddpm", "ddim")  # checkpoints of these scripts hold the same network, trained in the same way
+SAMPLES_FROM = (
+    "ddpm",
+    "ddim",
+)  # checkpoints of these scripts hold the same network, trained in the same way
 GRID_STEPS = 50  # of the grids drawn while training
 GUIDANCE, GUIDANCE_LIMIT = 1.6, 0.8  # where they are not asked for; the limit is a share of T
 
@@ -57,7 +88,11 @@ def make_alpha_bars(schedule, num_timesteps):
     else:
         power = {"linear": 1.0, "quadratic": 2.0}[schedule]
         first, last = (1e-4) ** (1 / power), 0.02 ** (1 / power)
-        betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power * 1000 / num_timesteps
+        betas = (
+            torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power
+            * 1000
+            / num_timesteps
+        )
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
@@ -137,7 +172,9 @@ def guided(model, y, guidance, until=math.inf):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
         if guidance in (0, 1) or (guidance > 1 and t >= until):
             return model(x_t, times, y if guidance else null)
-        output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
+        output_u, output_c = model(
+            torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])
+        ).chunk(2)
         return output_u + guidance * (output_c - output_u)
 
     return denoise
@@ -154,10 +191,14 @@ def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
     beta_t = 1 - alpha_t
     mean = alpha_bar_prev**0.5 * beta_t / (1 - alpha_bar_t) * x_0_hat
     mean = mean + alpha_t**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
-    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
+    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (
+        1 - alpha_bar_t
+    ) * beta_t
 
 
-def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None):
+def ddpm_sample(
+    denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None
+):
     """Walk from noise to images: DDPM algorithm 2.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
@@ -197,10 +238,14 @@ def sample(
         streams = noise_streams(seed, part.tolist())
 
         def draw(streams=streams):
-            return torch.from_numpy(draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))).to(device)
+            return torch.from_numpy(
+                draw_noise(streams, (config["channels"], IMAGE_SIZE, IMAGE_SIZE))
+            ).to(device)
 
         denoise = guided(model, labels[part].to(device), guidance, until)
-        x_0 = ddpm_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], variance, clip, draw, trace)
+        x_0 = ddpm_sample(
+            denoise, draw(), alpha_bars, pairs, config["prediction"], variance, clip, draw, trace
+        )
         images.append(x_0.cpu())
     return torch.cat(images)
 
@@ -210,7 +255,12 @@ def sample(
 
 def learning_rate(args, step, progress):
     """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
-    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        args.lr
+        * min(1.0, (step + 1) / (args.warmup + 1))
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def power_ema(length):
@@ -234,15 +284,27 @@ def train(args, checkpoint=None):
     data = load_run_data(args, checkpoint)
     images, labels = data.images.to(device), data.labels.to(device)
     if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
-        raise InputError(f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels")
-    network = {k: getattr(args, k) for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")}
+        raise InputError(
+            f"--patch {args.patch} and {len(args.widths)} --widths do not divide {IMAGE_SIZE} pixels"
+        )
+    network = {
+        k: getattr(args, k)
+        for k in ("channels", "widths", "depths", "patch", "attention", "emb_channels")
+    }
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
     forward = parallel(torch.compile(model) if args.compile else model)
     kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
-    optimizer = kind(model.named_parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    optimizer = kind(
+        model.named_parameters(),
+        args.lr,
+        weight_decay=args.weight_decay,
+        fused=device.type != "mps",
+    )
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
-    by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
+    by_tenth = torch.zeros(
+        2, 10, device=device
+    )  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
@@ -256,7 +318,13 @@ def train(args, checkpoint=None):
     @run.by_the_first
     def save():
         steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
-        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
+        grid = sample(
+            model=ema_model.module,
+            config=config,
+            labels=grid_labels,
+            steps=steps,
+            guidance=guidance,
+        )
         run.check_finite(samples=grid.abs().max().item())
         save_images(grid, grid_labels.tolist(), data.class_names, run.picture(), columns=8)
         run.save({
@@ -264,7 +332,10 @@ def train(args, checkpoint=None):
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
         })  # fmt: skip
 
-    print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(
+        f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
     with run.under_way() as bar:
@@ -277,7 +348,9 @@ def train(args, checkpoint=None):
             batch = run.batch().to(device)
             t = stratified_t(len(batch), args.num_timesteps, generator)
             eps = torch.randn(len(batch), *images.shape[1:], generator=generator, device=device)
-            dropped = torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            dropped = (
+                torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            )
             batch, t, eps, dropped = run.own(batch, t, eps, dropped)
             x_0, y = to_float(images[batch]), torch.where(dropped, NULL_LABEL, labels[batch])
 
@@ -302,7 +375,9 @@ def train(args, checkpoint=None):
             both, tenths = torch.stack([losses.detach(), nothing]), t * 10 // args.num_timesteps
             by_tenth += run.total(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
             run.show(bar, f"loss {loss.item():.4f}")
-            if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
+            if (
+                run.step % LOG_EVERY == 0
+            ):  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
                 run.log({
                     "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
@@ -343,42 +418,137 @@ def default_guidance(config):
 def check_sampling(config, steps, guidance):
     """Raise InputError for what the training does not allow."""
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
-        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+        raise InputError(
+            f"the label dropout of the training leaves only --guidance {default_guidance(config)}"
+        )
     if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+        raise InputError(
+            f"--steps {steps} is more than the {config['num_timesteps']} of the training"
+        )
 
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__)
-    add = parser.add_argument_group("network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4").add_argument
-    add("--widths", type=whole_numbers, default=(32, 96), help="channels by resolution, finest first (32,96)")
-    add("--depths", type=whole_numbers, default=(1, 3), help="residual blocks at each resolution (1,3)")
-    add("--patch", type=int, choices=(1, 2, 4), default=2, help="pixels a side folded into channels at the start (2)")
-    add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
-    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add = parser.add_argument_group(
+        "network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4"
+    ).add_argument
+    add(
+        "--widths",
+        type=whole_numbers,
+        default=(32, 96),
+        help="channels by resolution, finest first (32,96)",
+    )
+    add(
+        "--depths",
+        type=whole_numbers,
+        default=(1, 3),
+        help="residual blocks at each resolution (1,3)",
+    )
+    add(
+        "--patch",
+        type=int,
+        choices=(1, 2, 4),
+        default=2,
+        help="pixels a side folded into channels at the start (2)",
+    )
+    add(
+        "--attention",
+        action=on_off,
+        default=True,
+        help="self-attention at the lowest resolution (on)",
+    )
+    add(
+        "--emb-channels",
+        type=number(int, 4),
+        default=128,
+        help="size of the time and class embedding (128)",
+    )
     add = parser.add_argument_group("method").add_argument
     add("--num-timesteps", type=number(int, 2, 100_000), default=1000, help="T (1000)")
-    add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine", help="of alpha_bar (cosine)")
+    add(
+        "--schedule",
+        choices=("linear", "quadratic", "cosine"),
+        default="cosine",
+        help="of alpha_bar (cosine)",
+    )
     add("--prediction", choices=("eps", "v"), default="v", help="what the network outputs (v)")
-    add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
-    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
+    add(
+        "--loss",
+        choices=("l2", "l1", "huber"),
+        default="l2",
+        help="distance of output and target (l2)",
+    )
+    add(
+        "--label-dropout",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="share of labels hidden, for guidance (0.1)",
+    )
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for the rest (muon)")
-    add("--lr", type=number(float, 0, above=True), default=5e-3, help="learning rate after the warm-up (0.005)")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
-    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
-    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    add(
+        "--optimizer",
+        choices=("muon", "adamw", "adam"),
+        default="muon",
+        help="muon: with AdamW for the rest (muon)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0, above=True),
+        default=5e-3,
+        help="learning rate after the warm-up (0.005)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=0.01,
+        help="pull of the weights towards 0 (0.01)",
+    )
+    add(
+        "--warmup",
+        type=number(int, 0),
+        default=200,
+        help="steps up to the full learning rate (200)",
+    )
+    add(
+        "--grad-clip",
+        type=number(float, 0, above=True),
+        default=1.0,
+        help="largest norm of the gradient (1)",
+    )
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age / run length (0.08)",
+    )
+    add(
+        "--bf16",
+        action=on_off,
+        help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)",
+    )
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (1.6)")
-    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
+    add(
+        "--guidance-limit",
+        type=number(float, 0, 1),
+        default=GUIDANCE_LIMIT,
+        help="guide below this share of T (0.8)",
+    )
     add("--steps", type=number(int, 1), help="steps of the sampler, at most T (T)")
-    add("--variance", choices=("small", "large"), default="small", help="of the noise: posterior's, or beta_t (small)")
+    add(
+        "--variance",
+        choices=("small", "large"),
+        default="small",
+        help="of the noise: posterior's, or beta_t (small)",
+    )
     add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
-    add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
+    add(
+        "--filmstrip",
+        action="store_true",
+        help="a .png of the trajectory: x_t above the x_0 it implies",
+    )
     return parser
 
 

@@ -45,8 +45,15 @@ K = 5  # neighbours that make a radius, for precision, recall, density and cover
 QUERIES = 2000  # images whose nearest neighbours are looked for, pixel by pixel
 FEW = 2000  # samples below which a table marks its scores
 CHUNK, BATCH = 1000, 100  # images in a file of the cache, and drawn at a time
-BATCHES, REPEATS, SECONDS = (1, 4, 16, 64, 100), 5, 3.0  # of the timing: so often, or so long, at each batch size
-EPOCHS, SEEDS = {1: 6, 2: 9}, {1: 2, 2: 1}  # of the extractors: the second needs more passes to 93 %
+BATCHES, REPEATS, SECONDS = (
+    (1, 4, 16, 64, 100),
+    5,
+    3.0,
+)  # of the timing: so often, or so long, at each batch size
+EPOCHS, SEEDS = (
+    {1: 6, 2: 9},
+    {1: 2, 2: 1},
+)  # of the extractors: the second needs more passes to 93 %
 CAS_EPOCHS = 3
 CARD_KEY, CARD_FORMAT = "extractor_card", 1
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
@@ -61,7 +68,12 @@ SCORES = (
 # --- Data -------------------------------------------------------------------------------------------------------
 
 # name: (folder of torchvision's download, folder of Debian's package, SHA-256 of the decompressed files), as common.py
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 IDX_SETS = {
     "fashion-mnist": (
         "FashionMNIST",
@@ -100,19 +112,34 @@ def load_split(name, data_dir, train):
     home = next((path for path in folders if any(path.glob(f"{wanted[0]}*"))), None)
     if home is None:
         where = " and ".join(map(str, places))
-        raise InputError(f"no {wanted[0]} (or .gz) in {where}: name the folder of the IDX files with --data-dir")
-    files = [next((f for f in (home / w, home / f"{w}.gz") if f.is_file()), home / w) for w in wanted]
+        raise InputError(
+            f"no {wanted[0]} (or .gz) in {where}: name the folder of the IDX files with --data-dir"
+        )
+    files = [
+        next((f for f in (home / w, home / f"{w}.gz") if f.is_file()), home / w) for w in wanted
+    ]
     known = sums or (None,) * 4
-    images, labels = (read_idx(f, known[IDX_FILES.index(w)]) for f, w in zip(files, wanted, strict=True))
-    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not len(labels) or labels.max() > 9:
-        raise InputError(f"{files[0]} and the labels beside it are not 28x28 images of ten classes, as many of both")
+    images, labels = (
+        read_idx(f, known[IDX_FILES.index(w)]) for f, w in zip(files, wanted, strict=True)
+    )
+    if (
+        images.shape[1:] != (28, 28)
+        or labels.shape != images.shape[:1]
+        or not len(labels)
+        or labels.max() > 9
+    ):
+        raise InputError(
+            f"{files[0]} and the labels beside it are not 28x28 images of ten classes, as many of both"
+        )
     rank = np.empty(len(labels), np.int64)
     shuffled = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(labels))
     for y in range(10):
         members = shuffled[labels[shuffled] == y]
         rank[members] = np.arange(len(members))
     order = np.lexsort((labels, rank))
-    return np.pad(images[order, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels[order].astype(np.int64)
+    return np.pad(images[order, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels[order].astype(
+        np.int64
+    )
 
 
 def read_idx(file, sha256):
@@ -122,7 +149,9 @@ def read_idx(file, sha256):
         shape = np.frombuffer(content, ">u4", content[3], offset=4).astype(int)
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise InputError(f"{file} is not a whole IDX file ({infer_onnx.one_line(error)})") from error
+        raise InputError(
+            f"{file} is not a whole IDX file ({infer_onnx.one_line(error)})"
+        ) from error
     if sha256 and hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(f"{file} is not the published file (its SHA-256 differs)")
     return array
@@ -138,9 +167,13 @@ def check_images(images):
     were taken for bytes do not.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (1, 32, 32):
-        raise InputError(f"images are {images.dtype} {images.shape}, they must be uint8 (N, 1, 32, 32)")
+        raise InputError(
+            f"images are {images.dtype} {images.shape}, they must be uint8 (N, 1, 32, 32)"
+        )
     if images.max() < 64 or images.min() > 64:
-        raise InputError(f"images have the values {images.min()}..{images.max()}: a wrong range, it must be 0..255")
+        raise InputError(
+            f"images have the values {images.min()}..{images.max()}: a wrong range, it must be 0..255"
+        )
 
 
 def extract(session, images):
@@ -154,7 +187,10 @@ def extract(session, images):
 
 def extractor_file(folder, data, number):
     """extractor.onnx, extractor2.onnx; of another data set extractor_mnist.onnx, ..."""
-    return folder / f"extractor{number if number > 1 else ''}{'' if data == 'fashion-mnist' else f'_{data}'}.onnx"
+    return (
+        folder
+        / f"extractor{number if number > 1 else ''}{'' if data == 'fashion-mnist' else f'_{data}'}.onnx"
+    )
 
 
 def load_extractor(path, data, test, threads):
@@ -163,7 +199,9 @@ def load_extractor(path, data, test, threads):
     Raises InputError unless it is an extractor of this data set that classifies the test images as well as it says.
     """
     if not path.is_file():
-        raise InputError(f"no extractor {path}: python evaluate.py --train-extractor --data {data} makes it")
+        raise InputError(
+            f"no extractor {path}: python evaluate.py --train-extractor --data {data} makes it"
+        )
     content = infer_onnx.read_model(path)
     session = infer_onnx.open_session(path, content, threads)
     try:
@@ -173,7 +211,9 @@ def load_extractor(path, data, test, threads):
         features, logits = extract(session, test[0])
         accuracy = float((logits.argmax(1) == test[1]).mean())
         if abs(accuracy - card["accuracy"]) > 0.002:
-            raise InputError(f"{path} classifies {accuracy:.4f} of the test images, but says {card['accuracy']:.4f}")
+            raise InputError(
+                f"{path} classifies {accuracy:.4f} of the test images, but says {card['accuracy']:.4f}"
+            )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not an extractor that evaluate.py wrote") from error
     sha256 = hashlib.sha256(content).hexdigest()
@@ -198,7 +238,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     values, vectors = np.linalg.eigh(cov_a)
     root_a = vectors * np.sqrt(values.clip(0)) @ vectors.T
     products = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * np.sqrt(products).sum())
+    return float(
+        ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * np.sqrt(products).sum()
+    )
 
 
 def squared_distances(a, b):
@@ -259,9 +301,15 @@ def class_scores(predicted, labels):
     asked = {"label_accuracy": None}
     if labels is not None:
         asked["label_accuracy"] = float((predicted == labels).mean())
-        right, all_of = (np.bincount(of, minlength=10) for of in (labels[predicted == labels], labels))
+        right, all_of = (
+            np.bincount(of, minlength=10) for of in (labels[predicted == labels], labels)
+        )
         asked["accuracy_by_class"] = (right / np.maximum(all_of, 1)).tolist()
-    return {**asked, "entropy": float(-(present * np.log(present)).sum() / math.log(10)), "histogram": shares.tolist()}
+    return {
+        **asked,
+        "entropy": float(-(present * np.log(present)).sum() / math.log(10)),
+        "histogram": shares.tolist(),
+    }
 
 
 def as_pixels(images):
@@ -307,7 +355,9 @@ def make_reference(extractors, train, test):
     held_out, others, train = pixels[:count], pixels[count:], as_pixels(train[0])
     sessions, features = [e[0] for e in extractors], [e[1] for e in extractors]
     limit = float(np.quantile(copy_ratios(held_out, train, others), 0.01))
-    return Reference(sessions, features, neighbour_radii(features[0]), train, held_out, others, limit)
+    return Reference(
+        sessions, features, neighbour_radii(features[0]), train, held_out, others, limit
+    )
 
 
 def score_images(reference, images, labels, queries=None):
@@ -316,7 +366,9 @@ def score_images(reference, images, labels, queries=None):
     """
     check_images(images)
     scores = {}
-    for name, session, real in zip(("ffid", "ffid2"), reference.sessions, reference.features, strict=False):
+    for name, session, real in zip(
+        ("ffid", "ffid2"), reference.sessions, reference.features, strict=False
+    ):
         features, logits = extract(session, images)
         scores[name] = frechet_distance(*moments(real), *moments(features))
         if name == "ffid":
@@ -324,7 +376,11 @@ def score_images(reference, images, labels, queries=None):
             scores |= class_scores(logits.argmax(axis=1), labels)
     queries = as_pixels(images[:QUERIES]) if queries is None else queries
     ratios = copy_ratios(queries, reference.train, reference.others)
-    return {**scores, "copy_ratio": float(np.median(ratios)), "copies": float((ratios < reference.limit).mean())}
+    return {
+        **scores,
+        "copy_ratio": float(np.median(ratios)),
+        "copies": float((ratios < reference.limit).mean()),
+    }
 
 
 def summary(scores):
@@ -359,7 +415,10 @@ class Setting:
         return infer_onnx.evaluations(self.model.card, **self.options)
 
     def title(self):
-        values = [f"{key} {value}".replace("_", " ").removesuffix(".0") for key, value in self.options.items()]
+        values = [
+            f"{key} {value}".replace("_", " ").removesuffix(".0")
+            for key, value in self.options.items()
+        ]
         return ", ".join([self.name, *values])
 
 
@@ -371,7 +430,9 @@ def find_settings(args, class_names):
             path = infer_onnx.find_model(name)
         except infer_onnx.ModelError as error:
             if args.models:
-                raise InputError(f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file") from error
+                raise InputError(
+                    f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file"
+                ) from error
             continue
         model = infer_onnx.load_model(path, args.provider, args.threads)
         card = model.card
@@ -379,16 +440,22 @@ def find_settings(args, class_names):
             if not args.models:
                 print(f"left out {path}: it does not draw the classes of {args.data}")
                 continue
-            raise InputError(f"{path} does not draw grey images of the classes of {args.data}: see --data")
+            raise InputError(
+                f"{path} does not draw grey images of the classes of {args.data}: see --data"
+            )
         if card["kind"] == "codes":
             settings.append(Setting(name, path, model, {}))
             continue
         most = len(card["alpha_bars"])
         if args.steps and max(args.steps) > most:
-            print(f"{name}: --steps {max(args.steps)} is more than the {most} of the training, {most} are taken")
+            print(
+                f"{name}: --steps {max(args.steps)} is more than the {most} of the training, {most} are taken"
+            )
         if args.guidance and card["guidance_fixed"]:
             print(f"{name} knows no other guidance than {card['guidance']:g}")
-        guidances = args.guidance if args.guidance and not card["guidance_fixed"] else [card["guidance"]]
+        guidances = (
+            args.guidance if args.guidance and not card["guidance_fixed"] else [card["guidance"]]
+        )
         steps = dict.fromkeys(min(s, most) for s in args.steps or [card["steps"]])
         solvers = args.solver if "solver" in infer_onnx.MODEL_FLAGS[card["model"]] else ["ddim"]
         if solvers != args.solver:
@@ -396,12 +463,20 @@ def find_settings(args, class_names):
         limits = args.guidance_limit or [card["guidance_limit"]]
         for solver, limit, guidance, number in itertools.product(solvers, limits, guidances, steps):
             options = {"steps": number, "guidance": guidance}
-            options |= {"guidance_limit": limit} if guidance > 1 and limit != card["guidance_limit"] else {}
+            options |= (
+                {"guidance_limit": limit}
+                if guidance > 1 and limit != card["guidance_limit"]
+                else {}
+            )
             options |= {"solver": solver} if solver != "ddim" else {}
             setting = Setting(name, path, model, options)
-            settings += [setting] if setting not in settings else []  # no limit matters up to guidance 1
+            settings += (
+                [setting] if setting not in settings else []
+            )  # no limit matters up to guidance 1
     if not settings:
-        raise InputError("no model in runs/ or pretrained/: make one with export.py, or name an .onnx file")
+        raise InputError(
+            "no model in runs/ or pretrained/: make one with export.py, or name an .onnx file"
+        )
     return settings
 
 
@@ -446,7 +521,9 @@ def draw_chunk(cache, setting, seed, first, stop, bar):
         parts = []
         for start in range(first, stop, BATCH):
             labels = balanced_labels(start, min(start + BATCH, stop))
-            parts.append(infer_onnx.sample(setting.model, labels, seed=seed, first=start, **setting.options))
+            parts.append(
+                infer_onnx.sample(setting.model, labels, seed=seed, first=start, **setting.options)
+            )
             bar.update(len(labels) * setting.passes())
         drawn = np.concatenate(parts)
         with written_whole(path) as scratch, scratch.open("wb") as file:
@@ -456,7 +533,9 @@ def draw_chunk(cache, setting, seed, first, stop, bar):
 
 def draw_samples(cache, setting, seed, count, bar):
     """uint8 images (count, 1, 32, 32) of a seed."""
-    return np.concatenate([draw_chunk(cache, setting, seed, *chunk, bar) for chunk in chunks(count)])
+    return np.concatenate(
+        [draw_chunk(cache, setting, seed, *chunk, bar) for chunk in chunks(count)]
+    )
 
 
 def latency(setting):
@@ -465,7 +544,9 @@ def latency(setting):
     for batch in BATCHES:
         labels, measured = balanced_labels(0, batch), []
         once = setting.options | ({"steps": 1, "guidance_limit": 1} if setting.options else {})
-        infer_onnx.sample(setting.model, labels, **once)  # warms up, in a single step, guided if any is
+        infer_onnx.sample(
+            setting.model, labels, **once
+        )  # warms up, in a single step, guided if any is
         begun = time.perf_counter()
         while not measured or (len(measured) < REPEATS and time.perf_counter() - begun < SECONDS):
             start = time.perf_counter()
@@ -486,7 +567,13 @@ def score_cells(row, floor):
         spread = f" ± {score['spread']:{digits}}" if score and score["spread"] else ""
         cells.append(f"{score['mean']:{digits}}{spread}" if score else "–")
     multiple = f"{row['scores']['ffid']['mean'] / floor['scores']['ffid']['mean']:.1f}"
-    return [row["title"], f"{row['n']:,}{' (!)' if row['marked'] else ''}", str(row["seeds"]), multiple, *cells]
+    return [
+        row["title"],
+        f"{row['n']:,}{' (!)' if row['marked'] else ''}",
+        str(row["seeds"]),
+        multiple,
+        *cells,
+    ]
 
 
 def cost_cells(row):
@@ -494,7 +581,11 @@ def cost_cells(row):
     times = row["latency"]
     best = f"{times['batch'][times['best']]:.2f} ({times['best']})" if times else "–"
     one = f"{times['batch']['1']:.2f}" if times else "–"
-    sizes = [f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.2f}", f"{row['training_minutes']:.0f}"]
+    sizes = [
+        f"{row['parameters']:,}",
+        f"{row['bytes'] / 1e6:.2f}",
+        f"{row['training_minutes']:.0f}",
+    ]
     return [row["title"], str(row["evaluations"]), one, best, *sizes]
 
 
@@ -508,7 +599,9 @@ def disagreements(rows):
     """Pairs of rows that the two extractors put in opposite orders, the better one by the first extractor before."""
     pairs = []
     for pair in itertools.combinations(rows, 2):
-        (a, a2), (b, b2) = ([row["scores"][name]["mean"] for name in ("ffid", "ffid2")] for row in pair)
+        (a, a2), (b, b2) = (
+            [row["scores"][name]["mean"] for name in ("ffid", "ffid2")] for row in pair
+        )
         if (a - b) * (a2 - b2) < 0:
             pairs.append(" before ".join(row["title"] for row in (pair if a < b else pair[::-1])))
     return pairs
@@ -519,18 +612,31 @@ def table(results):
     protocol, machine, rows = results["protocol"], results["machine"], results["rows"]
     text = f"# Samples against {protocol['reference']:,} test images of {protocol['data']}\n\n"
     head = ["model", "N", "seeds", "F-FID / floor", *(heading for _, heading, _ in SCORES)]
-    text += as_table(head, [score_cells(row, results["floor"]) for row in (results["floor"], *rows)])
+    text += as_table(
+        head, [score_cells(row, results["floor"]) for row in (results["floor"], *rows)]
+    )
     if len(results["extractors"]) > 1 and len(rows) > 1:
         pairs = disagreements(rows)
         said = f": by the first, {'; '.join(pairs)}" if pairs else ""
         text += f"The extractors disagree on the order of {len(pairs)} of {math.comb(len(rows), 2)} pairs{said}.\n\n"
-    by_class = [(row, row["scores"]["accuracy_by_class"]) for row in rows if "accuracy_by_class" in row["scores"]]
+    by_class = [
+        (row, row["scores"]["accuracy_by_class"])
+        for row in rows
+        if "accuracy_by_class" in row["scores"]
+    ]
     if by_class:
         text += "Label accuracy by class:\n\n"
         lines = [[row["title"], *(f"{share:.2f}" for share in shares)] for row, shares in by_class]
         text += as_table(["model", *results["extractors"][0]["class_names"]], lines)
-    head = ["model", "network evaluations", "ms / image, batch 1", "ms / image, best batch (its size)"]
-    text += as_table([*head, "parameters", "MB", "training minutes"], [cost_cells(row) for row in rows])
+    head = [
+        "model",
+        "network evaluations",
+        "ms / image, batch 1",
+        "ms / image, best batch (its size)",
+    ]
+    text += as_table(
+        [*head, "parameters", "MB", "training minutes"], [cost_cells(row) for row in rows]
+    )
     threads = f"{machine['cores']} cores, {machine['threads'] or 'as many'} threads"
     where = f"{machine['processor']}, {threads}, {machine['provider']}"
     text += f"On {where}, onnxruntime {machine['onnxruntime']}; times: medians, which move with the machine's load.\n\n"
@@ -564,7 +670,18 @@ NOTES = """\
 # --- Pictures ---------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1030, 560, 70, 350, 40, 50
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#000000", "#bcbd22", "#17becf")
+COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#000000",
+    "#bcbd22",
+    "#17becf",
+)
 GREY = "#bbbbbb"
 
 
@@ -575,7 +692,9 @@ def ticks(low, high, log):
         return [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = power * next(m for m in (1, 2, 5, 10) if (high - low) / (power * m) <= 6)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def axes(title, x_label, y_label, x_range, y_range, log=(False, False), names=None):
@@ -611,7 +730,9 @@ def axes(title, x_label, y_label, x_range, y_range, log=(False, False), names=No
 def legend(draw, names):
     for i, name in enumerate(names):
         top = TOP + 18 * i
-        draw.rectangle([WIDTH - RIGHT + 10, top, WIDTH - RIGHT + 20, top + 10], fill=COLOURS[i % len(COLOURS)])
+        draw.rectangle(
+            [WIDTH - RIGHT + 10, top, WIDTH - RIGHT + 20, top + 10], fill=COLOURS[i % len(COLOURS)]
+        )
         draw.text((WIDTH - RIGHT + 26, top + 5), name, "black", anchor="lm")
 
 
@@ -625,7 +746,9 @@ def draw_curves(path, x_label, curves, floor):
     xs, ys = zip(*((x, y) for points in curves.values() for x, y, _ in points), strict=True)
     # On the right there is room for the text beside a point.
     x_range, y_range = (min(xs) / 1.5, max(xs) * 2), (min(*ys, floor) / 1.5, max(*ys, floor) * 1.5)
-    picture, draw, place = axes("quality of samples", x_label, "F-FID", x_range, y_range, (True, True))
+    picture, draw, place = axes(
+        "quality of samples", x_label, "F-FID", x_range, y_range, (True, True)
+    )
     draw.line([place(x_range[0], floor), place(x_range[1], floor)], fill="#888888")
     draw.text(place(x_range[1], floor), "real images", "#555555", anchor="rb")
     for i, points in enumerate(curves.values()):
@@ -642,7 +765,9 @@ def draw_curves(path, x_label, curves, floor):
 def draw_histogram(path, rows, class_names):
     """The share of each class in the samples, as the extractor sees them: bars side by side; rows {name: shares}."""
     high = 1.1 * max(max(shares) for shares in rows.values())
-    picture, draw, place = axes("classes of the samples", "", "share", (-0.6, 9.6), (0, high), names=class_names)
+    picture, draw, place = axes(
+        "classes of the samples", "", "share", (-0.6, 9.6), (0, high), names=class_names
+    )
     for i, shares in enumerate(rows.values()):
         width = 0.84 / len(rows)
         for y, share in enumerate(shares):
@@ -669,11 +794,15 @@ def draw_results(results, folder, class_names):
     for stale in ("quality_latency.png", "steps.png"):
         (folder / stale).unlink(missing_ok=True)
     if by_time:
-        draw_curves(folder / "quality_latency.png", "ms / image at the best batch size", by_time, floor)
+        draw_curves(
+            folder / "quality_latency.png", "ms / image at the best batch size", by_time, floor
+        )
     if by_steps:
         draw_curves(folder / "steps.png", "steps of the sampler", by_steps, floor)
     draw_histogram(
-        folder / "classes.png", {row["title"]: row["scores"]["histogram"] for row in results["rows"]}, class_names
+        folder / "classes.png",
+        {row["title"]: row["scores"]["histogram"] for row in results["rows"]},
+        class_names,
     )
 
 
@@ -681,10 +810,14 @@ def draw_sets(folder, setting, images, reference):
     """Two pictures of samples: ten of each class, and each above the nearest training image."""
     stem = infer_onnx.file_stem(setting.title())
     by_class = np.concatenate([images[:100][y::10] for y in range(10)])
-    write_picture(infer_onnx.to_picture(by_class, len(by_class) // 10), folder / f"samples_{stem}.png")
+    write_picture(
+        infer_onnx.to_picture(by_class, len(by_class) // 10), folder / f"samples_{stem}.png"
+    )
     few = as_pixels(images[:20])
     found = reference.train[nearest(few, reference.train)[1]]
-    rows = np.stack([few.reshape(-1, 10, 784), found.reshape(-1, 10, 784)], axis=1).reshape(-1, 1, 28, 28)
+    rows = np.stack([few.reshape(-1, 10, 784), found.reshape(-1, 10, 784)], axis=1).reshape(
+        -1, 1, 28, 28
+    )
     picture = infer_onnx.to_picture((rows * 255).round().astype(np.uint8), 10)
     write_picture(picture, folder / f"nearest_{stem}.png")
 
@@ -746,7 +879,9 @@ def train_extractor(train, test, number, epochs, path=None, data=None, data_dir=
 
         def __init__(self, width_in, width_out, stride):
             super().__init__()
-            self.inner = nn.Sequential(conv(width_in, width_out, stride), *conv(width_out, width_out)[:2])
+            self.inner = nn.Sequential(
+                conv(width_in, width_out, stride), *conv(width_out, width_out)[:2]
+            )
             projection = nn.Conv2d(width_in, width_out, 1, stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width_out))
 
@@ -766,10 +901,15 @@ def train_extractor(train, test, number, epochs, path=None, data=None, data_dir=
     torch.manual_seed(seed)
     if number == 2:
         architecture = "residual, 32-64-64-128 channels, strides"
-        body = nn.Sequential(conv(1, 32), Residual(32, 64, 2), Residual(64, 64, 1), Residual(64, 128, 2))
+        body = nn.Sequential(
+            conv(1, 32), Residual(32, 64, 2), Residual(64, 64, 1), Residual(64, 128, 2)
+        )
     else:
         architecture = "plain, 32-32-64-64-128-128 channels, max pooling"
-        first, second = (conv(1, 32), conv(32, 32), nn.MaxPool2d(2)), (conv(32, 64), conv(64, 64), nn.MaxPool2d(2))
+        first, second = (
+            (conv(1, 32), conv(32, 32), nn.MaxPool2d(2)),
+            (conv(32, 64), conv(64, 64), nn.MaxPool2d(2)),
+        )
         body = nn.Sequential(*first, *second, conv(64, 128), conv(128, 128))
     model = Extractor(body).to(memory_format=torch.channels_last)
     images, labels = torch.from_numpy(train[0]), torch.from_numpy(train[1])
@@ -781,7 +921,9 @@ def train_extractor(train, test, number, epochs, path=None, data=None, data_dir=
     with tqdm(total=steps, unit="step", desc=f"extractor {number}", mininterval=pause()) as bar:
         for epoch in range(epochs):
             for batch in common.epoch_batches(len(images), batch_size, seed, epoch):
-                top, left = torch.randint(0, 5, (2,)).tolist()  # 28x28 of 32x32: shifts by up to 2 pixels
+                top, left = torch.randint(
+                    0, 5, (2,)
+                ).tolist()  # 28x28 of 32x32: shifts by up to 2 pixels
                 x = common.to_float(images[batch, :, top : top + 28, left : left + 28])
                 loss = F.cross_entropy(model(x)[1], labels[batch], label_smoothing=0.05)
                 optimizer.zero_grad(set_to_none=True)
@@ -812,11 +954,14 @@ def train_both(args):
     train, test = (load_split(args.data, args.data_dir, split) for split in (True, False))
     for number in (1, 2):
         path = extractor_file(args.extractors, args.data, number)
-        train_extractor(train, test, number, args.epochs or EPOCHS[number], path, args.data, args.data_dir)
+        train_extractor(
+            train, test, number, args.epochs or EPOCHS[number], path, args.data, args.data_dir
+        )
         card = load_extractor(path, args.data, test, args.threads)[2]
         size = path.stat().st_size / 1e6
         print(
-            f"wrote {path} ({size:.2f} MB): test accuracy {card['accuracy']:.2%}, SHA-256 {card['sha256']}", flush=True
+            f"wrote {path} ({size:.2f} MB): test accuracy {card['accuracy']:.2%}, SHA-256 {card['sha256']}",
+            flush=True,
         )
 
 
@@ -842,28 +987,99 @@ def solver(text):
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     number = infer_onnx.number
-    parser = infer_onnx.Parser(prog="evaluate.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = infer_onnx.Parser(
+        prog="evaluate.py", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(NAMES)} or .onnx files (all that are found)")
-    add("--num-samples", type=number(int, 20, 1_000_000), default=10_000, help="N, all classes together (10000)")
-    add("--seeds", type=number(int, 1, 100), default=1, help="sets of N samples; their spread is reported (1)")
-    add("--steps", type=several(number(int, 1)), help="of diffusion models, several with commas (the model's)")
-    add("--guidance", type=several(number(float, 0)), help="of diffusion models, several with commas (the model's)")
-    add("--guidance-limit", type=several(number(float, 0, 1)), help="guide below these shares of T (the model's)")
-    add("--solver", type=several(solver), default=["ddim"], help="of ddim and ldm: ddim, dpm++ or both (ddim)")
-    add("--data", choices=[*IDX_SETS], default="fashion-mnist", help="the real images (fashion-mnist)")
+    add(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"{', '.join(NAMES)} or .onnx files (all that are found)",
+    )
+    add(
+        "--num-samples",
+        type=number(int, 20, 1_000_000),
+        default=10_000,
+        help="N, all classes together (10000)",
+    )
+    add(
+        "--seeds",
+        type=number(int, 1, 100),
+        default=1,
+        help="sets of N samples; their spread is reported (1)",
+    )
+    add(
+        "--steps",
+        type=several(number(int, 1)),
+        help="of diffusion models, several with commas (the model's)",
+    )
+    add(
+        "--guidance",
+        type=several(number(float, 0)),
+        help="of diffusion models, several with commas (the model's)",
+    )
+    add(
+        "--guidance-limit",
+        type=several(number(float, 0, 1)),
+        help="guide below these shares of T (the model's)",
+    )
+    add(
+        "--solver",
+        type=several(solver),
+        default=["ddim"],
+        help="of ddim and ldm: ddim, dpm++ or both (ddim)",
+    )
+    add(
+        "--data",
+        choices=[*IDX_SETS],
+        default="fashion-mnist",
+        help="the real images (fashion-mnist)",
+    )
     add("--data-dir", help="where their IDX files are (data/, then Debian's folder)")
     add("--output", type=Path, default=Path("results"), help="the folder to write to (results)")
-    add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="cuda is that or an error (auto)")
+    add(
+        "--provider",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="cuda is that or an error (auto)",
+    )
     add("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0 is one per core (0)")
-    add("--shard", type=infer_onnx.shard, metavar="I/N", help="only draw the I-th of N parts of what is to be scored")
+    add(
+        "--shard",
+        type=infer_onnx.shard,
+        metavar="I/N",
+        help="only draw the I-th of N parts of what is to be scored",
+    )
     add("--no-timing", dest="timing", action="store_false", help="do not time the models")
-    add("--tsne", action="store_true", help="a map of real and generated features (needs scikit-learn)")
-    add("--cas", action="store_true", help="accuracy of a network trained on samples (draws 60,000; needs torch)")
-    add("--train-extractor", action="store_true", help="train the extractors of --data instead (needs torch)")
-    add("--epochs", type=number(int, 1, 1000), help=f"of --train-extractor ({EPOCHS[1]} and {EPOCHS[2]})")
+    add(
+        "--tsne",
+        action="store_true",
+        help="a map of real and generated features (needs scikit-learn)",
+    )
+    add(
+        "--cas",
+        action="store_true",
+        help="accuracy of a network trained on samples (draws 60,000; needs torch)",
+    )
+    add(
+        "--train-extractor",
+        action="store_true",
+        help="train the extractors of --data instead (needs torch)",
+    )
+    add(
+        "--epochs",
+        type=number(int, 1, 1000),
+        help=f"of --train-extractor ({EPOCHS[1]} and {EPOCHS[2]})",
+    )
     home = Path(__file__).parent / "pretrained"
-    add("--extractors", type=Path, default=home, metavar="FOLDER", help="where the extractors are, or go (pretrained)")
+    add(
+        "--extractors",
+        type=Path,
+        default=home,
+        metavar="FOLDER",
+        help="where the extractors are, or go (pretrained)",
+    )
     return parser
 
 
@@ -916,7 +1132,10 @@ def score_setting(setting, reference, sets, test, args):
         pairs = sets[0][: len(reference.train)], labels[: len(reference.train)]
         scores[0]["cas"] = train_extractor(pairs, test, 1, CAS_EPOCHS)
     card = setting.model.card
-    files = [setting.path, *(setting.path.with_name(Path(part["file"]).name) for part in card["parts"].values())]
+    files = [
+        setting.path,
+        *(setting.path.with_name(Path(part["file"]).name) for part in card["parts"].values()),
+    ]
     return {
         "title": setting.title(), "model": setting.name, "file": setting.path.name, "sha256": setting.model.sha256,
         "steps": setting.options.get("steps"), "guidance": setting.options.get("guidance"),
@@ -934,11 +1153,15 @@ def score_models(args):
     for module in ("sklearn",) * args.tsne + ("torch",) * args.cas:
         importlib.import_module(module)  # now, and not after the work
     if args.num_samples % 10:
-        raise InputError(f"--num-samples {args.num_samples} is not a multiple of 10, the number of classes")
+        raise InputError(
+            f"--num-samples {args.num_samples} is not a multiple of 10, the number of classes"
+        )
     train, test = (load_split(args.data, args.data_dir, split) for split in (True, False))
     files = [extractor_file(args.extractors, args.data, number) for number in (1, 2)]
     if not files[1].is_file():
-        print(f"no {files.pop().name}: the order of the models is not checked by a second extractor")
+        print(
+            f"no {files.pop().name}: the order of the models is not checked by a second extractor"
+        )
     extractors = [load_extractor(file, args.data, test, args.threads) for file in files]
     class_names = extractors[0][2]["class_names"]
     settings = find_settings(args, class_names)
@@ -947,7 +1170,12 @@ def score_models(args):
     sizes, first_images = [args.num_samples] * args.seeds, {}
     if args.cas:
         sizes[0] = max(args.num_samples, len(train[0]))
-    parts = [(s, seed, *chunk) for s in settings for seed, size in enumerate(sizes) for chunk in chunks(size)]
+    parts = [
+        (s, seed, *chunk)
+        for s in settings
+        for seed, size in enumerate(sizes)
+        for chunk in chunks(size)
+    ]
     if args.shard:
         parts = parts[args.shard[0] - 1 :: args.shard[1]]
     absent = [part for part in parts if not chunk_file(cache, *part).is_file()]
@@ -957,7 +1185,9 @@ def score_models(args):
         with tqdm(**options) as bar:
             for part in absent:
                 draw_chunk(cache, *part, bar)
-        print(f"drawn: {len(parts)} files in {cache}; with those of the other shards there, run again without --shard")
+        print(
+            f"drawn: {len(parts)} files in {cache}; with those of the other shards there, run again without --shard"
+        )
         return
     print(f"running on {settings[0].model.where}")
     print(f"{len(settings)} settings; real images are scored first", flush=True)
@@ -978,7 +1208,9 @@ def score_models(args):
     }  # fmt: skip
     with tqdm(**options) as bar:
         for setting in settings:
-            sets = [draw_samples(cache, setting, seed, size, bar) for seed, size in enumerate(sizes)]
+            sets = [
+                draw_samples(cache, setting, seed, size, bar) for seed, size in enumerate(sizes)
+            ]
             bar.set_description(f"{setting.title()}, scoring")
             results["rows"].append(score_setting(setting, reference, sets, test, args))
             draw_sets(args.output, setting, sets[0], reference)

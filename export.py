@@ -29,13 +29,28 @@ import onnx
 import torch
 
 import infer_onnx
-from common import IMAGE_SIZE, NULL_LABEL, InputError, draw_noise, find_checkpoint, load_checkpoint, noise_streams
+from common import (
+    IMAGE_SIZE,
+    NULL_LABEL,
+    InputError,
+    draw_noise,
+    find_checkpoint,
+    load_checkpoint,
+    noise_streams,
+)
 from common import to_uint8, written_whole
 from infer_onnx import METADATA_FORMAT, METADATA_KEY
 
-STEPS = {"ddim": 20, "ddpm": 250, "ldm": 20}  # what each is drawn with where nobody asks for another number
+STEPS = {
+    "ddim": 20,
+    "ddpm": 250,
+    "ldm": 20,
+}  # what each is drawn with where nobody asks for another number
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
-OPSET, IR_VERSION = 18, 8  # load in every onnxruntime since 1.17; later opsets lack kernels for GroupNorm there
+OPSET, IR_VERSION = (
+    18,
+    8,
+)  # load in every onnxruntime since 1.17; later opsets lack kernels for GroupNorm there
 MAX_DIFFERENCE = 1e-4  # of network outputs; rounding alone stays near 1e-6
 MAX_GREY_LEVELS = 1  # of uint8 images at the end of a trajectory
 
@@ -68,14 +83,30 @@ class Means(torch.nn.Module):
 
 def graphs_of(name, network, config, num_classes):
     """What to export: {"": (module, {input: a value of batch 2}, output), and perhaps a part by its name: ...}."""
-    image, classes = (config["channels"], IMAGE_SIZE, IMAGE_SIZE), torch.eye(num_classes)[:1].repeat(2, 1)
-    t_and_y = {"t": torch.zeros(2, dtype=torch.int64), "y": torch.zeros(2, dtype=torch.int64)}  # not one tensor twice
+    image, classes = (
+        (config["channels"], IMAGE_SIZE, IMAGE_SIZE),
+        torch.eye(num_classes)[:1].repeat(2, 1),
+    )
+    t_and_y = {
+        "t": torch.zeros(2, dtype=torch.int64),
+        "y": torch.zeros(2, dtype=torch.int64),
+    }  # not one tensor twice
     if name == "gan":
-        return {"": (network, {"z": torch.zeros(2, network.latent_dim), "classes": classes}, "image")}
+        return {
+            "": (network, {"z": torch.zeros(2, network.latent_dim), "classes": classes}, "image")
+        }
     if name == "vae":
         return {
-            "": (Images(network.decoder), {"z": torch.zeros(2, network.latent_dim), "classes": classes}, "image"),
-            "encoder": (Means(network.encoder), {"x": torch.zeros(2, *image), "classes": classes}, "mu"),
+            "": (
+                Images(network.decoder),
+                {"z": torch.zeros(2, network.latent_dim), "classes": classes},
+                "image",
+            ),
+            "encoder": (
+                Means(network.encoder),
+                {"x": torch.zeros(2, *image), "classes": classes},
+                "mu",
+            ),
         }
     if name != "ldm":
         return {"": (network, {"x_t": torch.zeros(2, *image), **t_and_y}, "output")}
@@ -88,7 +119,10 @@ def graphs_of(name, network, config, num_classes):
 
 def export_graph(module, inputs, *outputs):
     """The graph of a module as an onnx.ModelProto with a dynamic batch and no trace of this machine."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter's own progress report
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # the exporter's own progress report
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
@@ -120,7 +154,9 @@ def model_card(script, checkpoint, network, graphs, parts):
     """What infer_onnx.py must know, as plain JSON types. parts: of further files, {name: {"file", "sha256"}}."""
     config, name = checkpoint["config"], script.NAME
     training = {k: config[k] for k in (*script.FIXED, "lr", "epochs", "minutes")}
-    training["data"] = Path(config["data"]).name  # a name, or the last part of a path: no folder of this machine
+    training["data"] = Path(
+        config["data"]
+    ).name  # a name, or the last part of a path: no folder of this machine
     training["seconds"] = checkpoint["seconds"] + checkpoint.get("stage_1_seconds", 0)
     card = {
         "format": METADATA_FORMAT,
@@ -137,7 +173,10 @@ def model_card(script, checkpoint, network, graphs, parts):
     noise, module = noise_streams(0, [0]), graphs[""][0]
     if card["kind"] == "codes":
         prior = checkpoint.get("prior")
-        card |= {"latent_dim": network.latent_dim, "prior": prior and {k: packed(v) for k, v in prior.items()}}
+        card |= {
+            "latent_dim": network.latent_dim,
+            "prior": prior and {k: packed(v) for k, v in prior.items()},
+        }
         z = torch.from_numpy(draw_noise(noise, [network.latent_dim]))
         probe, output = {"seed": 0, "y": 0}, module(z, torch.eye(network.num_classes)[:1])
     else:
@@ -147,12 +186,18 @@ def model_card(script, checkpoint, network, graphs, parts):
             "steps": min(STEPS[name], config["num_timesteps"]),
             "guidance": script.default_guidance(config),
             "guidance_limit": script.GUIDANCE_LIMIT,
-            "guidance_fixed": config["label_dropout"] in (0, 1),  # no class was ever dropped, or every one
-            "alpha_bars": script.make_alpha_bars(config["schedule"], config["num_timesteps"]).tolist(),
+            "guidance_fixed": config["label_dropout"]
+            in (0, 1),  # no class was ever dropped, or every one
+            "alpha_bars": script.make_alpha_bars(
+                config["schedule"], config["num_timesteps"]
+            ).tolist(),
         }
         if name == "ldm":
             card["latent_shape"] = [config["latent_channels"], 8, 8]
-            card |= {key: getattr(network, key).flatten().tolist() for key in ("latent_mean", "latent_std")}
+            card |= {
+                key: getattr(network, key).flatten().tolist()
+                for key in ("latent_mean", "latent_std")
+            }
         probe = {"seed": 0, "t": config["num_timesteps"] // 2, "y": 0}
         x_t = torch.from_numpy(draw_noise(noise, card.get("latent_shape", card["image_shape"])))
         output = module(x_t, torch.tensor([probe["t"]]), torch.tensor([probe["y"]]))
@@ -186,7 +231,10 @@ def random_inputs(inputs, batch, card):
         "classes": np.eye(classes, dtype=np.float32)[np.arange(batch) % classes],
     }
     streams = noise_streams(batch, range(batch))
-    return {k: own[k] if k in own else draw_noise(streams, tuple(v.shape[1:])) for k, v in inputs.items()}
+    return {
+        k: own[k] if k in own else draw_noise(streams, tuple(v.shape[1:]))
+        for k, v in inputs.items()
+    }
 
 
 def compare(script, checkpoint, network, graphs, path):
@@ -201,7 +249,9 @@ def compare(script, checkpoint, network, graphs, path):
             difference = np.abs(found - expected).max()
             worst = max(worst, difference if np.isfinite(difference) else np.inf)
     if not worst <= MAX_DIFFERENCE:
-        raise ParityError(f"the network's outputs differ by {worst:.1e} from torch's, limit {MAX_DIFFERENCE:.0e}")
+        raise ParityError(
+            f"the network's outputs differ by {worst:.1e} from torch's, limit {MAX_DIFFERENCE:.0e}"
+        )
 
     labels = torch.arange(len(card["class_names"]))[:10]
     settings = {"seed": 1}
@@ -210,10 +260,16 @@ def compare(script, checkpoint, network, graphs, path):
     known = {"config": checkpoint["config"]} if card["kind"] == "diffusion" else {}
     if "prior" in checkpoint:
         known["prior"] = checkpoint["prior"]
-    expected = to_uint8(script.sample(model=network, labels=labels, **known, **settings)).numpy().astype(int)
+    expected = (
+        to_uint8(script.sample(model=network, labels=labels, **known, **settings))
+        .numpy()
+        .astype(int)
+    )
     levels = np.abs(infer_onnx.sample(model, labels.tolist(), **settings) - expected).max()
     if levels > MAX_GREY_LEVELS:
-        raise ParityError(f"images differ by {levels} grey levels from torch's, limit {MAX_GREY_LEVELS}")
+        raise ParityError(
+            f"images differ by {levels} grey levels from torch's, limit {MAX_GREY_LEVELS}"
+        )
     return worst, levels
 
 
@@ -223,24 +279,41 @@ def export(name, checkpoint_path, output, weights):
     script = importlib.import_module(name)
     path = find_checkpoint((name,), checkpoint_path, script.SAMPLES_FROM)
     if weights and weights.exists() and weights.samefile(path):
-        raise InputError(f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with")
+        raise InputError(
+            f"--weights {weights} is the checkpoint itself, and would lose what a run goes on with"
+        )
     if weights and weights.suffix != ".pt":
         raise InputError(f"--weights {weights}: the name must end in .pt")
     checkpoint = load_checkpoint(path, script.SAMPLES_FROM)
     if weights:  # half as large; the graph gets the same rounded weights
-        checkpoint["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["ema"].items()}
+        checkpoint["ema"] = {
+            k: v.half() if v.is_floating_point() else v for k, v in checkpoint["ema"].items()
+        }
     network = script.ema_network(checkpoint, torch.device("cpu"))
     graphs = graphs_of(name, network, checkpoint["config"], len(checkpoint["class_names"]))
     shipped = path.resolve().parent == Path(__file__).resolve().parent / "pretrained"
-    output = output or (Path() if shipped else path.parent) / f"{name}.onnx"  # shipped files stay as they are
+    output = (
+        output or (Path() if shipped else path.parent) / f"{name}.onnx"
+    )  # shipped files stay as they are
     protos = {part: export_graph(*graph) for part, graph in graphs.items()}
-    files = {part: output.with_name(f"{output.stem}_{part}.onnx") if part else output for part in graphs}
-    contents = {part: infer_onnx.sealed(proto.SerializeToString()) for part, proto in protos.items() if part}
-    parts = {k: {"file": files[k].name, "sha256": hashlib.sha256(v).hexdigest()} for k, v in contents.items()}
+    files = {
+        part: output.with_name(f"{output.stem}_{part}.onnx") if part else output for part in graphs
+    }
+    contents = {
+        part: infer_onnx.sealed(proto.SerializeToString()) for part, proto in protos.items() if part
+    }
+    parts = {
+        k: {"file": files[k].name, "sha256": hashlib.sha256(v).hexdigest()}
+        for k, v in contents.items()
+    }
     card = model_card(script, checkpoint, network, graphs, parts)
     onnx.helper.set_model_props(protos[""], {METADATA_KEY: json.dumps(card)})
-    contents[""] = infer_onnx.sealed(protos[""].SerializeToString())  # after the others: it holds their sums
-    with tempfile.TemporaryDirectory() as scratch:  # they take their names only if the comparison passes
+    contents[""] = infer_onnx.sealed(
+        protos[""].SerializeToString()
+    )  # after the others: it holds their sums
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # they take their names only if the comparison passes
         for part, content in contents.items():
             Path(scratch, files[part].name).write_bytes(content)
         worst, levels = compare(script, checkpoint, network, graphs, Path(scratch, output.name))
@@ -251,9 +324,21 @@ def export(name, checkpoint_path, output, weights):
         print(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB) from {path}")
     print(f"network outputs within {worst:.1e} of torch's; images within {levels} grey level(s)")
     if weights:
-        dropped = ("weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty")
+        dropped = (
+            "weights",
+            "optimizer",
+            "by_tenth",
+            "sums",
+            "discriminator",
+            "optimizer_d",
+            "penalty",
+        )
         kept = {k: v for k, v in checkpoint.items() if k not in dropped}
-        kept["config"] = {**kept["config"], "data": Path(kept["config"]["data"]).name, "data_dir": None}
+        kept["config"] = {
+            **kept["config"],
+            "data": Path(kept["config"]["data"]).name,
+            "data_dir": None,
+        }
         if "autoencoder" in kept["config"]:
             kept["config"]["autoencoder"] = None
         try:
@@ -261,20 +346,30 @@ def export(name, checkpoint_path, output, weights):
                 torch.save(kept, scratch)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"{weights}: {infer_onnx.one_line(error)}") from error
-        print(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone, in float16")
+        print(
+            f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB), the averaged weights alone, in float16"
+        )
     return output
 
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(prog="export.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = infer_onnx.Parser(
+        prog="export.py", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     parser.add_argument("name", choices=[*NAMES, "all"], help="the script that trained the model")
     parser.add_argument(
-        "--checkpoint", type=Path, help="a .pt file or a run's folder (the newest run, else the shipped)"
+        "--checkpoint",
+        type=Path,
+        help="a .pt file or a run's folder (the newest run, else the shipped)",
     )
-    parser.add_argument("--output", type=Path, help="the .onnx file to write (NAME.onnx beside a run's checkpoint)")
     parser.add_argument(
-        "--weights", type=Path, help="also write a small .pt to sample from and to share: EMA weights only, in float16"
+        "--output", type=Path, help="the .onnx file to write (NAME.onnx beside a run's checkpoint)"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="also write a small .pt to sample from and to share: EMA weights only, in float16",
     )
     return parser
 
@@ -284,21 +379,32 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.output and args.output.suffix != ".onnx":
-            raise InputError(f"--output {args.output}: the name must end in .onnx, or infer_onnx.py will not find it")
+            raise InputError(
+                f"--output {args.output}: the name must end in .onnx, or infer_onnx.py will not find it"
+            )
         names = [args.name]
         if args.name == "all":
             if args.checkpoint or args.output or args.weights:
-                raise InputError("all takes the newest run of each script: no --checkpoint, --output or --weights")
+                raise InputError(
+                    "all takes the newest run of each script: no --checkpoint, --output or --weights"
+                )
             names = [name for name in NAMES if any(Path("runs").glob(f"*/{name}.pt"))]
             if not names:
-                raise InputError("there is no run in runs/: train first, for example with python ddim.py --train")
+                raise InputError(
+                    "there is no run in runs/: train first, for example with python ddim.py --train"
+                )
         for name in names:
             output = export(name, args.checkpoint, args.output, args.weights)
-            print(f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(output.as_posix())}")
+            print(
+                f"Draw without torch:\n  python infer_onnx.py --class all --model {shlex.quote(output.as_posix())}"
+            )
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
-        parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {args.output or name + '.onnx'} was written\n")
+        parser.exit(
+            5,
+            f"{parser.prog}: error: {name}: {error}; no {args.output or name + '.onnx'} was written\n",
+        )
     except OSError as error:
         parser.exit(5, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

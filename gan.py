@@ -33,9 +33,34 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, ResidualBlock, Run, autocast, check_frames, draw_noise
-from common import errors_in_one_line, find_checkpoint, group_norm, load_checkpoint, load_run_data, noise_streams
-from common import number, parallel, parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images
+from common import (
+    IMAGE_SIZE,
+    LOG_EVERY,
+    RUN_FLAGS,
+    ResidualBlock,
+    Run,
+    autocast,
+    check_frames,
+    draw_noise,
+)
+from common import (
+    errors_in_one_line,
+    find_checkpoint,
+    group_norm,
+    load_checkpoint,
+    load_run_data,
+    noise_streams,
+)
+from common import (
+    number,
+    parallel,
+    parse_classes,
+    parse_run,
+    pick_device,
+    run_parser,
+    sampled_file,
+    save_images,
+)
 from common import save_sampled, to_float, training_device, whole_numbers
 
 NAME = "gan"
@@ -61,7 +86,9 @@ class Generator(nn.Module):
         )
         self.label = nn.Linear(num_classes, emb_channels, bias=False)
         self.start = nn.Linear(latent_dim + emb_channels, widths[-1] * self.bottom**2)
-        self.blocks = nn.ModuleList(ResidualBlock(width, width, emb_channels) for width in reversed(widths))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, width, emb_channels) for width in reversed(widths)
+        )
         steps = itertools.pairwise(reversed(widths))
         self.up = nn.ModuleList([nn.Identity()] + [nn.Conv2d(a, 4 * b, 1) for a, b in steps])
         self.norm = group_norm(widths[0])
@@ -86,7 +113,11 @@ class PlainBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.conv2.weight.data.mul_(0.1)
-        self.down = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1) if out_channels else nn.Identity()
+        self.down = (
+            nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+            if out_channels
+            else nn.Identity()
+        )
 
     def forward(self, x):
         h = self.conv1(F.leaky_relu(x, 0.2))
@@ -105,11 +136,15 @@ class Discriminator(nn.Module):
         super().__init__()
         bottom = IMAGE_SIZE // 2 ** len(widths)
         self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
-        self.blocks = nn.Sequential(*(PlainBlock(a, b) for a, b in itertools.pairwise([*widths, None])))
+        self.blocks = nn.Sequential(
+            *(PlainBlock(a, b) for a, b in itertools.pairwise([*widths, None]))
+        )
         self.features = nn.Linear(widths[-1] * bottom**2, 128)
         self.out = nn.Linear(128, 1)
         self.label = nn.Linear(num_classes, 128, bias=False)
-        for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)] if spectral else []:
+        for layer in (
+            [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)] if spectral else []
+        ):
             spectral_norm(layer)
 
     def forward(self, x, classes):
@@ -161,7 +196,9 @@ def class_diversity(grid, labels, data, warn):
             found[data.class_names[y]] = diversity(grid[labels == y], reals)
     collapsed = [f"{name} ({value:.2f})" for name, value in found.items() if value < 0.4]
     if collapsed and warn:
-        tqdm.write(f"collapse: samples are nearly the same picture, compared with real ones, of {', '.join(collapsed)}")
+        tqdm.write(
+            f"collapse: samples are nearly the same picture, compared with real ones, of {', '.join(collapsed)}"
+        )
     return found
 
 
@@ -231,7 +268,12 @@ def sample(*, model, labels, truncation=None, seed=0, batch_size=100):
 
 def learning_rate(args, step, progress):
     """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
-    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        args.lr
+        * min(1.0, (step + 1) / (args.warmup + 1))
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def power_ema(length):
@@ -262,9 +304,13 @@ def train(args, checkpoint=None):
     discriminator.to(device, memory_format=torch.channels_last)
     fused = device.type != "mps"
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.0, 0.99), fused=fused)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.0, 0.99), fused=fused)
+    optimizer_d = torch.optim.Adam(
+        discriminator.parameters(), args.lr, betas=(0.0, 0.99), fused=fused
+    )
     ema_model = AveragedModel(generator, multi_avg_fn=power_ema(args.ema_length)).eval()
-    sums = torch.zeros(4, device=device)  # of loss_g, loss_d, real and fake logits since the last line of the log
+    sums = torch.zeros(
+        4, device=device
+    )  # of loss_g, loss_d, real and fake logits since the last line of the log
     penalty = torch.zeros((), device=device)  # the last one
     if checkpoint:
         generator.load_state_dict(checkpoint["weights"])
@@ -293,8 +339,12 @@ def train(args, checkpoint=None):
             "penalty": penalty.item(),
         })  # fmt: skip
 
-    sizes = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (generator, discriminator)]
-    print(f"run {run.folder} on {device}, {sizes[0]} parameters, discriminator {sizes[1]}", flush=True)
+    sizes = [
+        f"{sum(p.numel() for p in model.parameters()):,}" for model in (generator, discriminator)
+    ]
+    print(
+        f"run {run.folder} on {device}, {sizes[0]} parameters, discriminator {sizes[1]}", flush=True
+    )
     dice = torch.Generator(device)
     with run.under_way() as bar:
         if not checkpoint:
@@ -315,7 +365,11 @@ def train(args, checkpoint=None):
             real_logits, fake_logits = real_and_fake.float().chunk(2)
             loss_d = discriminator_loss(real_logits, fake_logits, args.loss)
             loss = loss_d
-            if args.gamma and run.step % args.penalty_every == 0 and args.loss in ("relativistic", "nonsaturating"):
+            if (
+                args.gamma
+                and run.step % args.penalty_every == 0
+                and args.loss in ("relativistic", "nonsaturating")
+            ):
                 penalty = gradient_penalty(discriminator, x, classes)  # R1
                 if args.loss == "relativistic":
                     penalty = penalty + gradient_penalty(discriminator, fake.float(), classes)  # R2
@@ -329,7 +383,9 @@ def train(args, checkpoint=None):
             with autocast(device, args.bf16):
                 fake_logits_g = discriminator(forward_g(z_g, classes), classes).float()
                 with torch.no_grad():
-                    real_logits_g = discriminator(x, classes).float() if args.loss == "relativistic" else None
+                    real_logits_g = (
+                        discriminator(x, classes).float() if args.loss == "relativistic" else None
+                    )
             loss_g = generator_loss(real_logits_g, fake_logits_g, args.loss)
             optimizer_g.zero_grad(set_to_none=True)
             loss_g.backward()
@@ -340,12 +396,16 @@ def train(args, checkpoint=None):
                 ema_model.update_parameters(generator)
             run.step += 1
 
-            sums += run.mean(torch.stack([loss_g, loss_d, real_logits.mean(), fake_logits.mean()]).detach())
+            sums += run.mean(
+                torch.stack([loss_g, loss_d, real_logits.mean(), fake_logits.mean()]).detach()
+            )
             run.show(bar, f"G {loss_g.item():.3f}, D {loss_d.item():.3f}")
             if run.step % LOG_EVERY == 0:
                 names = ("loss_g", "loss_d", "real_logits", "fake_logits")
                 means = dict(zip(names, (sums / LOG_EVERY).tolist(), strict=True))
-                run.log({**means, "penalty": penalty.item(), "lr": optimizer_g.param_groups[0]["lr"]})
+                run.log(
+                    {**means, "penalty": penalty.item(), "lr": optimizer_g.param_groups[0]["lr"]}
+                )
                 sums.zero_()
             if run.save_due():
                 save()
@@ -378,21 +438,78 @@ def build_parser():
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code (64)")
-    add("--widths", type=whole_numbers, default=(32, 64, 128), help="channels by resolution, finest first (32,64,128)")
-    add("--widths-d", type=whole_numbers, default=(32, 64, 128), help="the same of the discriminator (32,64,128)")
-    add("--emb-channels", type=number(int, 4), default=128, help="size of the code and class embedding (128)")
+    add(
+        "--widths",
+        type=whole_numbers,
+        default=(32, 64, 128),
+        help="channels by resolution, finest first (32,64,128)",
+    )
+    add(
+        "--widths-d",
+        type=whole_numbers,
+        default=(32, 64, 128),
+        help="the same of the discriminator (32,64,128)",
+    )
+    add(
+        "--emb-channels",
+        type=number(int, 4),
+        default=128,
+        help="size of the code and class embedding (128)",
+    )
     add = parser.add_argument_group("method").add_argument
-    add("--loss", choices=LOSSES, default="nonsaturating", help="see the top of this help (nonsaturating)")
-    add("--gamma", type=number(float, 0), default=1.0, help="weight of R1 (nonsaturating), R1 + R2 (relativistic) (1)")
-    add("--penalty-every", type=number(int, 1), default=8, help="steps between penalties, which then count as many (8)")
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="nonsaturating",
+        help="see the top of this help (nonsaturating)",
+    )
+    add(
+        "--gamma",
+        type=number(float, 0),
+        default=1.0,
+        help="weight of R1 (nonsaturating), R1 + R2 (relativistic) (1)",
+    )
+    add(
+        "--penalty-every",
+        type=number(int, 1),
+        default=8,
+        help="steps between penalties, which then count as many (8)",
+    )
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=number(float, 0, above=True), default=1e-3, help="learning rate after the warm-up (0.001)")
-    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
-    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    add(
+        "--lr",
+        type=number(float, 0, above=True),
+        default=1e-3,
+        help="learning rate after the warm-up (0.001)",
+    )
+    add(
+        "--warmup",
+        type=number(int, 0),
+        default=200,
+        help="steps up to the full learning rate (200)",
+    )
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age / run length (0.08)",
+    )
+    add(
+        "--bf16",
+        action=on_off,
+        help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)",
+    )
     add = parser.add_argument_group("sampling").add_argument
-    add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
-    add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
+    add(
+        "--truncation",
+        type=number(float, 0.1),
+        help="redraw noise beyond +- this: less variety, fewer failures",
+    )
+    add(
+        "--interpolate",
+        choices=("noise", "class"),
+        help="between two noises of a class, or two classes of a noise",
+    )
     return parser
 
 
@@ -408,7 +525,9 @@ def draw(args):
     labels = torch.tensor(classes).repeat_interleave(count)
     if args.interpolate:
         weight, streams = torch.linspace(0, 1, count)[:, None], noise_streams(args.seed, [0, 1])
-        a, b = torch.from_numpy(draw_codes(None, [0, 0], streams, model.latent_dim, args.truncation)).split(1)
+        a, b = torch.from_numpy(
+            draw_codes(None, [0, 0], streams, model.latent_dim, args.truncation)
+        ).split(1)
         if args.interpolate == "noise":
             z, hot = between(a, b, weight).repeat(len(classes), 1), one_hot(labels, len(names))
         else:
@@ -417,7 +536,11 @@ def draw(args):
         images = generate(model, z, hot, args.batch_size)
     else:
         images = sample(
-            model=model, labels=labels, truncation=args.truncation, seed=args.seed, batch_size=args.batch_size
+            model=model,
+            labels=labels,
+            truncation=args.truncation,
+            seed=args.seed,
+            batch_size=args.batch_size,
         )
     save_sampled(images, labels, names, output, count)
     print(f"wrote {output} (weights: {path})")

@@ -47,7 +47,15 @@ METADATA_FORMAT = 4
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: field 14, metadata, of 74 bytes: the key, and a value of 64 bytes
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
 KIND_KEYS = {
-    "diffusion": ("null_label", "alpha_bars", "prediction", "steps", "guidance", "guidance_limit", "guidance_fixed"),
+    "diffusion": (
+        "null_label",
+        "alpha_bars",
+        "prediction",
+        "steps",
+        "guidance",
+        "guidance_limit",
+        "guidance_fixed",
+    ),
     "codes": ("latent_dim", "prior"),  # an image for a code: VAE and GAN
 }
 SOLVERS = ("ddim", "dpm++")
@@ -87,12 +95,19 @@ def find_model(name):
     """
     if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
-    runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True)
-    shipped = [folder / f"{name}.onnx" for folder in (Path(__file__).parent / "pretrained", Path("pretrained"), Path())]
+    runs = sorted(
+        Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    shipped = [
+        folder / f"{name}.onnx"
+        for folder in (Path(__file__).parent / "pretrained", Path("pretrained"), Path())
+    ]
     for path in [*runs, *shipped]:
         if path.is_file():
             return path
-    raise ModelError(f"no model {name!r} in runs/ or pretrained/: name a file with --model, or make one with export.py")
+    raise ModelError(
+        f"no model {name!r} in runs/ or pretrained/: name a file with --model, or make one with export.py"
+    )
 
 
 @dataclass
@@ -108,7 +123,9 @@ class Model:
     @property
     def where(self):
         """The provider it runs on, and why that is not CUDA."""
-        return self.session.get_providers()[0] + (f"; not on CUDA: {self.trouble}" if self.trouble else "")
+        return self.session.get_providers()[0] + (
+            f"; not on CUDA: {self.trouble}" if self.trouble else ""
+        )
 
 
 def load_model(path, provider="auto", threads=0, tf32=True):
@@ -127,15 +144,22 @@ def load_model(path, provider="auto", threads=0, tf32=True):
         contents[name] = read_model(beside)
         if hashlib.sha256(contents[name]).hexdigest() != part["sha256"]:
             raise ModelError(f"{beside} is not the {name} of {path}: export both again")
-    sessions = {name: open_session(path, contents[name], threads) for name in card["parts"]} | {"": session}
+    sessions = {name: open_session(path, contents[name], threads) for name in card["parts"]} | {
+        "": session
+    }
     if provider != "cpu" and trouble is None:
         try:
-            on_cuda = {name: open_session(path, content, threads, tf32) for name, content in contents.items()}
+            on_cuda = {
+                name: open_session(path, content, threads, tf32)
+                for name, content in contents.items()
+            }
             if on_cuda[""].get_providers()[0] == "CUDAExecutionProvider":  # not a matter of course
                 sessions = on_cuda
             else:
                 trouble = "onnxruntime could not load its CUDA provider"
-        except ModelError as error:  # the model is sound, so this is CUDA's: memory, a busy device, ...
+        except (
+            ModelError
+        ) as error:  # the model is sound, so this is CUDA's: memory, a busy device, ...
             trouble = f"CUDA did not start: {one_line(error.__cause__)}"
     if provider == "cuda" and trouble:
         raise ProviderError(f"no CUDA: {trouble}")
@@ -152,9 +176,13 @@ def read_model(path):
     if content.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull")
     if content.startswith(b"PK"):
-        raise ModelError(f"{path} is a checkpoint or another archive, not ONNX: export it with export.py")
+        raise ModelError(
+            f"{path} is a checkpoint or another archive, not ONNX: export it with export.py"
+        )
     if content != sealed(content[: -len(SEAL) - 64]):
-        raise ModelError(f"{path} is damaged, or not a file that export.py wrote: export it again, or fetch it again")
+        raise ModelError(
+            f"{path} is damaged, or not a file that export.py wrote: export it again, or fetch it again"
+        )
     return content
 
 
@@ -171,12 +199,17 @@ def open_session(path, content, threads, tf32=None):
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error is ours to report, in one line
     options.intra_op_num_threads = threads
-    cuda = ("CUDAExecutionProvider", {"use_tf32": str(int(bool(tf32))), "cudnn_conv_algo_search": "HEURISTIC"})
+    cuda = (
+        "CUDAExecutionProvider",
+        {"use_tf32": str(int(bool(tf32))), "cudnn_conv_algo_search": "HEURISTIC"},
+    )
     providers = ["CPUExecutionProvider"] if tf32 is None else [cuda, "CPUExecutionProvider"]
     try:
         return ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own kinds, one for every way to be broken
-        raise ModelError(f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}") from error
+        raise ModelError(
+            f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}"
+        ) from error
 
 
 def read_card(session, path):
@@ -187,13 +220,19 @@ def read_card(session, path):
             raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
         card = json.loads(text)
         version = card["format"]
-        missing = [key for key in (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ())) if key not in card]
+        missing = [
+            key for key in (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ())) if key not in card
+        ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} has broken metadata: {one_line(error)}") from error
     if version != METADATA_FORMAT:
         raise ModelError(
             f"{path} has metadata format {version}, this infer_onnx.py reads {METADATA_FORMAT}: "
-            + ("update infer_onnx.py" if isinstance(version, int) and version > METADATA_FORMAT else "export it again")
+            + (
+                "update infer_onnx.py"
+                if isinstance(version, int) and version > METADATA_FORMAT
+                else "export it again"
+            )
         )
     if missing:
         raise ModelError(f"{path}: no {missing[0]} in its metadata")
@@ -224,7 +263,12 @@ def cuda_trouble():
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; so do we
             ort.preload_dlls()
-    libraries = [("cublasLt", needed), ("cudart", needed), ("cudnn", 9), *([] if windows else [("curand", 10)])]
+    libraries = [
+        ("cublasLt", needed),
+        ("cudart", needed),
+        ("cudnn", 9),
+        *([] if windows else [("curand", 10)]),
+    ]
     for library, number in libraries:
         file = f"{library}64_{number}.dll" if windows else f"lib{library}.so.{number}"
         try:
@@ -278,8 +322,12 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
 
     x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers;  noise: like x_0_hat where eta > 0.
     """
-    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
-    x_prev = alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    sigma_t = (
+        eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
+    )
+    x_prev = (
+        alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    )
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
@@ -290,12 +338,25 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
     h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
     DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
     """
-    last, now, then = (math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    last, now, then = (
+        math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev)
+    )
     D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
     return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
 
 
-def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None, solver="ddim"):
+def ddim_sample(
+    denoise,
+    x_T,
+    alpha_bars,
+    pairs,
+    prediction,
+    eta=0.0,
+    clip=True,
+    draw=None,
+    trace=None,
+    solver="ddim",
+):
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
@@ -315,7 +376,9 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
         if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
             x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
         last = now
-        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
+        x_t = ddim_step(
+            x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None
+        )
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -332,10 +395,14 @@ def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
     beta_t = 1 - alpha_t
     mean = alpha_bar_prev**0.5 * beta_t / (1 - alpha_bar_t) * x_0_hat
     mean = mean + alpha_t**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
-    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
+    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (
+        1 - alpha_bar_t
+    ) * beta_t
 
 
-def ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None):
+def ddpm_sample(
+    denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None
+):
     """Walk from noise to images: DDPM algorithm 2.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
@@ -393,7 +460,9 @@ def run_session(session, **feed):
     try:
         return session.run(None, feed)[0]
     except Exception as error:  # onnxruntime's own kinds; memory is the usual one
-        raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}") from error
+        raise RunError(
+            f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}"
+        ) from error
 
 
 def denoiser(session, y, guidance, null_label, until=math.inf):
@@ -406,7 +475,9 @@ def denoiser(session, y, guidance, null_label, until=math.inf):
     def denoise(x_t, t):
         if guidance in (0, 1) or (guidance > 1 and t >= until):
             return run(x_t, t, y if guidance else null)
-        output_u, output_c = np.split(run(np.concatenate([x_t, x_t]), t, np.concatenate([null, y])), 2)
+        output_u, output_c = np.split(
+            run(np.concatenate([x_t, x_t]), t, np.concatenate([null, y])), 2
+        )
         return output_u + guidance * (output_c - output_u)
 
     return denoise
@@ -447,13 +518,19 @@ def sample(
     Raises ValueError for other labels or solvers, RunError if the network fails or gives no finite numbers.
     """
     card = model.card
-    if not labels or not all(0 <= y < len(card["class_names"]) for y in labels):  # CUDA would read past the table
-        raise ValueError(f"labels {labels} must be one or more of 0..{len(card['class_names']) - 1}")
+    if not labels or not all(
+        0 <= y < len(card["class_names"]) for y in labels
+    ):  # CUDA would read past the table
+        raise ValueError(
+            f"labels {labels} must be one or more of 0..{len(card['class_names']) - 1}"
+        )
     if card["kind"] == "codes":
         mixture = fitted_prior(card) if prior == "fitted" else None
         streams = noise_streams(seed, range(first, first + len(labels)))
         codes = draw_codes(mixture, labels, streams, card["latent_dim"], truncation)
-        return decode_codes(model, codes, class_weights(labels, len(card["class_names"])), batch_size)
+        return decode_codes(
+            model, codes, class_weights(labels, len(card["class_names"])), batch_size
+        )
     guidance = card["guidance"] if guidance is None else guidance
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     until = len(alpha_bars) * (card["guidance_limit"] if guidance_limit is None else guidance_limit)
@@ -471,10 +548,22 @@ def sample(
 
         y = np.array([labels[i] for i in indices], np.int64)
         denoise = denoiser(model.session, y, guidance, card["null_label"], until)
-        x_0 = walk(denoise, draw(), alpha_bars, pairs, card["prediction"], clip=not latent, draw=draw, **options)
+        x_0 = walk(
+            denoise,
+            draw(),
+            alpha_bars,
+            pairs,
+            card["prediction"],
+            clip=not latent,
+            draw=draw,
+            **options,
+        )
         if not latent:
             return x_0
-        mean, std = (np.array(card[key], np.float32).reshape(-1, 1, 1) for key in ("latent_mean", "latent_std"))
+        mean, std = (
+            np.array(card[key], np.float32).reshape(-1, 1, 1)
+            for key in ("latent_mean", "latent_std")
+        )
         return run_session(model.parts["decoder"], z=x_0 * std + mean)
 
     return in_batches(model, drawn, len(labels), batch_size)
@@ -488,7 +577,10 @@ def class_weights(labels, num_classes):
 def decode_codes(model, codes, classes, batch_size=100):
     """uint8 images of codes float32 (N, D) and class weights float32 (N, classes)."""
     return in_batches(
-        model, lambda i: run_session(model.session, z=codes[i], classes=classes[i]), len(codes), batch_size
+        model,
+        lambda i: run_session(model.session, z=codes[i], classes=classes[i]),
+        len(codes),
+        batch_size,
     )
 
 
@@ -532,11 +624,15 @@ def check_output(path, endings, given=()):
     """
     if path.suffix not in endings:
         names = " or ".join(ending for ending in endings if ending)
-        raise InputError(f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings))
+        raise InputError(
+            f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings)
+        )
     if path.is_dir() and (path.suffix or any(path.iterdir())):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
-        raise InputError(f"--output {path} is a file, where a folder for pictures would go: name another")
+        raise InputError(
+            f"--output {path} is a file, where a folder for pictures would go: name another"
+        )
     if path.resolve() in [Path(name).resolve() for name in given if name]:
         raise InputError(f"{path} is an image that is given: name another --output")
     there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -565,7 +661,9 @@ def parse_classes(text, class_names):
         else:
             close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]
             names = ", ".join(class_names[lower.index(c)] for c in close)
-            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)")
+            raise InputError(
+                f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)"
+            )
     return indices
 
 
@@ -607,7 +705,9 @@ def save(images, labels, class_names, path, columns, texts, first=0):
     """
     if path.suffix == ".npz":
         with written_whole(path) as scratch, scratch.open("wb") as file:
-            np.savez_compressed(file, x=images, y=np.array(labels), class_names=np.array(class_names))
+            np.savez_compressed(
+                file, x=images, y=np.array(labels), class_names=np.array(class_names)
+            )
         return
     info = PngInfo()
     for key, value in texts.items():
@@ -643,8 +743,12 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             value = math.nan
         if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            limits = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+            limits = f"{'above' if above else 'from'} {low}" + (
+                f" to {high}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' * (kind is int)}number {limits}"
+            )
         return value
 
     return parse
@@ -659,19 +763,54 @@ def shard(text):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="infer_onnx.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(
+        prog="infer_onnx.py", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     add = parser.add_argument
     add(
-        "--class", dest="class_", metavar="NAME", default="all", help="name or index, several with commas, or all (all)"
+        "--class",
+        dest="class_",
+        metavar="NAME",
+        default="all",
+        help="name or index, several with commas, or all (all)",
     )
-    add("--num-samples", type=number(int, 1, 1_000_000), default=1, help="images of each class, or frames (1)")
-    add("--steps", type=number(int, 1), help="steps of the sampler, at most T (the model's default)")
-    add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (the model's default)")
-    add("--guidance-limit", type=number(float, 0, 1), help="guide at t below this share of T (the model's default)")
-    add("--solver", choices=SOLVERS, help="of ddim and ldm: dpm++ is of second order, for few steps (ddim)")
-    add("--eta", type=number(float, 0, 1), help="of ddim and ldm: 0 deterministic ... 1 as noisy as DDPM (0)")
-    add("--variance", choices=("small", "large"), help="of ddpm: the posterior's, or beta_t (small)")
-    add("--truncation", type=number(float, 0.1), help="of vae and gan: redraw noise beyond +- this (not)")
+    add(
+        "--num-samples",
+        type=number(int, 1, 1_000_000),
+        default=1,
+        help="images of each class, or frames (1)",
+    )
+    add(
+        "--steps", type=number(int, 1), help="steps of the sampler, at most T (the model's default)"
+    )
+    add(
+        "--guidance",
+        type=number(float, 0),
+        help="0 no class, 1 plain class, above 1 guided (the model's default)",
+    )
+    add(
+        "--guidance-limit",
+        type=number(float, 0, 1),
+        help="guide at t below this share of T (the model's default)",
+    )
+    add(
+        "--solver",
+        choices=SOLVERS,
+        help="of ddim and ldm: dpm++ is of second order, for few steps (ddim)",
+    )
+    add(
+        "--eta",
+        type=number(float, 0, 1),
+        help="of ddim and ldm: 0 deterministic ... 1 as noisy as DDPM (0)",
+    )
+    add(
+        "--variance", choices=("small", "large"), help="of ddpm: the posterior's, or beta_t (small)"
+    )
+    add(
+        "--truncation",
+        type=number(float, 0.1),
+        help="of vae and gan: redraw noise beyond +- this (not)",
+    )
     add("--prior", choices=("fitted", "normal"), help="of vae: where codes are drawn from (fitted)")
     add(
         "--interpolate",
@@ -684,18 +823,50 @@ def build_parser():
         nargs="+",
         help="of vae: images (with --class), and as decoded from their codes",
     )
-    add("--between", metavar="FILE", nargs=2, help="of vae: from one image to the other, in --num-samples frames")
+    add(
+        "--between",
+        metavar="FILE",
+        nargs=2,
+        help="of vae: from one image to the other, in --num-samples frames",
+    )
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
-    add("--shard", type=shard, metavar="I/N", help="the I-th of N parts of the images, for several machines")
-    add("--model", default="ddim", help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
+    add(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="the I-th of N parts of the images, for several machines",
+    )
+    add(
+        "--model",
+        default="ddim",
+        help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)",
+    )
     add("--output", type=Path, help="a .png grid, an .npz, or a folder for PNGs (CLASS.png)")
-    add("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="cuda is that or an error (auto)")
+    add(
+        "--provider",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="cuda is that or an error (auto)",
+    )
     add("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0 is one per core (0)")
-    add("--no-tf32", dest="tf32", action="store_false", help="on CUDA: full float32 products, slower")
+    add(
+        "--no-tf32",
+        dest="tf32",
+        action="store_false",
+        help="on CUDA: full float32 products, slower",
+    )
     add("--info", action="store_true", help="print what the model file says of itself")
-    add("--check", action="store_true", help="compare the network here with what it gave where it was exported")
-    add("--benchmark", action="store_true", help="time network evaluations and images at several batch sizes")
+    add(
+        "--check",
+        action="store_true",
+        help="compare the network here with what it gave where it was exported",
+    )
+    add(
+        "--benchmark",
+        action="store_true",
+        help="time network evaluations and images at several batch sizes",
+    )
     return parser
 
 
@@ -703,7 +874,9 @@ def read_image(path, image_shape):
     """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized."""
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):  # pillow would clip these to white without a word
+            if picture.mode.startswith(
+                ("I", "F")
+            ):  # pillow would clip these to white without a word
                 raise ValueError("more than 8 bits a channel")
             picture = picture.convert("L" if image_shape[0] == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -722,16 +895,24 @@ def evaluation(model, count):
     probe, classes = card["probe"], len(card["class_names"])
     if card["kind"] == "codes":
         z = draw_noise(noise_streams(probe["seed"], range(count)), [card["latent_dim"]])
-        return lambda: run_session(model.session, z=z, classes=class_weights([probe["y"]] * count, classes))
-    x_t = draw_noise(noise_streams(probe["seed"], range(count)), card.get("latent_shape", card["image_shape"]))
+        return lambda: run_session(
+            model.session, z=z, classes=class_weights([probe["y"]] * count, classes)
+        )
+    x_t = draw_noise(
+        noise_streams(probe["seed"], range(count)), card.get("latent_shape", card["image_shape"])
+    )
     denoise = denoiser(model.session, np.full(count, probe["y"], np.int64), 1, card["null_label"])
     return lambda: denoise(x_t, probe["t"])
 
 
 def part_inputs(shapes, probe, classes):
     """What a part is checked with: noise of the shapes {input: shape}, and the class of the card's probe."""
-    inputs = {name: draw_noise(noise_streams(probe["seed"], [0]), shape) for name, shape in shapes.items()}
-    return inputs | {name: class_weights([probe["y"]], classes) for name in inputs.keys() & {"classes"}}
+    inputs = {
+        name: draw_noise(noise_streams(probe["seed"], [0]), shape) for name, shape in shapes.items()
+    }
+    return inputs | {
+        name: class_weights([probe["y"]], classes) for name in inputs.keys() & {"classes"}
+    }
 
 
 def check(model):
@@ -744,9 +925,13 @@ def check(model):
         shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
         inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
         outputs[name] = run_session(session, **inputs), card["parts"][name]["output"]
-    limit = 1e-4 if model.session.get_providers()[0] == "CPUExecutionProvider" else 1e-2  # CUDA: TF32
+    limit = (
+        1e-4 if model.session.get_providers()[0] == "CPUExecutionProvider" else 1e-2
+    )  # CUDA: TF32
     for name, (found, expected) in outputs.items():
-        difference = float(np.abs(found.ravel()[: len(expected)] - np.array(expected, np.float32)).max())
+        difference = float(
+            np.abs(found.ravel()[: len(expected)] - np.array(expected, np.float32)).max()
+        )
         if not difference <= limit:
             raise RunError(
                 f"the check failed: {name}'s outputs differ by {difference:.1e} from the export's, limit {limit:.0e}"
@@ -759,15 +944,21 @@ def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
     if card["kind"] == "codes":
         return 1
     guidance = card["guidance"] if guidance is None else guidance
-    until = len(card["alpha_bars"]) * (card["guidance_limit"] if guidance_limit is None else guidance_limit)
+    until = len(card["alpha_bars"]) * (
+        card["guidance_limit"] if guidance_limit is None else guidance_limit
+    )
     pairs = time_pairs(len(card["alpha_bars"]), card["steps"] if steps is None else steps)
-    return len(pairs) + sum(guidance not in (0, 1) and (guidance < 1 or t < until) for t, _ in pairs)
+    return len(pairs) + sum(
+        guidance not in (0, 1) and (guidance < 1 or t < until) for t, _ in pairs
+    )
 
 
 def benchmark(model, options):
     """Print, at several batch sizes, the median time of a network evaluation and the images drawn in a second."""
     passes = evaluations(model.card, **options)
-    print(f"batch  ms per evaluation  ms per evaluation and image  images/s drawn ({passes} evaluations each)")
+    print(
+        f"batch  ms per evaluation  ms per evaluation and image  images/s drawn ({passes} evaluations each)"
+    )
     for batch in (1, 4, 16, 64):
         evaluate, times = evaluation(model, batch), []
         for _ in range(12):
@@ -787,12 +978,20 @@ def draw_images(model, args, classes, options, first, stop):
     if args.reconstruct or args.between:
         if len(classes) != 1:
             raise InputError("--reconstruct and --between need one --class, that of the images")
-        x = np.stack([read_image(path, card["image_shape"]) for path in args.reconstruct or args.between])
+        x = np.stack(
+            [read_image(path, card["image_shape"]) for path in args.reconstruct or args.between]
+        )
         weights = class_weights(classes * len(x), len(card["class_names"]))
         rows = [slice(i, i + args.batch_size) for i in range(0, len(x), args.batch_size)]
-        codes = np.concatenate([run_session(model.parts["encoder"], x=x[i], classes=weights[i]) for i in rows])
+        codes = np.concatenate(
+            [run_session(model.parts["encoder"], x=x[i], classes=weights[i]) for i in rows]
+        )
         if args.between:
-            return on_the_way(model, codes, classes * 2, count, False, args.batch_size), classes * count, count
+            return (
+                on_the_way(model, codes, classes * 2, count, False, args.batch_size),
+                classes * count,
+                count,
+            )
         images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, args.batch_size)])
         return images, classes * len(images), len(x)
     if args.interpolate:
@@ -802,10 +1001,14 @@ def draw_images(model, args, classes, options, first, stop):
         for pair in pairs:
             streams = noise_streams(args.seed, [0, 1] if same else [0, 0])
             codes = draw_codes(mixture, pair, streams, card["latent_dim"], args.truncation)
-            images.append(on_the_way(model, codes, pair, count, card["model"] == "gan", args.batch_size))
+            images.append(
+                on_the_way(model, codes, pair, count, card["model"] == "gan", args.batch_size)
+            )
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
     labels = [y for y in classes for _ in range(count)][first:stop]
-    images = sample(model, labels, seed=args.seed, first=first, batch_size=args.batch_size, **options)
+    images = sample(
+        model, labels, seed=args.seed, first=first, batch_size=args.batch_size, **options
+    )
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
 
@@ -815,14 +1018,18 @@ def run(args):
     card, name = model.card, model.card["model"]
     names = card["class_names"]
     if args.info:
-        short = {k: v if k not in ("alpha_bars", "probe", "prior") else "..." for k, v in card.items()}
+        short = {
+            k: v if k not in ("alpha_bars", "probe", "prior") else "..." for k, v in card.items()
+        }
         short["parts"] = {name: {**part, "output": "..."} for name, part in card["parts"].items()}
         print(json.dumps({"file": str(path), "sha256": model.sha256, **short}, indent=1))
         return
     for flag in dict.fromkeys(flag for flags in MODEL_FLAGS.values() for flag in flags):
         if flag not in MODEL_FLAGS[name] and getattr(args, flag) is not None:
             raise InputError(f"--{flag.replace('_', '-')} is not for {name} models: leave it out")
-    options = {flag: getattr(args, flag) for flag in ("solver", "eta", "variance", "truncation", "prior")}
+    options = {
+        flag: getattr(args, flag) for flag in ("solver", "eta", "variance", "truncation", "prior")
+    }
     options = {flag: value for flag, value in options.items() if value is not None}
     if args.solver == "dpm++" and args.eta:
         raise InputError("--solver dpm++ needs the deterministic sampler, --eta 0")
@@ -830,7 +1037,9 @@ def run(args):
         own = ("steps", "guidance", "guidance_limit")
         options |= {k: card[k] if getattr(args, k) is None else getattr(args, k) for k in own}
         if options["steps"] > len(card["alpha_bars"]):
-            raise InputError(f"--steps {options['steps']} is more than the {len(card['alpha_bars'])} of the training")
+            raise InputError(
+                f"--steps {options['steps']} is more than the {len(card['alpha_bars'])} of the training"
+            )
         if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
             raise InputError(f"this model knows no other --guidance than {card['guidance']}")
     print(f"running on {model.where}")
@@ -843,7 +1052,9 @@ def run(args):
     if len(special) > 1:
         raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
     if args.interpolate == "class" and len(classes) != 2:
-        raise InputError("--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag")
+        raise InputError(
+            "--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag"
+        )
     if (args.interpolate or args.between) and args.num_samples < 2:
         raise InputError("frames from one picture to another need --num-samples 2 or more")
     (part, parts), count = args.shard or (1, 1), len(classes) * args.num_samples
@@ -852,14 +1063,28 @@ def run(args):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
     what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{what}.png")
-    if not (args.shard and output.is_dir() and all(path.name.lstrip(".")[:5].isdecimal() for path in output.iterdir())):
-        check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())  # shards share a folder
+    if not (
+        args.shard
+        and output.is_dir()
+        and all(path.name.lstrip(".")[:5].isdecimal() for path in output.iterdir())
+    ):
+        check_output(
+            output, [".png", ".npz", ""], args.reconstruct or args.between or ()
+        )  # shards share a folder
     start = time.perf_counter()
     images, labels, columns = draw_images(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start
-    texts = {"model": name, "model_sha256": model.sha256, **options, "seed": args.seed, "Software": "infer_onnx.py"}
+    texts = {
+        "model": name,
+        "model_sha256": model.sha256,
+        **options,
+        "seed": args.seed,
+        "Software": "infer_onnx.py",
+    }
     save(images, labels, names, output, columns, texts, first)
-    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in {**options, "seed": args.seed}.items())
+    said = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in {**options, "seed": args.seed}.items()
+    )
     print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {said}, model {path}")
 
 
@@ -867,7 +1092,14 @@ def main(argv=None):
     ort.set_default_logger_severity(4)
     parser = build_parser()
     args = parser.parse_args(argv)
-    codes = {InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5}
+    codes = {
+        InputError: 2,
+        ModelError: 3,
+        ProviderError: 4,
+        RunError: 5,
+        MemoryError: 5,
+        OSError: 5,
+    }
     try:
         run(args)
     except tuple(codes) as error:

@@ -27,10 +27,46 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import LOG_EVERY, NULL_LABEL, RUN_FLAGS, InputError, Muon, Run, UNet, at_most_one, autocast, draw_noise
-from common import errors_in_one_line, find_checkpoint, given_images, grey_level_error, group_norm, in_the_plane
-from common import load_checkpoint, load_data, load_run_data, noise_streams, number, parallel, parse_classes, parse_run
-from common import pick_device, run_parser, sampled_file, save_images, save_map, save_sampled, spread, to_float
+from common import (
+    LOG_EVERY,
+    NULL_LABEL,
+    RUN_FLAGS,
+    InputError,
+    Muon,
+    Run,
+    UNet,
+    at_most_one,
+    autocast,
+    draw_noise,
+)
+from common import (
+    errors_in_one_line,
+    find_checkpoint,
+    given_images,
+    grey_level_error,
+    group_norm,
+    in_the_plane,
+)
+from common import (
+    load_checkpoint,
+    load_data,
+    load_run_data,
+    noise_streams,
+    number,
+    parallel,
+    parse_classes,
+    parse_run,
+)
+from common import (
+    pick_device,
+    run_parser,
+    sampled_file,
+    save_images,
+    save_map,
+    save_sampled,
+    spread,
+    to_float,
+)
 from common import to_uint8, training_device, whole_numbers, zero_init
 
 NAME = "ldm"
@@ -49,7 +85,12 @@ class ConvBlock(nn.Module):
         self.norm1, self.norm2 = group_norm(channels), group_norm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
-        layers = [nn.Linear(channels, channels // 4), nn.SiLU(), nn.Linear(channels // 4, channels), nn.Sigmoid()]
+        layers = [
+            nn.Linear(channels, channels // 4),
+            nn.SiLU(),
+            nn.Linear(channels // 4, channels),
+            nn.Sigmoid(),
+        ]
         self.weigh = nn.Sequential(*layers) if attention else None
 
     def forward(self, x):
@@ -92,7 +133,10 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, network, autoencoder):
         super().__init__()
-        self.denoiser, self.autoencoder = UNet(**network), Autoencoder(**autoencoder).requires_grad_(False)
+        self.denoiser, self.autoencoder = (
+            UNet(**network),
+            Autoencoder(**autoencoder).requires_grad_(False),
+        )
         for name, start in (("latent_mean", 0.0), ("latent_std", 1.0)):
             self.register_buffer(name, torch.full((1, autoencoder["latent_channels"], 1, 1), start))
 
@@ -100,7 +144,9 @@ class LatentDiffusion(nn.Module):
     def to_latents(self, images, batch_size=500):
         """Images (N, C, 32, 32), uint8 or in [-1, 1] -> standardised latents z_0 (N, latent_channels, 8, 8)."""
         parts = images.to(self.latent_mean.device).split(batch_size)
-        parts = [self.autoencoder.encode(to_float(x) if x.dtype == torch.uint8 else x)[0] for x in parts]
+        parts = [
+            self.autoencoder.encode(to_float(x) if x.dtype == torch.uint8 else x)[0] for x in parts
+        ]
         return (torch.cat(parts) - self.latent_mean) / self.latent_std
 
     @torch.no_grad()
@@ -138,7 +184,11 @@ def make_alpha_bars(schedule, num_timesteps):
     else:
         power = {"linear": 1.0, "quadratic": 2.0}[schedule]
         first, last = (1e-4) ** (1 / power), 0.02 ** (1 / power)
-        betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power * 1000 / num_timesteps
+        betas = (
+            torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power
+            * 1000
+            / num_timesteps
+        )
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
@@ -218,7 +268,9 @@ def guided(model, y, guidance, until=math.inf):
         times, null = torch.full_like(y, t), torch.full_like(y, NULL_LABEL)
         if guidance in (0, 1) or (guidance > 1 and t >= until):
             return model(x_t, times, y if guidance else null)
-        output_u, output_c = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])).chunk(2)
+        output_u, output_c = model(
+            torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y])
+        ).chunk(2)
         return output_u + guidance * (output_c - output_u)
 
     return denoise
@@ -229,8 +281,12 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
 
     x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers;  noise: like x_0_hat where eta > 0.
     """
-    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
-    x_prev = alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    sigma_t = (
+        eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
+    )
+    x_prev = (
+        alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
+    )
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
@@ -241,12 +297,25 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
     h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
     DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
     """
-    last, now, then = (math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    last, now, then = (
+        math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev)
+    )
     D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
     return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
 
 
-def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, draw=None, trace=None, solver="ddim"):
+def ddim_sample(
+    denoise,
+    x_T,
+    alpha_bars,
+    pairs,
+    prediction,
+    eta=0.0,
+    clip=True,
+    draw=None,
+    trace=None,
+    solver="ddim",
+):
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
@@ -266,7 +335,9 @@ def ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True,
         if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
             x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
         last = now
-        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None)
+        x_t = ddim_step(
+            x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None
+        )
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -306,10 +377,23 @@ def sample(
         streams = noise_streams(seed, part.tolist())
 
         def draw(streams=streams):
-            return torch.from_numpy(draw_noise(streams, (config["latent_channels"], 8, 8))).to(device)
+            return torch.from_numpy(draw_noise(streams, (config["latent_channels"], 8, 8))).to(
+                device
+            )
 
         denoise = guided(model.denoiser, labels[part].to(device), guidance, until)
-        z_0 = ddim_sample(denoise, draw(), alpha_bars, pairs, config["prediction"], eta, False, draw, trace, solver)
+        z_0 = ddim_sample(
+            denoise,
+            draw(),
+            alpha_bars,
+            pairs,
+            config["prediction"],
+            eta,
+            False,
+            draw,
+            trace,
+            solver,
+        )
         images.append(model.to_images(z_0).cpu())
     return torch.cat(images)
 
@@ -319,7 +403,12 @@ def sample(
 
 def learning_rate(args, step, progress):
     """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
-    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        args.lr
+        * min(1.0, (step + 1) / (args.warmup + 1))
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def power_ema(length):
@@ -340,14 +429,22 @@ def train(args, checkpoint=None):
     """Train the stages asked for, or go on from a checkpoint of this script. Returns the exit code."""
     device = training_device(args)
     if len(args.autoencoder_widths) != 2 or min(args.autoencoder_widths) < 4:
-        raise InputError(f"--autoencoder-widths {args.autoencoder_widths} must be two numbers from 4")
+        raise InputError(
+            f"--autoencoder-widths {args.autoencoder_widths} must be two numbers from 4"
+        )
     if len(args.widths) > 4:
-        raise InputError(f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times")
-    UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)  # refuse it now
+        raise InputError(
+            f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times"
+        )
+    UNet(
+        args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels
+    )  # refuse it now
     data, folder = load_run_data(args, checkpoint), args.run_dir if checkpoint else None
     share = {"1": 1.0, "2": 0.0}.get(args.stage, 0.0 if args.autoencoder else args.stage_1_share)
     if checkpoint and (share == 0 if checkpoint["model"] == "autoencoder" else share == 1):
-        raise InputError(f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in: resume without it")
+        raise InputError(
+            f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in: resume without it"
+        )
     if share > 0 and (not checkpoint or checkpoint["model"] == "autoencoder"):
         folder, code = train_autoencoder(args, data, device, checkpoint, share)
         if code or share == 1:
@@ -360,13 +457,24 @@ def train_autoencoder(args, data, device, checkpoint, share):
     """Stage 1, the autoencoder. Returns the run's folder and the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     images = data.images.to(device)
-    network = {"channels": args.channels, "latent_channels": args.latent_channels, "widths": args.autoencoder_widths}
+    network = {
+        "channels": args.channels,
+        "latent_channels": args.latent_channels,
+        "widths": args.autoencoder_widths,
+    }
     network["attention"] = args.channel_attention
-    model, fused = Autoencoder(**network).to(device, memory_format=torch.channels_last), device.type != "mps"
+    model, fused = (
+        Autoencoder(**network).to(device, memory_format=torch.channels_last),
+        device.type != "mps",
+    )
     forward = parallel(torch.compile(model) if args.compile else model)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused
+    )
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
-    sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
+    sums = torch.zeros(
+        2, device=device
+    )  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
@@ -382,14 +490,30 @@ def train_autoencoder(args, data, device, checkpoint, share):
         x = to_float(images[:400])
         back = ema_model.module.decoder(ema_model.module.encode(x)[0])
         run.check_finite(reconstructions=back.abs().max().item())
-        run.log({"grey_level_error": (to_uint8(back).float() - images[:400].float()).abs().mean().item()})
-        save_images(torch.stack([x, back], dim=1)[:40].flatten(0, 1).cpu(), [], data.class_names, run.picture(), 10)
+        run.log(
+            {
+                "grey_level_error": (to_uint8(back).float() - images[:400].float())
+                .abs()
+                .mean()
+                .item()
+            }
+        )
+        save_images(
+            torch.stack([x, back], dim=1)[:40].flatten(0, 1).cpu(),
+            [],
+            data.class_names,
+            run.picture(),
+            10,
+        )
         run.save({
             "config": config, "network": network, "class_names": data.class_names, "weights": model.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums.tolist(),
         })  # fmt: skip
 
-    print(f"stage 1 in {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(
+        f"stage 1 in {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
     generator = torch.Generator(device)
     with run.under_way() as bar:
         if not checkpoint:
@@ -398,7 +522,9 @@ def train_autoencoder(args, data, device, checkpoint, share):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, done)
             run.seed(generator)
-            eps = torch.randn(args.batch_size, args.latent_channels, 8, 8, generator=generator, device=device)
+            eps = torch.randn(
+                args.batch_size, args.latent_channels, 8, 8, generator=generator, device=device
+            )
             batch, eps = run.own(run.batch().to(device), eps)
             x = to_float(images[batch])
             with autocast(device, args.bf16):
@@ -434,13 +560,21 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         path = find_checkpoint(("autoencoder",), args.autoencoder or folder)
         stage_1 = load_checkpoint(path, ("autoencoder",))
         print(f"the autoencoder is {path}")
-        args.kl_weight = stage_1["config"]["kl_weight"]  # of another run, perhaps, as the shapes below
+        args.kl_weight = stage_1["config"][
+            "kl_weight"
+        ]  # of another run, perhaps, as the shapes below
     autoencoder = checkpoint["autoencoder"] if checkpoint else stage_1["network"]
     earlier = checkpoint["stage_1_seconds"] if checkpoint else stage_1["seconds"]
     if autoencoder["channels"] != args.channels:
-        raise InputError(f"the autoencoder is for --channels {autoencoder['channels']}, not {args.channels}")
+        raise InputError(
+            f"the autoencoder is for --channels {autoencoder['channels']}, not {args.channels}"
+        )
     network = {k: getattr(args, k) for k in ("widths", "depths", "attention", "emb_channels")}
-    network |= {"channels": autoencoder["latent_channels"], "patch": 1, "num_classes": len(data.class_names)}
+    network |= {
+        "channels": autoencoder["latent_channels"],
+        "patch": 1,
+        "num_classes": len(data.class_names),
+    }
     model = LatentDiffusion(network, autoencoder).to(device, memory_format=torch.channels_last)
     if checkpoint:
         model.load_state_dict(checkpoint["ema"])  # with the autoencoder, latent_mean and latent_std
@@ -453,10 +587,16 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         latents = (latents - model.latent_mean) / model.latent_std
     forward = parallel(torch.compile(model.denoiser) if args.compile else model.denoiser)
     kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
-    parameters, decay, fused = list(model.denoiser.parameters()), args.weight_decay, device.type != "mps"
+    parameters, decay, fused = (
+        list(model.denoiser.parameters()),
+        args.weight_decay,
+        device.type != "mps",
+    )
     optimizer = kind(model.denoiser.named_parameters(), args.lr, weight_decay=decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
-    by_tenth = torch.zeros(2, 10, device=device)  # sums by tenth of t: the loss, and that of the output 0
+    by_tenth = torch.zeros(
+        2, 10, device=device
+    )  # sums by tenth of t: the loss, and that of the output 0
     if checkpoint:
         ema_model.module.load_state_dict(checkpoint["ema"])
         ema_model.n_averaged.fill_(checkpoint["step"])
@@ -464,14 +604,24 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
     run = Run(NAME, args, len(latents), checkpoint, folder=folder, share=share)
     config = {k: getattr(args, k) for k in FIXED + FREE}
-    for key, flag in (("latent_channels",) * 2, ("widths", "autoencoder_widths"), ("attention", "channel_attention")):
+    for key, flag in (
+        ("latent_channels",) * 2,
+        ("widths", "autoencoder_widths"),
+        ("attention", "channel_attention"),
+    ):
         config[flag] = autoencoder[key]
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
     @run.by_the_first
     def save():
         steps, guidance = min(GRID_STEPS, args.num_timesteps), default_guidance(config)
-        grid = sample(model=ema_model.module, config=config, labels=grid_labels, steps=steps, guidance=guidance)
+        grid = sample(
+            model=ema_model.module,
+            config=config,
+            labels=grid_labels,
+            steps=steps,
+            guidance=guidance,
+        )
         run.check_finite(samples=grid.abs().max().item())
         save_images(grid, grid_labels.tolist(), data.class_names, run.picture(), columns=8)
         run.save({
@@ -480,7 +630,10 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
             "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(), "stage_1_seconds": earlier,
         })  # fmt: skip
 
-    print(f"stage 2 in {run.folder} on {device}, {sum(p.numel() for p in parameters):,} parameters", flush=True)
+    print(
+        f"stage 2 in {run.folder} on {device}, {sum(p.numel() for p in parameters):,} parameters",
+        flush=True,
+    )
     alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
     with run.under_way() as bar:
@@ -493,7 +646,9 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
             batch = run.batch().to(device)
             t = stratified_t(len(batch), args.num_timesteps, generator)
             eps = torch.randn(len(batch), *latents.shape[1:], generator=generator, device=device)
-            dropped = torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            dropped = (
+                torch.rand(len(batch), generator=generator, device=device) < args.label_dropout
+            )
             batch, t, eps, dropped = run.own(batch, t, eps, dropped)
             z_0, y = latents[batch], torch.where(dropped, NULL_LABEL, labels[batch])
 
@@ -518,7 +673,9 @@ def train_denoiser(args, data, device, checkpoint, folder, share):
             both, tenths = torch.stack([losses.detach(), nothing]), t * 10 // args.num_timesteps
             by_tenth += run.total(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
             run.show(bar, f"loss {loss.item():.4f}")
-            if run.step % LOG_EVERY == 0:  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
+            if (
+                run.step % LOG_EVERY == 0
+            ):  # by tenth of t: over the loss of the output 0, so near 1 nothing is learned
                 run.log({
                     "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
                     "loss_by_tenth_of_t": [a / b if b else None for a, b in by_tenth.T.tolist()],
@@ -539,7 +696,17 @@ FIXED = (
     "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer",
     "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share", "autoencoder")
+FREE = (
+    *RUN_FLAGS,
+    "lr",
+    "warmup",
+    "grad_clip",
+    "bf16",
+    "compile",
+    "stage",
+    "stage_1_share",
+    "autoencoder",
+)
 
 
 def ema_network(checkpoint, device):
@@ -560,52 +727,181 @@ def default_guidance(config):
 def check_sampling(config, steps, guidance):
     """Raise InputError for what the training does not allow."""
     if config["label_dropout"] in (0, 1) and guidance != default_guidance(config):
-        raise InputError(f"the label dropout of the training leaves only --guidance {default_guidance(config)}")
+        raise InputError(
+            f"the label dropout of the training leaves only --guidance {default_guidance(config)}"
+        )
     if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of the training")
+        raise InputError(
+            f"--steps {steps} is more than the {config['num_timesteps']} of the training"
+        )
 
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__)
     add = parser.add_argument_group("stages and autoencoder").add_argument
-    add("--stage", choices=("1", "2", "both"), default="both", help="1 autoencoder, 2 diffusion on its latents (both)")
-    add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.2, help="of the length, if both (0.2)")
-    add("--autoencoder", metavar="PATH", help="of stage 2, instead of a stage 1 (with --stage 2: the newest)")
-    add("--latent-channels", type=number(int, 1, 256), default=8, help="of the latents, which are 8x8 (8)")
-    add("--autoencoder-widths", type=whole_numbers, default=(32, 64), help="channels at 16x16 and at 8x8 (32,64)")
+    add(
+        "--stage",
+        choices=("1", "2", "both"),
+        default="both",
+        help="1 autoencoder, 2 diffusion on its latents (both)",
+    )
+    add(
+        "--stage-1-share",
+        type=number(float, 0.01, 0.99),
+        default=0.2,
+        help="of the length, if both (0.2)",
+    )
+    add(
+        "--autoencoder",
+        metavar="PATH",
+        help="of stage 2, instead of a stage 1 (with --stage 2: the newest)",
+    )
+    add(
+        "--latent-channels",
+        type=number(int, 1, 256),
+        default=8,
+        help="of the latents, which are 8x8 (8)",
+    )
+    add(
+        "--autoencoder-widths",
+        type=whole_numbers,
+        default=(32, 64),
+        help="channels at 16x16 and at 8x8 (32,64)",
+    )
     add("--channel-attention", action=on_off, default=True, help="in encoder and decoder (on)")
-    add("--kl-weight", type=number(float, 0), default=1e-2, help="of KL; small, keeps latents in bounds (0.01)")
+    add(
+        "--kl-weight",
+        type=number(float, 0),
+        default=1e-2,
+        help="of KL; small, keeps latents in bounds (0.01)",
+    )
     add = parser.add_argument_group("network").add_argument
-    add("--widths", type=whole_numbers, default=(96,), help="channels by resolution, finest first (96)")
+    add(
+        "--widths",
+        type=whole_numbers,
+        default=(96,),
+        help="channels by resolution, finest first (96)",
+    )
     add("--depths", type=whole_numbers, default=(3,), help="residual blocks at each resolution (3)")
-    add("--attention", action=on_off, default=True, help="self-attention at the lowest resolution (on)")
-    add("--emb-channels", type=number(int, 4), default=128, help="size of the time and class embedding (128)")
+    add(
+        "--attention",
+        action=on_off,
+        default=True,
+        help="self-attention at the lowest resolution (on)",
+    )
+    add(
+        "--emb-channels",
+        type=number(int, 4),
+        default=128,
+        help="size of the time and class embedding (128)",
+    )
     add = parser.add_argument_group("method").add_argument
     add("--num-timesteps", type=number(int, 2, 100_000), default=1000, help="T (1000)")
-    add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine", help="of alpha_bar (cosine)")
+    add(
+        "--schedule",
+        choices=("linear", "quadratic", "cosine"),
+        default="cosine",
+        help="of alpha_bar (cosine)",
+    )
     add("--prediction", choices=("eps", "v"), default="v", help="what the network outputs (v)")
-    add("--loss", choices=("l2", "l1", "huber"), default="l2", help="distance of output and target (l2)")
-    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels hidden, for guidance (0.1)")
+    add(
+        "--loss",
+        choices=("l2", "l1", "huber"),
+        default="l2",
+        help="distance of output and target (l2)",
+    )
+    add(
+        "--label-dropout",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="share of labels hidden, for guidance (0.1)",
+    )
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=("muon", "adamw", "adam"), default="muon", help="muon: with AdamW for the rest (muon)")
-    add("--lr", type=number(float, 0, above=True), default=3e-3, help="learning rate after the warm-up (0.003)")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
-    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
-    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    add(
+        "--optimizer",
+        choices=("muon", "adamw", "adam"),
+        default="muon",
+        help="muon: with AdamW for the rest (muon)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0, above=True),
+        default=3e-3,
+        help="learning rate after the warm-up (0.003)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=0.01,
+        help="pull of the weights towards 0 (0.01)",
+    )
+    add(
+        "--warmup",
+        type=number(int, 0),
+        default=200,
+        help="steps up to the full learning rate (200)",
+    )
+    add(
+        "--grad-clip",
+        type=number(float, 0, above=True),
+        default=1.0,
+        help="largest norm of the gradient (1)",
+    )
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age / run length (0.08)",
+    )
+    add(
+        "--bf16",
+        action=on_off,
+        help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)",
+    )
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0), help="0 no class, 1 plain class, above 1 guided (2.5)")
-    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT, help="guide below this share of T (0.8)")
+    add(
+        "--guidance-limit",
+        type=number(float, 0, 1),
+        default=GUIDANCE_LIMIT,
+        help="guide below this share of T (0.8)",
+    )
     add("--steps", type=number(int, 1), help="steps of the sampler, at most T (20)")
-    add("--solver", choices=("ddim", "dpm++"), default="ddim", help="dpm++ is of second order, for few steps (ddim)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="0 deterministic ... 1 as noisy as DDPM (0)")
-    add("--filmstrip", action="store_true", help="a .png of the trajectory: x_t above the x_0 it implies")
-    add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
-    add("--reconstruct", metavar="IMAGE", nargs="+", help="test images' indices or files (with --class), and decoded")
-    add("--invert", metavar="IMAGE", help="image -> noise -> image: a file (with --class), or a test image's index")
+    add(
+        "--solver",
+        choices=("ddim", "dpm++"),
+        default="ddim",
+        help="dpm++ is of second order, for few steps (ddim)",
+    )
+    add(
+        "--eta",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="0 deterministic ... 1 as noisy as DDPM (0)",
+    )
+    add(
+        "--filmstrip",
+        action="store_true",
+        help="a .png of the trajectory: x_t above the x_0 it implies",
+    )
+    add(
+        "--map",
+        choices=("pca", "tsne"),
+        help="real codes in the plane; ldm adds the samples' paths",
+    )
+    add(
+        "--reconstruct",
+        metavar="IMAGE",
+        nargs="+",
+        help="test images' indices or files (with --class), and decoded",
+    )
+    add(
+        "--invert",
+        metavar="IMAGE",
+        help="image -> noise -> image: a file (with --class), or a test image's index",
+    )
     return parser
 
 
@@ -621,20 +917,38 @@ def draw(args):
     classes, count = parse_classes(args.class_, names), args.num_samples
     at_most_one(args, "filmstrip", "map", "reconstruct", "invert")
     endings = [".png"] if args.filmstrip or args.map else [".png", ".npz", ".gif", ""]
-    output = sampled_file(args.output, NAME, classes, names, endings, given=args.reconstruct or [args.invert])
+    output = sampled_file(
+        args.output, NAME, classes, names, endings, given=args.reconstruct or [args.invert]
+    )
     check_sampling(config, steps, guidance)
     if args.eta > 0 and (args.invert or args.solver == "dpm++"):
         raise InputError("--invert and --solver dpm++ need the deterministic sampler, --eta 0")
-    model, labels = ema_network(checkpoint, pick_device(args.device)), torch.tensor(classes).repeat_interleave(count)
+    model, labels = (
+        ema_network(checkpoint, pick_device(args.device)),
+        torch.tensor(classes).repeat_interleave(count),
+    )
     trace = [] if args.filmstrip or args.map or args.invert or output.suffix == ".gif" else None
     if args.reconstruct or args.invert:
-        x, labels = given_images(args.reconstruct or [args.invert], args.class_, config, names, args.data_dir)
+        x, labels = given_images(
+            args.reconstruct or [args.invert], args.class_, config, names, args.data_dir
+        )
         z_0 = model.to_latents(x)
         if args.invert:
             T = config["num_timesteps"]
-            denoise = guided(model.denoiser, labels.to(z_0.device), guidance, args.guidance_limit * T)
+            denoise = guided(
+                model.denoiser, labels.to(z_0.device), guidance, args.guidance_limit * T
+            )
             way = make_alpha_bars(config["schedule"], T), time_pairs(T, steps), config["prediction"]
-            z_0 = ddim_sample(denoise, ddim_invert(denoise, z_0, *way, trace), *way, 0, False, None, trace, args.solver)
+            z_0 = ddim_sample(
+                denoise,
+                ddim_invert(denoise, z_0, *way, trace),
+                *way,
+                0,
+                False,
+                None,
+                trace,
+                args.solver,
+            )
         back = model.to_images(z_0).cpu()
         print(grey_level_error(x, back))
         images, labels, count = torch.cat([x, back]), labels.repeat(2), len(x)
@@ -647,12 +961,18 @@ def draw(args):
     if args.map:
         data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"])
         latents = model.to_latents(spread(data.images, 5000)).flatten(1).cpu()
-        walks = torch.stack([z_t for _, z_t, _ in trace], dim=1).flatten(2).cpu()  # (N, moments, numbers)
+        walks = (
+            torch.stack([z_t for _, z_t, _ in trace], dim=1).flatten(2).cpu()
+        )  # (N, moments, numbers)
         points = in_the_plane(latents, args.map, walks.flatten(0, 1))
-        paths = zip(points[len(latents) :].unflatten(0, walks.shape[:2]), labels.tolist(), strict=True)
+        paths = zip(
+            points[len(latents) :].unflatten(0, walks.shape[:2]), labels.tolist(), strict=True
+        )
         save_map(points[: len(latents)], spread(data.labels, 5000), names, output, list(paths))
     else:
-        decoded = trace and [(t, model.to_images(z_t).cpu(), model.to_images(z_0).cpu()) for t, z_t, z_0 in trace]
+        decoded = trace and [
+            (t, model.to_images(z_t).cpu(), model.to_images(z_0).cpu()) for t, z_t, z_0 in trace
+        ]
         save_sampled(images, labels, names, output, count, decoded, args.filmstrip)
     print(f"wrote {output} (weights: {path})")
     return 0

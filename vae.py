@@ -31,10 +31,44 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common import IMAGE_SIZE, LOG_EVERY, RUN_FLAGS, InputError, ResidualBlock, Run, at_most_one, autocast, check_frames
-from common import draw_noise, errors_in_one_line, find_checkpoint, given_images, grey_level_error, group_norm
-from common import in_the_plane, load_checkpoint, load_data, load_run_data, noise_streams, number, parallel
-from common import parse_classes, parse_run, pick_device, run_parser, sampled_file, save_images, save_map, save_sampled
+from common import (
+    IMAGE_SIZE,
+    LOG_EVERY,
+    RUN_FLAGS,
+    InputError,
+    ResidualBlock,
+    Run,
+    at_most_one,
+    autocast,
+    check_frames,
+)
+from common import (
+    draw_noise,
+    errors_in_one_line,
+    find_checkpoint,
+    given_images,
+    grey_level_error,
+    group_norm,
+)
+from common import (
+    in_the_plane,
+    load_checkpoint,
+    load_data,
+    load_run_data,
+    noise_streams,
+    number,
+    parallel,
+)
+from common import (
+    parse_classes,
+    parse_run,
+    pick_device,
+    run_parser,
+    sampled_file,
+    save_images,
+    save_map,
+    save_sampled,
+)
 from common import spread, to_float, to_uint8, training_device, whole_numbers
 
 
@@ -57,7 +91,9 @@ class Encoder(nn.Module):
         self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, width, emb_channels) for width in widths)
         steps = itertools.pairwise(widths)
-        self.down = nn.ModuleList([nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in steps] + [nn.Identity()])
+        self.down = nn.ModuleList(
+            [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in steps] + [nn.Identity()]
+        )
         self.norm = group_norm(widths[-1])
         self.head = nn.Linear(widths[-1] * (IMAGE_SIZE // 2 ** len(widths)) ** 2, 2 * latent_dim)
 
@@ -81,7 +117,9 @@ class Decoder(nn.Module):
         )
         self.label = nn.Linear(num_classes, emb_channels, bias=False)
         self.start = nn.Linear(latent_dim + emb_channels, widths[-1] * self.bottom**2)
-        self.blocks = nn.ModuleList(ResidualBlock(width, width, emb_channels) for width in reversed(widths))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, width, emb_channels) for width in reversed(widths)
+        )
         steps = itertools.pairwise(reversed(widths))
         self.up = nn.ModuleList([nn.Identity()] + [nn.Conv2d(a, 4 * b, 1) for a, b in steps])
         self.norm = group_norm(widths[0])
@@ -138,7 +176,9 @@ def reconstruction_loss(logits, x, kind, mean=lambda number: number):
         losses = 0.5 * (x - logits.tanh()) ** 2
     else:
         squares = (x - logits.tanh()) ** 2
-        sigma_squared = mean(squares.mean().detach())  # the minimum, so that no gradient flows through it
+        sigma_squared = mean(
+            squares.mean().detach()
+        )  # the minimum, so that no gradient flows through it
         losses = 0.5 * squares / sigma_squared + 0.5 * sigma_squared.log()
     return losses.flatten(1).sum(dim=1)
 
@@ -152,7 +192,10 @@ def fit_prior(codes, labels, num_classes, components, seed):
     row.  A class without images gets N(0, 1).
     """
     dim = codes.shape[1]
-    weights, means = np.full((num_classes, components), 1 / components), np.zeros((num_classes, components, dim))
+    weights, means = (
+        np.full((num_classes, components), 1 / components),
+        np.zeros((num_classes, components, dim)),
+    )
     covariances = np.tile(np.eye(dim), (num_classes, components, 1, 1))
     for y in range(num_classes):
         own = codes[labels == y].numpy().astype(np.float64)
@@ -160,12 +203,20 @@ def fit_prior(codes, labels, num_classes, components, seed):
             from sklearn.mixture import GaussianMixture  # optional, and only here
 
             fitted = GaussianMixture(components, reg_covar=1e-4, random_state=seed % 2**32).fit(own)
-            weights[y], means[y], covariances[y] = fitted.weights_, fitted.means_, fitted.covariances_
+            weights[y], means[y], covariances[y] = (
+                fitted.weights_,
+                fitted.means_,
+                fitted.covariances_,
+            )
         elif len(own):
             means[y] = own.mean(axis=0)
             covariances[y] = np.cov(own.T, bias=True).reshape(dim, dim) + 1e-4 * np.eye(dim)
     scales = np.linalg.cholesky(covariances)[:, :, *np.tril_indices(dim)]
-    arrays = {"weights": np.float32(weights), "means": np.float32(means), "scales": np.float16(scales)}
+    arrays = {
+        "weights": np.float32(weights),
+        "means": np.float32(means),
+        "scales": np.float16(scales),
+    }
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
@@ -178,7 +229,9 @@ def class_diversity(grid, labels, data, warn):
             found[data.class_names[y]] = diversity(grid[labels == y], reals)
     collapsed = [f"{name} ({value:.2f})" for name, value in found.items() if value < 0.4]
     if collapsed and warn:
-        tqdm.write(f"collapse: samples are nearly the same picture, compared with real ones, of {', '.join(collapsed)}")
+        tqdm.write(
+            f"collapse: samples are nearly the same picture, compared with real ones, of {', '.join(collapsed)}"
+        )
     return found
 
 
@@ -253,7 +306,12 @@ def sample(*, model, prior, labels, truncation=None, seed=0, batch_size=100):
 
 def learning_rate(args, step, progress):
     """--lr after a linear warm-up, annealed to zero along half a cosine as progress goes from 0 to 1."""
-    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        args.lr
+        * min(1.0, (step + 1) / (args.warmup + 1))
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def power_ema(length):
@@ -281,9 +339,13 @@ def train(args, checkpoint=None):
     model = VAE(**network).to(device, memory_format=torch.channels_last)
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused
+    )
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
-    sums = torch.zeros(2, device=device)  # of reconstruction loss and KL since the last line of the log
+    sums = torch.zeros(
+        2, device=device
+    )  # of reconstruction loss and KL since the last line of the log
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
@@ -293,7 +355,9 @@ def train(args, checkpoint=None):
     run = Run(NAME, args, len(images), checkpoint)
     config = {k: getattr(args, k) for k in FIXED + FREE}
     if args.prior_components > 1 and find_spec("sklearn") is None:
-        print("scikit-learn is not installed: the prior will be one Gaussian for each class, not a mixture")
+        print(
+            "scikit-learn is not installed: the prior will be one Gaussian for each class, not a mixture"
+        )
         args.prior_components = 1
     quick = min(args.prior_components, 1)  # while training, one Gaussian will do
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
@@ -319,7 +383,10 @@ def train(args, checkpoint=None):
             "prior": prior,
         })  # fmt: skip
 
-    print(f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(
+        f"run {run.folder} on {device}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
     generator = torch.Generator(device)
     with run.under_way() as bar:
         if not checkpoint:
@@ -335,9 +402,13 @@ def train(args, checkpoint=None):
 
             with autocast(device, args.bf16):
                 logits, mu, logvar = forward(x, classes, eps)
-            reconstruction = reconstruction_loss(logits.float(), x, args.reconstruction, run.mean).mean()
+            reconstruction = reconstruction_loss(
+                logits.float(), x, args.reconstruction, run.mean
+            ).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
-            kl_weight = args.kl_weight * (min(1.0, done / args.kl_warmup) if args.kl_warmup else 1.0)
+            kl_weight = args.kl_weight * (
+                min(1.0, done / args.kl_warmup) if args.kl_warmup else 1.0
+            )
             loss = reconstruction + kl_weight * kl
 
             optimizer.zero_grad(set_to_none=True)
@@ -361,7 +432,9 @@ def train(args, checkpoint=None):
                 save()
         save()
         if not run.stopped and args.prior_components:
-            tqdm.write(f"saved; fitting the prior, {args.prior_components} Gaussians for a class (Ctrl-C twice: skip)")
+            tqdm.write(
+                f"saved; fitting the prior, {args.prior_components} Gaussians for a class (Ctrl-C twice: skip)"
+            )
             save(len(images), args.prior_components)
     return run.end()
 
@@ -390,32 +463,125 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__, batch_size=128)
     add = parser.add_argument_group("network").add_argument
-    add("--latent-dim", type=number(int, 1, 4096), default=64, help="numbers in a latent code; 2 can be mapped (64)")
-    add("--widths", type=whole_numbers, default=(32, 64, 80), help="channels by resolution, finest first (32,64,80)")
-    add("--emb-channels", type=number(int, 4), default=64, help="size of the code and class embedding (64)")
+    add(
+        "--latent-dim",
+        type=number(int, 1, 4096),
+        default=64,
+        help="numbers in a latent code; 2 can be mapped (64)",
+    )
+    add(
+        "--widths",
+        type=whole_numbers,
+        default=(32, 64, 80),
+        help="channels by resolution, finest first (32,64,80)",
+    )
+    add(
+        "--emb-channels",
+        type=number(int, 4),
+        default=64,
+        help="size of the code and class embedding (64)",
+    )
     add = parser.add_argument_group("method").add_argument
     add(
-        "--reconstruction", choices=("sigma", "l2", "l1", "bce"), default="sigma", help="p(x | z); sigma adapts (sigma)"
+        "--reconstruction",
+        choices=("sigma", "l2", "l1", "bce"),
+        default="sigma",
+        help="p(x | z); sigma adapts (sigma)",
     )
-    add("--kl-weight", type=number(float, 0), default=0.3, help="of the KL divergence, after its warm-up (0.3)")
-    add("--kl-warmup", type=number(float, 0, 1), default=0.1, help="share of the run in which it grows from 0 (0.1)")
-    add("--prior-components", type=number(int, 0, 1000), default=15, help="per class; 0 is N(0, 1) (15)")
+    add(
+        "--kl-weight",
+        type=number(float, 0),
+        default=0.3,
+        help="of the KL divergence, after its warm-up (0.3)",
+    )
+    add(
+        "--kl-warmup",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="share of the run in which it grows from 0 (0.1)",
+    )
+    add(
+        "--prior-components",
+        type=number(int, 0, 1000),
+        default=15,
+        help="per class; 0 is N(0, 1) (15)",
+    )
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=number(float, 0, above=True), default=2e-3, help="learning rate after the warm-up (0.002)")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="pull of the weights towards 0 (0.01)")
-    add("--warmup", type=number(int, 0), default=200, help="steps up to the full learning rate (200)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient (1)")
-    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08, help="mean age / run length (0.08)")
-    add("--bf16", action=on_off, help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    add(
+        "--lr",
+        type=number(float, 0, above=True),
+        default=2e-3,
+        help="learning rate after the warm-up (0.002)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=0.01,
+        help="pull of the weights towards 0 (0.01)",
+    )
+    add(
+        "--warmup",
+        type=number(int, 0),
+        default=200,
+        help="steps up to the full learning rate (200)",
+    )
+    add(
+        "--grad-clip",
+        type=number(float, 0, above=True),
+        default=1.0,
+        help="largest norm of the gradient (1)",
+    )
+    add(
+        "--ema-length",
+        type=number(float, 0, 0.5, above=True),
+        default=0.08,
+        help="mean age / run length (0.08)",
+    )
+    add(
+        "--bf16",
+        action=on_off,
+        help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)",
+    )
     add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--prior", choices=("fitted", "normal"), default="fitted", help="where codes are drawn from (fitted)")
-    add("--truncation", type=number(float, 0.1), help="redraw noise beyond +- this: less variety, fewer failures")
-    add("--interpolate", choices=("noise", "class"), help="between two noises of a class, or two classes of a noise")
-    add("--reconstruct", metavar="IMAGE", nargs="+", help="test images' indices or files (with --class), and decoded")
-    add("--between", metavar="IMAGE", nargs=2, help="from one image to the other, in --num-samples frames")
-    add("--map", choices=("pca", "tsne"), help="real codes in the plane; ldm adds the samples' paths")
-    add("--walk", action="store_true", help="of 2 latent numbers: the images on a grid over the plane, of one class")
+    add(
+        "--prior",
+        choices=("fitted", "normal"),
+        default="fitted",
+        help="where codes are drawn from (fitted)",
+    )
+    add(
+        "--truncation",
+        type=number(float, 0.1),
+        help="redraw noise beyond +- this: less variety, fewer failures",
+    )
+    add(
+        "--interpolate",
+        choices=("noise", "class"),
+        help="between two noises of a class, or two classes of a noise",
+    )
+    add(
+        "--reconstruct",
+        metavar="IMAGE",
+        nargs="+",
+        help="test images' indices or files (with --class), and decoded",
+    )
+    add(
+        "--between",
+        metavar="IMAGE",
+        nargs=2,
+        help="from one image to the other, in --num-samples frames",
+    )
+    add(
+        "--map",
+        choices=("pca", "tsne"),
+        help="real codes in the plane; ldm adds the samples' paths",
+    )
+    add(
+        "--walk",
+        action="store_true",
+        help="of 2 latent numbers: the images on a grid over the plane, of one class",
+    )
     return parser
 
 
@@ -426,28 +592,45 @@ def draw(args):
     config, names = checkpoint["config"], checkpoint["class_names"]
     classes, count = parse_classes(args.class_, names), args.num_samples
     at_most_one(args, "interpolate", "reconstruct", "between", "map", "walk")
-    endings, given = [".png"] if args.map else [".png", ".npz", ".gif", ""], args.reconstruct or args.between or ()
+    endings, given = (
+        [".png"] if args.map else [".png", ".npz", ".gif", ""],
+        args.reconstruct or args.between or (),
+    )
     output = sampled_file(args.output, NAME, classes, names, endings, given)
     check_frames("noise" if args.between else args.interpolate, classes, count)
     if args.walk and (config["latent_dim"] != 2 or len(classes) != 1 or count > 20):
-        raise InputError(f"--walk is for --latent-dim 2 (here {config['latent_dim']}), one --class, at most 20 a side")
+        raise InputError(
+            f"--walk is for --latent-dim 2 (here {config['latent_dim']}), one --class, at most 20 a side"
+        )
     if args.map and config["latent_dim"] < 2:
         raise InputError("--map is for --latent-dim 2 and more (here 1)")
     model = ema_network(checkpoint, pick_device(args.device))
     prior = checkpoint["prior"] if args.prior == "fitted" else None
     labels = torch.tensor(classes).repeat_interleave(count)
     if args.map:
-        data = load_data(config["data"], args.data_dir or config["data_dir"], config["channels"], train=False)
+        data = load_data(
+            config["data"], args.data_dir or config["data_dir"], config["channels"], train=False
+        )
         some = spread(data.labels, 5000)
         mu, _ = encode(model, spread(data.images, 5000), some)
         save_map(in_the_plane(mu, args.map), some, names, output)
     elif args.walk:
         axis = torch.linspace(-2.5, 2.5, count if count > 1 else 16)
-        z = torch.cartesian_prod(-axis, axis).flip(1)  # row by row from above, the first number to the right
+        z = torch.cartesian_prod(-axis, axis).flip(
+            1
+        )  # row by row from above, the first number to the right
         labels, count = labels[:1].expand(len(z)), len(axis)
-        save_sampled(decode(model, z, one_hot(labels, len(names)), args.batch_size), labels, names, output, count)
+        save_sampled(
+            decode(model, z, one_hot(labels, len(names)), args.batch_size),
+            labels,
+            names,
+            output,
+            count,
+        )
     elif args.reconstruct or args.between:
-        x, labels = given_images(args.reconstruct or args.between, args.class_, config, names, args.data_dir)
+        x, labels = given_images(
+            args.reconstruct or args.between, args.class_, config, names, args.data_dir
+        )
         mu, _ = encode(model, to_uint8(x), labels)
         hot = one_hot(labels, len(names))
         if args.reconstruct:
@@ -461,11 +644,15 @@ def draw(args):
             save_sampled(images, labels[:1].expand(count), names, output, count)
     elif args.interpolate:
         ends = classes if args.interpolate == "class" else [y for y in classes for _ in range(2)]
-        streams = noise_streams(args.seed, [0, 0] if args.interpolate == "class" else [0, 1] * len(classes))
+        streams = noise_streams(
+            args.seed, [0, 0] if args.interpolate == "class" else [0, 1] * len(classes)
+        )
         arrays = prior and {key: value.numpy() for key, value in prior.items()}
         z = torch.from_numpy(draw_codes(arrays, ends, streams, model.latent_dim, args.truncation))
         hot, weight = one_hot(torch.tensor(ends), len(names)), torch.linspace(0, 1, count)[:, None]
-        z, hot = (torch.cat([torch.lerp(a, b, weight) for a, b in part.split(2)]) for part in (z, hot))
+        z, hot = (
+            torch.cat([torch.lerp(a, b, weight) for a, b in part.split(2)]) for part in (z, hot)
+        )
         images = decode(model, z, hot, args.batch_size)
         save_sampled(images, torch.tensor(ends[::2]).repeat_interleave(count), names, output, count)
     else:

@@ -22,7 +22,9 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).
 UNIT = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB, in MiB
 
 script = Path(__file__).parent.parent / "infer_onnx.py"
-commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), "--class", "Sneaker", "--steps", "20"]}
+commands = {
+    "infer_onnx.py, one Sneaker, 20 steps": [str(script), "--class", "Sneaker", "--steps", "20"]
+}
 if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
     commands["import torch, and nothing else"] = ["-c", "import torch"]
 results = {name: [] for name in commands}

@@ -69,7 +69,10 @@ def measure(subject):
     """The figures of one subject, in this process."""
     start = time.perf_counter()
     predict, network = build(subject)
-    figures = {"start": time.perf_counter() - start, "parameters": sum(p.numel() for p in network.parameters())}
+    figures = {
+        "start": time.perf_counter() - start,
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,7 +100,9 @@ def measure(subject):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns that each takes (3)")
     parser.add_argument("--subject", choices=SUBJECTS, help="only measure this one, and print JSON")
     args = parser.parse_args()
@@ -108,21 +113,32 @@ def main():
     for i in range(args.rounds):
         turn = {}
         for subject in (*SUBJECTS[i % 3 :], *SUBJECTS[: i % 3]):
-            done = subprocess.run([sys.executable, __file__, "--subject", subject], stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--subject", subject], stdout=subprocess.PIPE, text=True
+            )
             if done.returncode:
                 sys.exit(f"{subject} failed: pip install diffusers denoising-diffusion-pytorch")
             turn[subject] = json.loads(done.stdout.splitlines()[-1])
         rounds.append(turn)
     import torch
 
-    print(f"medians of {args.rounds} rounds, in brackets over ours; {torch.get_num_threads()} threads, ", end="")
+    print(
+        f"medians of {args.rounds} rounds, in brackets over ours; {torch.get_num_threads()} threads, ",
+        end="",
+    )
     print(f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     for name, (heading, digits) in FIGURES.items():
         print(f"{heading:28s}", end="")
         for subject in SUBJECTS:
             value = statistics.median(turn[subject][name] for turn in rounds)
-            ratio = statistics.median(turn[subject][name] / turn[SUBJECTS[0]][name] for turn in rounds)
-            print(f"{subject}: {value:{digits}}" + (f" ({ratio:.2f})" if subject != SUBJECTS[0] else ""), end="   ")
+            ratio = statistics.median(
+                turn[subject][name] / turn[SUBJECTS[0]][name] for turn in rounds
+            )
+            print(
+                f"{subject}: {value:{digits}}"
+                + (f" ({ratio:.2f})" if subject != SUBJECTS[0] else ""),
+                end="   ",
+            )
         print()
 
 

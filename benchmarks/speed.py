@@ -59,7 +59,11 @@ model = UNet().to(memory_format=torch.channels_last)
 optimizer = Muon(model.named_parameters(), 1e-3, 0.01, fused=True)
 ema_model = ddim.AveragedModel(model, multi_avg_fn=ddim.power_ema(0.08))
 count = max(SIZES)
-x, t, y = torch.randn(count, 1, 32, 32), torch.randint(0, 1000, (count,)), torch.randint(0, 10, (count,))
+x, t, y = (
+    torch.randn(count, 1, 32, 32),
+    torch.randint(0, 1000, (count,)),
+    torch.randint(0, 10, (count,)),
+)
 shipped = Path(infer_onnx.__file__).parent / "pretrained" / "ddim.onnx"  # the default network, too
 session = infer_onnx.load_model(shipped, "cpu").session
 feed = {"x_t": x.numpy(), "t": t.numpy(), "y": y.numpy()}
@@ -84,11 +88,17 @@ for i in range(ROUNDS + 3):
         function()
         if i >= 3:  # the first rounds warm up
             seconds[name].append(time.perf_counter() - start)
-print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
-print(f"default network: {sum(p.numel() for p in model.parameters()):,} parameters, {macs / 1e6:.1f} MMAC for an image")
+print(
+    f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+)
+print(
+    f"default network: {sum(p.numel() for p in model.parameters()):,} parameters, {macs / 1e6:.1f} MMAC for an image"
+)
 median = {name: statistics.median(s) for name, s in seconds.items()}
 base = work["2048^3 float32 product"][2] / median["2048^3 float32 product"]
 for name, (_, size, operations) in work.items():
     images, rate = size / median[name], size * operations / median[name]
     each = "" if "product" in name else f"{1e3 / images:7.2f} ms an image, {images:6.0f} images/s,"
-    print(f"{name:30s} {each:37s} {rate / 1e9:5.0f} GFLOP/s, {rate / base:4.0%} of the product's rate")
+    print(
+        f"{name:30s} {each:37s} {rate / 1e9:5.0f} GFLOP/s, {rate / base:4.0%} of the product's rate"
+    )

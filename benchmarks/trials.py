@@ -35,7 +35,11 @@ BASE = {
     "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --kl-weight 1 --prior-components 10 --lr 2e-3 "
     "--batch-size 128",
 }
-MUON, RARE, WIDE = "--optimizer muon --batch-size 64 --lr 1e-2", "--penalty-every 8", "--latent-dim 64"
+MUON, RARE, WIDE = (
+    "--optimizer muon --batch-size 64 --lr 1e-2",
+    "--penalty-every 8",
+    "--latent-dim 64",
+)
 TAKEN = {
     "ddim": "--optimizer muon --batch-size 64 --lr 5e-3", "ldm": "--optimizer muon",
     "gan": f"{RARE} --loss nonsaturating", "vae": f"{WIDE} --kl-weight 0.3",
@@ -115,9 +119,16 @@ def pairs(flags):
 def run_trial(trial, cores):
     """Train, export and evaluate on one core; returns the trial with its figures."""
     core, name, flags = cores.get(), trial["name"], trial["flags"].split()
-    digest = hashlib.sha256(f"{trial['base']} {trial['flags']} {trial['minutes']:g}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        f"{trial['base']} {trial['flags']} {trial['minutes']:g}".encode()
+    ).hexdigest()[:8]
     place = RUNS / "-".join([name, digest, *(flag.lstrip("-").replace(",", ".") for flag in flags)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
     def command(*words):
         with (RUNS / f"{place.name}.out").open("a") as log:
@@ -129,7 +140,11 @@ def run_trial(trial, cores):
     try:
         onnx = place / f"{name}.onnx"
         if not onnx.is_file():
-            start = ["--resume"] if any(place.glob("*.pt")) else ["--train", *trial["base"].split(), *flags]
+            start = (
+                ["--resume"]
+                if any(place.glob("*.pt"))
+                else ["--train", *trial["base"].split(), *flags]
+            )
             command(f"{name}.py", *start, "--run-dir", place, "--minutes", trial["minutes"])
             command("export.py", name, "--checkpoint", place)
         drawn = ["--seeds", 2, "--no-timing", "--threads", 1, "--output", place / "results"]
@@ -151,14 +166,20 @@ def try_spacing(trial, count=1000):
     steps, exponent = int(steps), float(exponent)
 
     def time_pairs(num_timesteps, steps):
-        times = [max(round(num_timesteps * (i / steps) ** exponent), i) - 1 for i in range(steps, 0, -1)]
+        times = [
+            max(round(num_timesteps * (i / steps) ** exponent), i) - 1 for i in range(steps, 0, -1)
+        ]
         return list(zip(times, [*times[1:], -1], strict=True))
 
     infer_onnx.time_pairs = time_pairs
     model = infer_onnx.load_model(ROOT / "pretrained/ddim.onnx")
     test = evaluate.load_split("fashion-mnist", None, train=False)
-    session, features, _ = evaluate.load_extractor(ROOT / "pretrained/extractor.onnx", "fashion-mnist", test, 0)
-    images = infer_onnx.sample(model, evaluate.balanced_labels(0, count), steps=steps, solver=solver)
+    session, features, _ = evaluate.load_extractor(
+        ROOT / "pretrained/extractor.onnx", "fashion-mnist", test, 0
+    )
+    images = infer_onnx.sample(
+        model, evaluate.balanced_labels(0, count), steps=steps, solver=solver
+    )
     drawn = evaluate.extract(session, images)[0]
     ffid = evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(drawn))
     return trial | {"n": count, "ffid": ffid}
@@ -173,14 +194,29 @@ def table(trials):
         text += "## Spacing of the steps\n\nF-FID of the shipped ddim with steps at t + 1 = T (i / steps)^exponent; "
         text += f"N = {n:,}, seed 0: compare within this table only.\n\n"
         rows = [
-            [f"{solver}, {steps} steps", *(f"{spaced[key]['ffid']:.3f}" if key in spaced else "–" for key in keys)]
+            [
+                f"{solver}, {steps} steps",
+                *(f"{spaced[key]['ffid']:.3f}" if key in spaced else "–" for key in keys),
+            ]
             for solver, steps in WALKS
             if (keys := [f"{solver} {steps} {exponent}" for exponent in EXPONENTS])
         ]
         text += evaluate.as_table(["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)], rows)
-    head = ["change", "verdict", "/ without", "epochs", "F-FID", "/ floor", *(s.replace("_", " ") for s in SCORES[1:])]
-    for name, minutes in dict.fromkeys((t["name"], t["minutes"]) for t in trials if t["name"] != "steps"):
-        own = [trial for trial in trials if (trial["name"], trial.get("minutes")) == (name, minutes)]
+    head = [
+        "change",
+        "verdict",
+        "/ without",
+        "epochs",
+        "F-FID",
+        "/ floor",
+        *(s.replace("_", " ") for s in SCORES[1:]),
+    ]
+    for name, minutes in dict.fromkeys(
+        (t["name"], t["minutes"]) for t in trials if t["name"] != "steps"
+    ):
+        own = [
+            trial for trial in trials if (trial["name"], trial.get("minutes")) == (name, minutes)
+        ]
         first = own[0]
         text += f"## {name}.py\n\n`{first['base']}`, {minutes:g} minutes on one core of {first['processor']}; "
         text += f"N = {first['n']:,}, two sampling seeds"
@@ -189,7 +225,9 @@ def table(trials):
         lines, found = [], {}
         for trial in own:
             flags, ffid = trial["flags"], trial["scores"]["ffid"]
-            without = max((other for other in found if flags.startswith(other)), key=len, default=None)
+            without = max(
+                (other for other in found if flags.startswith(other)), key=len, default=None
+            )
             cells = [f"`{flags}`" if flags else "none", "", ""]
             if without is not None:
                 before, spread = found[without]
@@ -197,7 +235,11 @@ def table(trials):
                 taken = pairs(flags) <= pairs(TAKEN[name])
                 verdict = "taken" if taken else "better" if better else "no gain"
                 cells[1:] = verdict, f"{ffid / before:.2f}"
-            cells += [f"{trial['epochs']:.1f}", f"{ffid:.3f} ± {trial['spread']:.3f}", f"{ffid / trial['floor']:.0f}"]
+            cells += [
+                f"{trial['epochs']:.1f}",
+                f"{ffid:.3f} ± {trial['spread']:.3f}",
+                f"{ffid / trial['floor']:.0f}",
+            ]
             lines.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
             found[flags] = ffid, trial["spread"]
         text += evaluate.as_table(head, lines)
@@ -208,7 +250,9 @@ def table(trials):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts, or steps (all)")
     parser.add_argument("--minutes", type=float, default=5, help="of training, for each trial (5)")
     parser.add_argument("--flags", nargs="+", help="only the trials of these flags, each in quotes")
@@ -224,7 +268,9 @@ def main():
         cores.put(core)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        jobs = [pool.submit(run_trial, trial, cores) for trial in wanted if trial["name"] != "steps"]
+        jobs = [
+            pool.submit(run_trial, trial, cores) for trial in wanted if trial["name"] != "steps"
+        ]
         try:
             for job in as_completed(jobs):
                 kept = keep(job.result())

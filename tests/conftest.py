@@ -16,14 +16,29 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; tiny networks gain nothing from more
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests compare bits, messages and two processes as they are on a CPU
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of the processes that tests start; tiny networks gain nothing from more
+)
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # tests compare bits, messages and two processes as they are on a CPU
+)
 import common  # noqa: E402
 import ddim  # noqa: E402
 import infer_onnx  # noqa: E402
 
 # Flags of a network and a run so small that a step takes milliseconds; kmnist has no published sums to satisfy.
-TINY = ["--data", "kmnist", "--widths", "8,16", "--depths", "1,2", "--emb-channels", "16", "--batch-size", "20"]
+TINY = [
+    "--data",
+    "kmnist",
+    "--widths",
+    "8,16",
+    "--depths",
+    "1,2",
+    "--emb-channels",
+    "16",
+    "--batch-size",
+    "20",
+]
 # The same for each script.
 SHARED = ["--data", "kmnist", "--emb-channels", "16", "--batch-size", "20"]
 TINY_FLAGS = {
@@ -31,7 +46,17 @@ TINY_FLAGS = {
     "ddpm": TINY,
     "vae": [*SHARED, "--widths", "8,16", "--latent-dim", "4", "--prior-components", "2"],
     "gan": [*SHARED, "--widths", "8,16", "--widths-d", "8,16", "--latent-dim", "4"],
-    "ldm": [*SHARED, "--widths", "16", "--depths", "1", "--autoencoder-widths", "8,16", "--stage-1-share", "0.25"],
+    "ldm": [
+        *SHARED,
+        "--widths",
+        "16",
+        "--depths",
+        "1",
+        "--autoencoder-widths",
+        "8,16",
+        "--stage-1-share",
+        "0.25",
+    ],
 }
 TINY_NETWORK = {"widths": (8, 16), "depths": (1, 2), "emb_channels": 16}
 
@@ -58,7 +83,9 @@ def write_idx(folder, compress=False, per_class=6):
     folder.mkdir(parents=True, exist_ok=True)
     sums = []
     for split, seed in (("train", 0), ("t10k", 1)):
-        for kind, array in zip(("images-idx3", "labels-idx1"), small_set(per_class, seed), strict=True):
+        for kind, array in zip(
+            ("images-idx3", "labels-idx1"), small_set(per_class, seed), strict=True
+        ):
             content = idx_bytes(array)
             sums.append(hashlib.sha256(content).hexdigest())
             file = folder / f"{split}-{kind}-ubyte"
@@ -86,7 +113,11 @@ PASSING = ("seconds", "stage_1_seconds", "config")
 
 def log_of(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "grad_norm" in line or "lr" in line]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in lines
+        if "grad_norm" in line or "lr" in line
+    ]
 
 
 def state(run_dir):
@@ -130,7 +161,18 @@ def data_dir(tmp_path_factory):
 def tiny_run(tmp_path_factory, data_dir):
     """The folder of a finished run of ddim.py with the tiny network, six epochs of three steps."""
     run_dir = tmp_path_factory.mktemp("tiny") / "run"
-    flags = ["--train", "--epochs", "6", "--warmup", "2", "--data-dir", data_dir, "--run-dir", str(run_dir), *TINY]
+    flags = [
+        "--train",
+        "--epochs",
+        "6",
+        "--warmup",
+        "2",
+        "--data-dir",
+        data_dir,
+        "--run-dir",
+        str(run_dir),
+        *TINY,
+    ]
     assert ddim.main(flags) == 0
     return run_dir
 
@@ -143,7 +185,17 @@ def tiny_runs(tmp_path_factory, data_dir):
     def run_of(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "run"
-            flags = ["--train", "--epochs", "6", "--warmup", "2", "--data-dir", data_dir, "--run-dir", str(made[name])]
+            flags = [
+                "--train",
+                "--epochs",
+                "6",
+                "--warmup",
+                "2",
+                "--data-dir",
+                data_dir,
+                "--run-dir",
+                str(made[name]),
+            ]
             assert importlib.import_module(name).main([*flags, *TINY_FLAGS[name]]) == 0
         return made[name]
 
@@ -157,7 +209,9 @@ def fashion(in_tmp, monkeypatch):
     def set_up(folder, **options):
         sums = write_idx(folder, **options)
         dataset_class = common.IDX_SETS["fashion-mnist"][0]
-        monkeypatch.setitem(common.IDX_SETS, "fashion-mnist", (dataset_class, str(in_tmp / "debian"), sums))
+        monkeypatch.setitem(
+            common.IDX_SETS, "fashion-mnist", (dataset_class, str(in_tmp / "debian"), sums)
+        )
         return folder
 
     return set_up

@@ -57,7 +57,9 @@ def main():
     def own_and_note(self, *batch):
         taken = own(self, *batch)
         with Path(f"seen_{self.rank}.jsonl").open("a") as file:
-            file.write(json.dumps([self.stem, self.step, taken[0].tolist(), self.batch().tolist()]) + "\n")
+            file.write(
+                json.dumps([self.stem, self.step, taken[0].tolist(), self.batch().tolist()]) + "\n"
+            )
         return taken
 
     def save_half(content, path):

@@ -41,7 +41,9 @@ def test_idx_set_is_read_padded_and_described(fashion, in_tmp, compress, place):
     data = load_data("fashion-mnist", in_tmp / "elsewhere")
     images, labels = small_set()
     assert data.images.shape == (60, 1, 32, 32) and data.images.dtype == torch.uint8
-    assert np.array_equal(data.images[:, 0, 2:-2, 2:-2], images) and data.images[:, :, :2].max() == 0
+    assert (
+        np.array_equal(data.images[:, 0, 2:-2, 2:-2], images) and data.images[:, :, :2].max() == 0
+    )
     assert data.labels.dtype == torch.int64 and np.array_equal(data.labels, labels)
     assert data.class_names[7] == "Sneaker" and data.class_names[0] == "T-shirt/top"
     for part in ("60 images", "10 classes", "of 6 to 6", "0..255"):
@@ -51,12 +53,16 @@ def test_idx_set_is_read_padded_and_described(fashion, in_tmp, compress, place):
 def test_train_and_test_are_different_splits(fashion, in_tmp):
     fashion(in_tmp / "d")
     train, test = load_data("fashion-mnist", "d"), load_data("fashion-mnist", "d", train=False)
-    assert np.array_equal(test.labels, small_set(seed=1)[1]) and not torch.equal(train.images, test.images)
+    assert np.array_equal(test.labels, small_set(seed=1)[1]) and not torch.equal(
+        train.images, test.images
+    )
 
 
 def test_places_are_searched_in_order(fashion, in_tmp, monkeypatch):
     downloads = []
-    monkeypatch.setattr(common, "_download", lambda dataset_class, root: downloads.append(write_idx(root)))
+    monkeypatch.setattr(
+        common, "_download", lambda dataset_class, root: downloads.append(write_idx(root))
+    )
     fashion(in_tmp / "unused")
     assert "(data)" in load_data("fashion-mnist").source and downloads  # nothing there: downloaded
     write_idx(in_tmp / "debian", compress=True)
@@ -72,7 +78,9 @@ def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
     class Broken:
         def __init__(self, root, download):
             (common.Path(root) / "Broken").mkdir()
-            raise RuntimeError("Error downloading x.gz:\nTried mirror, got:\nconnection lost")  # as torchvision says it
+            raise RuntimeError(
+                "Error downloading x.gz:\nTried mirror, got:\nconnection lost"
+            )  # as torchvision says it
 
     monkeypatch.setitem(common.IDX_SETS, "mnist", (Broken, None, None))
     with pytest.raises(InputError, match=r"connection lost.*--data-dir"):
@@ -106,7 +114,9 @@ def flip(file):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("damage", [truncate, flip, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"<html>")])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"<html>")]
+)
 @pytest.mark.parametrize("which", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
 def test_a_broken_file_is_named(fashion, in_tmp, compress, damage, which):
     file = fashion(in_tmp / "d", compress=compress) / (which + ".gz" * compress)
@@ -159,7 +169,10 @@ def test_real_fashion_mnist_matches_its_published_sums():
     if not common.Path(debian).is_dir():
         pytest.skip("the package dataset-fashion-mnist is not installed")
     data = load_data("fashion-mnist", debian, train=False)
-    assert data.images.shape == (10_000, 1, 32, 32) and torch.bincount(data.labels).tolist() == [1000] * 10
+    assert (
+        data.images.shape == (10_000, 1, 32, 32)
+        and torch.bincount(data.labels).tolist() == [1000] * 10
+    )
     content = gzip.decompress(common.Path(debian, "t10k-labels-idx1-ubyte.gz").read_bytes())
     assert hashlib.sha256(content).hexdigest() == sums[3]
 
@@ -184,7 +197,9 @@ def test_folder_of_class_folders(in_tmp, channels, size):
     assert data.images.shape == (6, channels, 32, 32) and data.class_names == ["cat", "dog"]
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     middle = data.images[4, :, 16, 16].tolist()
-    assert middle == ([41, 100, 200] if channels == 3 else [round(0.299 * 41 + 0.587 * 100 + 0.114 * 200)])
+    assert middle == (
+        [41, 100, 200] if channels == 3 else [round(0.299 * 41 + 0.587 * 100 + 0.114 * 200)]
+    )
 
 
 def test_broken_folders_are_named(in_tmp):
@@ -200,7 +215,9 @@ def test_broken_folders_are_named(in_tmp):
         load_data("pets")
 
 
-@pytest.mark.parametrize("shape", [(5, 28, 28), (5, 28, 28, 1), (5, 28, 28, 3), (5, 3, 28, 28), (5, 1, 40, 40)])
+@pytest.mark.parametrize(
+    "shape", [(5, 28, 28), (5, 28, 28, 1), (5, 28, 28, 3), (5, 3, 28, 28), (5, 1, 40, 40)]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_npz_layouts(in_tmp, shape, channels):
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -307,7 +324,9 @@ def test_noise_of_an_image_does_not_depend_on_the_batch():
     alone = common.noise_streams(7, [3])
     assert np.array_equal(common.draw_noise(alone, shape)[0], together[3])
     assert not np.array_equal(common.draw_noise(alone, shape)[0], together[3])  # the stream goes on
-    assert not np.array_equal(common.draw_noise(common.noise_streams(8, [3]), shape)[0], together[3])
+    assert not np.array_equal(
+        common.draw_noise(common.noise_streams(8, [3]), shape)[0], together[3]
+    )
     many = common.draw_noise(common.noise_streams(0, range(200)), shape)
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
 
@@ -335,11 +354,17 @@ def test_save_images(in_tmp, channels):
     assert picture.size == (scale * (3 * 34 + 2), scale * (2 * 34 + 2)) and picture.mode == (
         "L" if channels == 1 else "RGB"
     )
-    pixel = np.array(picture)[scale * (34 + 2 + 5), scale * (2 + 9)]  # row 1, column 0: image 3 at (5, 9)
+    pixel = np.array(picture)[
+        scale * (34 + 2 + 5), scale * (2 + 9)
+    ]  # row 1, column 0: image 3 at (5, 9)
     assert np.array_equal(np.atleast_1d(pixel), levels[3, :, 5, 9])
     common.save_images(images, labels, NAMES, "all.npz", columns=3)
     back = load_data("all.npz", channels=channels)
-    assert torch.equal(back.images, levels) and back.labels.tolist() == labels and back.class_names == NAMES
+    assert (
+        torch.equal(back.images, levels)
+        and back.labels.tolist() == labels
+        and back.class_names == NAMES
+    )
     common.save_images(images, labels, NAMES, "folder", columns=3)
     names = sorted(file.name for file in (in_tmp / "folder").iterdir())
     assert names[0] == "00000_sneaker.png" and names[5] == "00005_t-shirt-top.png"
@@ -379,7 +404,9 @@ def test_sinusoidal_embedding_against_its_formula():
     found = common.sinusoidal_embedding(torch.tensor([0, 3, 999]), 8)
     for row, t in zip(found, (0, 3, 999), strict=True):
         angles = [t / 10_000 ** (2 * i / 8) for i in range(4)]
-        assert row.tolist() == pytest.approx([*map(math.sin, angles), *map(math.cos, angles)], abs=1e-4)
+        assert row.tolist() == pytest.approx(
+            [*map(math.sin, angles), *map(math.cos, angles)], abs=1e-4
+        )
     with pytest.raises(ValueError, match="odd"):
         common.sinusoidal_embedding(torch.tensor([0]), 7)
 
@@ -404,7 +431,11 @@ def randomised(network):
 )
 def test_unet_shapes_and_start(channels, size, numbers):
     network = UNet(channels=channels, num_classes=5, **numbers)
-    x_t, t, y = torch.randn(3, channels, size, size), torch.tensor([0, 5, 999]), torch.tensor([0, 4, NULL_LABEL])
+    x_t, t, y = (
+        torch.randn(3, channels, size, size),
+        torch.tensor([0, 5, 999]),
+        torch.tensor([0, 4, NULL_LABEL]),
+    )
     assert network(x_t, t, y).abs().max() == 0  # the zero-initialised head
     output = randomised(network)(x_t, t, y)
     assert output.shape == x_t.shape and output.isfinite().all()
@@ -416,8 +447,14 @@ def test_unet_shapes_and_start(channels, size, numbers):
 def test_unet_attends_at_the_lowest_resolution_and_nowhere_else(depth, expected):
     for attention in (True, False):
         network = UNet(widths=(8, 16), depths=(2, depth), attention=attention)
-        layers = [name for name, module in network.named_modules() if isinstance(module, common.SelfAttention)]
-        assert len(layers) == expected * attention and all(name.startswith("bottom") for name in layers)
+        layers = [
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, common.SelfAttention)
+        ]
+        assert len(layers) == expected * attention and all(
+            name.startswith("bottom") for name in layers
+        )
 
 
 def test_unet_sees_time_and_class_and_treats_images_apart():
@@ -427,7 +464,9 @@ def test_unet_sees_time_and_class_and_treats_images_apart():
     with torch.no_grad():
         outputs = network(x_t, t, y)
         distances = torch.cdist(outputs.flatten(1), outputs.flatten(1)) + torch.eye(12)
-        assert distances.min() > 1e-4  # every class, "no class" and the other time give an output of their own
+        assert (
+            distances.min() > 1e-4
+        )  # every class, "no class" and the other time give an output of their own
         assert torch.allclose(network(x_t[3:4], t[3:4], y[3:4]), outputs[3:4], atol=1e-5)
 
 
@@ -438,15 +477,20 @@ def test_attention_against_a_loop():
     expected = torch.empty(2, 64, 16)
     for b in range(2):
         for head in range(2):
-            q, k, v = (qkv[b, part * 64 + head * 32 : part * 64 + (head + 1) * 32] for part in range(3))
+            q, k, v = (
+                qkv[b, part * 64 + head * 32 : part * 64 + (head + 1) * 32] for part in range(3)
+            )
             for i in range(16):
-                weights = torch.softmax(torch.stack([q[:, i] @ k[:, j] / 32**0.5 for j in range(16)]), dim=0)
+                weights = torch.softmax(
+                    torch.stack([q[:, i] @ k[:, j] / 32**0.5 for j in range(16)]), dim=0
+                )
                 expected[b, head * 32 : (head + 1) * 32, i] = (weights * v).sum(dim=1)
     assert torch.allclose(layer(x), x + layer.out(expected.view(2, 64, 4, 4)), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "numbers", [{"widths": (32,)}, {"widths": (32, 48)}, {"widths": (), "depths": ()}, {"emb_channels": 6}]
+    "numbers",
+    [{"widths": (32,)}, {"widths": (32, 48)}, {"widths": (), "depths": ()}, {"emb_channels": 6}],
 )
 def test_bad_network_numbers_are_refused(numbers):
     with pytest.raises(InputError):
@@ -455,7 +499,11 @@ def test_bad_network_numbers_are_refused(numbers):
 
 def test_default_unet_costs_what_it_may():
     with FlopCounterMode(display=False) as counter:
-        UNet()(torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        UNet()(
+            torch.zeros(1, 1, 32, 32),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+        )
     assert 30e6 <= counter.get_total_flops() / 2 <= 55e6  # multiply-accumulates for one image
 
 
@@ -467,8 +515,12 @@ def test_pca_finds_the_plane_that_codes_lie_in():
     flat = torch.randn(200, 2) * torch.tensor([3.0, 1.0])
     points = common.in_the_plane(flat @ plane.T + 5, "pca", others=torch.full((1, 9), 5.0))
     assert points.shape == (201, 2)
-    assert torch.allclose(torch.pdist(points[:200]), torch.pdist(flat), atol=1e-3)  # no distance is lost
-    assert torch.allclose(points[200].norm(), flat.mean(dim=0).norm(), atol=1e-3)  # the others go through the same map
+    assert torch.allclose(
+        torch.pdist(points[:200]), torch.pdist(flat), atol=1e-3
+    )  # no distance is lost
+    assert torch.allclose(
+        points[200].norm(), flat.mean(dim=0).norm(), atol=1e-3
+    )  # the others go through the same map
     variances = points[:200].var(dim=0)
     assert variances[0] > variances[1]
 
@@ -481,7 +533,10 @@ def test_two_numbers_are_their_own_map():
 def test_tsne_keeps_lumps_apart(monkeypatch):
     codes = torch.cat([torch.randn(40, 6), torch.randn(40, 6) + 30])
     points = common.in_the_plane(codes, "tsne")
-    own, other = torch.cdist(points[:40], points[:40]).mean(), torch.cdist(points[:40], points[40:]).mean()
+    own, other = (
+        torch.cdist(points[:40], points[:40]).mean(),
+        torch.cdist(points[:40], points[40:]).mean(),
+    )
     assert points.shape == (80, 2) and other > 2 * own
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(InputError, match="pip install scikit-learn"):
@@ -491,10 +546,18 @@ def test_tsne_keeps_lumps_apart(monkeypatch):
 def test_a_map_has_a_dot_for_each_point_and_a_line_for_each_walk(tmp_path):
     points, labels = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1])
     common.save_map(points, labels, ["a", "b"], tmp_path / "plain.png")
-    common.save_map(points, labels, ["a", "b"], tmp_path / "walks.png", [(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 1)])
+    common.save_map(
+        points,
+        labels,
+        ["a", "b"],
+        tmp_path / "walks.png",
+        [(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 1)],
+    )
     plain, walks = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "walks"))
     assert plain.shape == walks.shape == (900, 1050, 3)
-    assert (plain[450, 450] == 255).all() and (walks[450, 450] != 255).any()  # the line crosses the middle
+    assert (plain[450, 450] == 255).all() and (
+        walks[450, 450] != 255
+    ).any()  # the line crosses the middle
     assert (plain[880, 20] != 255).any() and (plain[20, 880] != 255).any()  # the y axis points up
 
 
@@ -518,7 +581,12 @@ def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest
             assert torch.allclose(p, q, atol=1e-6), name
             continue
         u, _, vt = torch.linalg.svd(q.grad.flatten(1), full_matrices=False)
-        step = u.T @ (before[name] - p.detach()).flatten(1) @ vt.T / (0.01 * 0.2 * max(u.shape[0], vt.shape[1]) ** 0.5)
+        step = (
+            u.T
+            @ (before[name] - p.detach()).flatten(1)
+            @ vt.T
+            / (0.01 * 0.2 * max(u.shape[0], vt.shape[1]) ** 0.5)
+        )
         assert step.diag().min() > 0.6 and step.diag().max() < 1.3, name
         assert (step - step.diag().diag()).abs().max() < 0.05, name
         turned += 1
@@ -538,7 +606,9 @@ def test_muon_has_nesterov_momentum_and_decoupled_decay():
         other.grad = torch.ones(3)
         m = 0.95 * m + 0.05 * g
         muon.step()
-        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * common.orthogonal(0.05 * g + 0.95 * m)
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * common.orthogonal(
+            0.05 * g + 0.95 * m
+        )
     assert torch.allclose(matrix, expected, atol=1e-6)
 
 

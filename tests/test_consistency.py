@@ -58,7 +58,9 @@ def names_in(tree):
 def test_ddpm_and_ddim_differ_in_the_sampler_alone():
     def parts(source):
         constants = [
-            n for n in ast.parse(source).body if isinstance(n, ast.Assign) and not own & names_in(n.targets[0])
+            n
+            for n in ast.parse(source).body
+            if isinstance(n, ast.Assign) and not own & names_in(n.targets[0])
         ]
         return definitions(source), [ast.unparse(n) for n in constants]
 
@@ -73,12 +75,23 @@ def test_ddpm_and_ddim_differ_in_the_sampler_alone():
 def test_infer_onnx_shares_the_samplers():
     scripts = {name for script in ("ddim", "ddpm") for name in definitions(SOURCES[script])}
     shared = definitions(SOURCES["infer_onnx"]).keys() & scripts
-    assert {"time_pairs", "implied", "ddim_step", "ddim_sample", "posterior", "ddpm_sample"} <= shared
+    assert {
+        "time_pairs",
+        "implied",
+        "ddim_step",
+        "ddim_sample",
+        "posterior",
+        "ddpm_sample",
+    } <= shared
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_banners_are_in_order(name):
-    found = [line.split("---")[1].strip() for line in SOURCES[name].splitlines() if line.startswith("# --- ")]
+    found = [
+        line.split("---")[1].strip()
+        for line in SOURCES[name].splitlines()
+        if line.startswith("# --- ")
+    ]
     assert found == [banner for banner in BANNERS if banner in found] and "Training" in found
     assert all(len(line) == 114 for line in SOURCES[name].splitlines() if line.startswith("# --- "))
 
@@ -96,12 +109,17 @@ def test_common_imports_no_script_and_infer_onnx_no_torch():
 def test_evaluate_imports_torch_in_one_function():
     inside = {"train_extractor": {"torch", "onnx", "common", "export"}, "draw_tsne": {"sklearn"}}
     for node in ast.parse(SOURCES["evaluate"]).body:
-        allowed = WITHOUT_TORCH | {"infer_onnx", "tqdm"} | inside.get(getattr(node, "name", ""), set())
+        allowed = (
+            WITHOUT_TORCH | {"infer_onnx", "tqdm"} | inside.get(getattr(node, "name", ""), set())
+        )
         assert set(imports(ast.unparse(node))) <= allowed
 
 
 def test_evaluate_reads_the_same_data_as_common():
-    sets = {name: (kind.__name__, folder, sums) for name, (kind, folder, sums) in common.IDX_SETS.items()}
+    sets = {
+        name: (kind.__name__, folder, sums)
+        for name, (kind, folder, sums) in common.IDX_SETS.items()
+    }
     assert sets == evaluate.IDX_SETS and evaluate.IDX_FILES == common.IDX_FILES
 
 
@@ -109,7 +127,9 @@ def test_evaluate_reads_the_same_data_as_common():
 def test_importing_a_script_runs_nothing(name, in_tmp):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=in_tmp)
-    assert done.returncode == 0 and done.stdout == done.stderr == "" and list(in_tmp.iterdir()) == []
+    assert (
+        done.returncode == 0 and done.stdout == done.stderr == "" and list(in_tmp.iterdir()) == []
+    )
 
 
 def flags(name):
@@ -118,14 +138,22 @@ def flags(name):
     described = {}
     for action in parser._actions:
         kind = getattr(action.type, "__qualname__", action.type)
-        described[action.dest] = (action.option_strings, str(kind), action.choices, action.help, action.default)
+        described[action.dest] = (
+            action.option_strings,
+            str(kind),
+            action.choices,
+            action.help,
+            action.default,
+        )
     return described
 
 
 @pytest.mark.parametrize(("a", "b"), list(itertools.combinations(MODELS, 2)))
 def test_shared_flags_mean_the_same(a, b):
     first, second = flags(a), flags(b)
-    for dest in first.keys() & second.keys() - ({"loss"} if "gan" in (a, b) else set()):  # a GAN's is another matter
+    for dest in first.keys() & second.keys() - (
+        {"loss"} if "gan" in (a, b) else set()
+    ):  # a GAN's is another matter
         n = 3 if dest in OWN_DEFAULTS else 5
         assert first[dest][:n] == second[dest][:n], dest
 
@@ -142,9 +170,12 @@ def test_every_flag_explains_itself_and_says_its_true_default(name):
     for dest, (_, _, _, text, default) in flags(name).items():
         assert text, dest
         if isinstance(default, bool):
-            assert text.endswith("(on)" if default else "(off)") or dest in ("train", "resume", "filmstrip", "walk"), (
-                dest
-            )
+            assert text.endswith("(on)" if default else "(off)") or dest in (
+                "train",
+                "resume",
+                "filmstrip",
+                "walk",
+            ), dest
         elif isinstance(default, int | float | str) and dest not in ("help", "data"):
             said = text.rsplit("(", 1)[1].rstrip(")")
             assert said == str(default) or float(said) == default, dest
@@ -166,7 +197,12 @@ def test_a_script_is_short(name):
 def test_a_script_works_alone_with_common(name, tmp_path, data_dir):
     for file in (f"{name}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)
-    for argv in (["--train", "--epochs", "0.3", "--data-dir", data_dir, *TINY_FLAGS[name]], ["--class", "ki"]):
-        done = subprocess.run([sys.executable, f"{name}.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    for argv in (
+        ["--train", "--epochs", "0.3", "--data-dir", data_dir, *TINY_FLAGS[name]],
+        ["--class", "ki"],
+    ):
+        done = subprocess.run(
+            [sys.executable, f"{name}.py", *argv], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / f"{name}_ki.png").exists()

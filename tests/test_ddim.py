@@ -42,7 +42,14 @@ def test_cosine_schedule_against_its_closed_form():
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    for i in (0, 1, 10, 499, 900, 990):  # the product of the betas telescopes to f(t) / f(0) until they are clipped
+    for i in (
+        0,
+        1,
+        10,
+        499,
+        900,
+        990,
+    ):  # the product of the betas telescopes to f(t) / f(0) until they are clipped
         assert alpha_bars[i].item() == pytest.approx(f(i + 1) / f(0), rel=1e-9)
     assert (1 - alpha_bars[1:] / alpha_bars[:-1]).max() <= 0.999 + 1e-12
 
@@ -52,7 +59,11 @@ def test_cosine_schedule_against_its_closed_form():
 def test_schedules_fall_from_image_to_noise(schedule, num_timesteps):
     alpha_bars = ddim.make_alpha_bars(schedule, num_timesteps)
     assert alpha_bars.dtype == torch.float64 and alpha_bars.shape == (num_timesteps,)
-    assert (alpha_bars[1:] < alpha_bars[:-1]).all() and alpha_bars[0] > 0.99 and 0 < alpha_bars[-1] < 2e-3
+    assert (
+        (alpha_bars[1:] < alpha_bars[:-1]).all()
+        and alpha_bars[0] > 0.99
+        and 0 < alpha_bars[-1] < 2e-3
+    )
 
 
 def test_q_sample_keeps_the_variance_of_unit_data():
@@ -83,7 +94,10 @@ def test_after_a_clip_image_and_noise_still_make_up_x_t(prediction):
 
 
 def test_image_losses_by_hand():
-    output, target = torch.tensor([[0.0, 0.0], [1.0, 4.0]]).view(2, 1, 1, 2), torch.zeros(2, 1, 1, 2)
+    output, target = (
+        torch.tensor([[0.0, 0.0], [1.0, 4.0]]).view(2, 1, 1, 2),
+        torch.zeros(2, 1, 1, 2),
+    )
     for loss, expected in (("l2", (1 + 16) / 2), ("l1", (1 + 4) / 2), ("huber", (0.5 + 3.5) / 2)):
         assert ddim.image_losses(output, target, loss).tolist() == [0, expected]
 
@@ -91,12 +105,16 @@ def test_image_losses_by_hand():
 @pytest.mark.parametrize(("batch_size", "num_timesteps"), [(10, 1000), (128, 1000), (7, 3), (1, 1)])
 def test_stratified_t_has_one_in_every_slice(batch_size, num_timesteps):
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([ddim.stratified_t(batch_size, num_timesteps, generator) for _ in range(300)])
+    drawn = torch.stack(
+        [ddim.stratified_t(batch_size, num_timesteps, generator) for _ in range(300)]
+    )
     assert drawn.min() >= 0 and drawn.max() <= num_timesteps - 1 and drawn.dtype == torch.int64
     slices = torch.arange(batch_size)
     assert (drawn >= slices * num_timesteps // batch_size).all()
     assert (drawn <= ((slices + 1) * num_timesteps / batch_size).ceil()).all()
-    assert drawn.double().mean().item() == pytest.approx((num_timesteps - 1) / 2, abs=0.02 * num_timesteps)
+    assert drawn.double().mean().item() == pytest.approx(
+        (num_timesteps - 1) / 2, abs=0.02 * num_timesteps
+    )
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------
@@ -110,7 +128,9 @@ def test_time_pairs_walk_from_the_last_step_to_the_image(num_timesteps):
         assert all(t > t_prev for t, t_prev in pairs)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
         gaps = [t - t_prev for t, t_prev in pairs]
-        assert all(later <= gap + 1 for gap, later in itertools.pairwise(gaps))  # ever closer, but for rounding
+        assert all(
+            later <= gap + 1 for gap, later in itertools.pairwise(gaps)
+        )  # ever closer, but for rounding
     assert ddim.time_pairs(1000, 4) == [(999, 687), (687, 405), (405, 164), (164, -1)]
     for steps in (0, -1, num_timesteps + 1):
         with pytest.raises(ValueError, match=f"steps {steps}"):
@@ -142,7 +162,15 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, sched
     oracle, trace = Oracle(x_0, schedule, prediction), []
     pairs = ddim.time_pairs(1000, steps)
     found = ddim.ddim_sample(
-        oracle, x_T, oracle.alpha_bars, pairs, prediction, eta, True, lambda: torch.randn(x_T.shape).double(), trace
+        oracle,
+        x_T,
+        oracle.alpha_bars,
+        pairs,
+        prediction,
+        eta,
+        True,
+        lambda: torch.randn(x_T.shape).double(),
+        trace,
     )
     assert torch.allclose(found, x_0, atol=1e-4)
     assert oracle.times == [t for t, _ in pairs]  # exactly `steps` calls, at these times
@@ -201,12 +229,17 @@ def test_dpm_solver_is_of_second_order():
     """
     m, s, x = 0.4, 0.5, torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
     denoise, alpha_bars = gaussian_flow("v", m, s)
-    start, end = (a**0.5 * m + (a * s**2 + 1 - a) ** 0.5 * x for a in (alpha_bars[700].item(), alpha_bars[200].item()))
+    start, end = (
+        a**0.5 * m + (a * s**2 + 1 - a) ** 0.5 * x
+        for a in (alpha_bars[700].item(), alpha_bars[200].item())
+    )
     errors = {}
     for solver in ("ddim", "dpm++"):
         for step in (20, 10):
             pairs = [(t, t - step) for t in range(700, 200, -step)]
-            found = ddim.ddim_sample(denoise, start, alpha_bars, pairs, "v", clip=False, solver=solver)
+            found = ddim.ddim_sample(
+                denoise, start, alpha_bars, pairs, "v", clip=False, solver=solver
+            )
             errors[solver, step] = (found - end).abs().max().item()
     assert 1.8 < errors["ddim", 20] / errors["ddim", 10] < 2.2
     assert 3.5 < errors["dpm++", 20] / errors["dpm++", 10] < 4.6
@@ -222,7 +255,9 @@ def test_dpm_step_is_the_update_of_the_paper():
         r = (lambdas[1] - lambdas[0]) / h
         D = (1 + 1 / (2 * r)) * x_0_hat - 1 / (2 * r) * x_0_last
         expected = ((1 - then) / (1 - now)) ** 0.5 * x_t - then**0.5 * (math.exp(-h) - 1) * D
-        found = ddim.ddim_step(*ddim.dpm_extrapolate(x_t, x_0_hat, now, then, x_0_last, last), now, then)
+        found = ddim.ddim_step(
+            *ddim.dpm_extrapolate(x_t, x_0_hat, now, then, x_0_last, last), now, then
+        )
         assert torch.allclose(found, expected, atol=1e-9)
 
 
@@ -234,11 +269,16 @@ def test_a_full_step_with_eta_1_is_the_ddpm_posterior():
         ab, ab_prev = alpha_bars[t].item(), alpha_bars[t - 1].item()
         alpha = ab / ab_prev
         x_t = ab**0.5 * x_0 + (1 - ab) ** 0.5 * eps
-        mean = ab_prev**0.5 * (1 - alpha) / (1 - ab) * x_0 + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x_t
+        mean = (
+            ab_prev**0.5 * (1 - alpha) / (1 - ab) * x_0
+            + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x_t
+        )
         variance = (1 - ab_prev) / (1 - ab) * (1 - alpha)
         found = ddim.ddim_step(x_0, eps, ab, ab_prev, 1.0, noise)
         assert torch.allclose(found, mean + variance**0.5 * noise, atol=1e-9)
-        noisy, plain = (ddim.ddim_step(x_0, eps, ab, ab_prev, 0.3, some) for some in (noise, 0 * noise))
+        noisy, plain = (
+            ddim.ddim_step(x_0, eps, ab, ab_prev, 0.3, some) for some in (noise, 0 * noise)
+        )
         assert torch.allclose(noisy - plain, 0.3 * variance**0.5 * noise, atol=1e-9)  # eq. (16)
         expected = ab_prev**0.5 * x_0 + (1 - ab_prev - 0.3**2 * variance) ** 0.5 * eps
         assert torch.allclose(plain, expected, atol=1e-9)
@@ -260,7 +300,9 @@ class Recorder:
         return torch.where(y == NULL_LABEL, 10, y).view(-1, 1, 1, 1).expand(x_t.shape).float()
 
 
-@pytest.mark.parametrize(("guidance", "expected"), [(0, [10, 10]), (1, [2, 3]), (1.5, [-2, -0.5]), (0.5, [6, 6.5])])
+@pytest.mark.parametrize(
+    ("guidance", "expected"), [(0, [10, 10]), (1, [2, 3]), (1.5, [-2, -0.5]), (0.5, [6, 6.5])]
+)
 def test_guidance_by_hand(guidance, expected):
     model, y = Recorder(), torch.tensor([2, 3])
     output = ddim.guided(model, y, guidance)(torch.zeros(2, 1, 2, 2), 7)
@@ -269,16 +311,25 @@ def test_guidance_by_hand(guidance, expected):
     assert [(n, t) for n, t, _ in model.calls] == [(2 * passes, [7] * 2 * passes)]
 
 
-@pytest.mark.parametrize(("guidance", "expected", "passes"), [(0, 10, 1), (1, 2, 1), (1.5, 2, 1), (0.5, 6, 2)])
+@pytest.mark.parametrize(
+    ("guidance", "expected", "passes"), [(0, 10, 1), (1, 2, 1), (1.5, 2, 1), (0.5, 6, 2)]
+)
 def test_from_the_limit_on_guidance_above_1_is_off(guidance, expected, passes):
     model = Recorder()
     denoise = ddim.guided(model, torch.tensor([2]), guidance, until=7.5)
-    assert denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected and len(model.calls[0][1]) == passes
+    assert (
+        denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected
+        and len(model.calls[0][1]) == passes
+    )
     assert denoise(torch.zeros(1, 1, 2, 2), 7)[0, 0, 0, 0] == 10 + guidance * (2 - 10)
 
 
 def test_class_interpolation_by_hand():
-    y, y_to, weight = torch.tensor([2, 2, 2]), torch.tensor([6, 6, 6]), torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1)
+    y, y_to, weight = (
+        torch.tensor([2, 2, 2]),
+        torch.tensor([6, 6, 6]),
+        torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1),
+    )
     ends = (ddim.guided(Recorder(), labels, 1) for labels in (y, y_to))
     output = ddim.blended(*ends, weight)(torch.zeros(3, 1, 2, 2), 7)
     assert output[:, 0, 0, 0].tolist() == [2, 3, 6]
@@ -295,7 +346,13 @@ def test_slerp_keeps_ends_and_length():
     assert torch.nn.functional.cosine_similarity(path[2].flatten(), middle.flatten(), dim=0) > 0.99
 
 
-CONFIG = {"schedule": "cosine", "num_timesteps": 100, "prediction": "v", "channels": 1, "label_dropout": 0.1}
+CONFIG = {
+    "schedule": "cosine",
+    "num_timesteps": 100,
+    "prediction": "v",
+    "channels": 1,
+    "label_dropout": 0.1,
+}
 
 
 def small_network():
@@ -307,7 +364,14 @@ def small_network():
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_image_i_is_the_same_in_any_batch(eta):
-    options = {"model": small_network(), "config": CONFIG, "steps": 5, "guidance": 2.0, "eta": eta, "seed": 3}
+    options = {
+        "model": small_network(),
+        "config": CONFIG,
+        "steps": 5,
+        "guidance": 2.0,
+        "eta": eta,
+        "seed": 3,
+    }
     labels = torch.arange(5)
     images = ddim.sample(labels=labels, **options)
     assert images.shape == (5, 1, 32, 32) and images.abs().max() <= 1 and not images.requires_grad
@@ -347,10 +411,19 @@ def read_log(run_dir):
 
 def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(ddim, "LOG_EVERY", 2)
-    assert ddim.main(["--train", "--epochs", "1.5", "--data-dir", data_dir, "--save-every", "0", *TINY]) == 0
+    assert (
+        ddim.main(
+            ["--train", "--epochs", "1.5", "--data-dir", data_dir, "--save-every", "0", *TINY]
+        )
+        == 0
+    )
     run_dir = in_tmp / "runs" / "ddim"
     checkpoint = torch.load(run_dir / "ddim.pt", weights_only=True)
-    assert checkpoint["step"] == 5 and checkpoint["images"] == 100 and len(checkpoint["class_names"]) == 10
+    assert (
+        checkpoint["step"] == 5
+        and checkpoint["images"] == 100
+        and len(checkpoint["class_names"]) == 10
+    )
     log = read_log(run_dir)
     assert [line["step"] for line in log] == [2, 4] and len(log[0]["loss_by_tenth_of_t"]) == 10
     assert 0.5 < log[0]["loss"] < 2 and all(0.5 < x < 1.5 for x in log[0]["loss_by_tenth_of_t"])
@@ -384,7 +457,9 @@ def state(run_dir):
     return checkpoint, log
 
 
-def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(in_tmp, data_dir, monkeypatch, capsys):
+def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
+    in_tmp, data_dir, monkeypatch, capsys
+):
     monkeypatch.setattr(ddim, "LOG_EVERY", 2)
     flags = ["--train", "--epochs", "3", "--data-dir", data_dir, *TINY]
     assert ddim.main([*flags, "--run-dir", "whole"]) == 0
@@ -400,18 +475,30 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(in_tmp, dat
     assert ddim.main([*flags, "--run-dir", "broken"]) == 130
     assert "python ddim.py --resume --run-dir broken" in capsys.readouterr().out
     assert torch.load("broken/ddim.pt", weights_only=True)["step"] == 4
-    with (in_tmp / "broken" / "log.jsonl").open("a") as file:  # as after a kill -9: logged, but not saved
+    with (in_tmp / "broken" / "log.jsonl").open(
+        "a"
+    ) as file:  # as after a kill -9: logged, but not saved
         file.write(json.dumps({"step": 6}) + '\n{"step": 7, "lo')
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 130
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 0
     assert len(calls) == 9 and equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
-    assert ddim.main(["--resume", "--run-dir", "broken", "--epochs", "4"]) == 0  # and longer than first asked for
+    assert (
+        ddim.main(["--resume", "--run-dir", "broken", "--epochs", "4"]) == 0
+    )  # and longer than first asked for
     assert torch.load("broken/ddim.pt", weights_only=True)["step"] == 12
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(in_tmp, data_dir):
     flags = ["--train", "--epochs", "60", "--data-dir", data_dir, *TINY]
-    command = [sys.executable, str(ROOT / "ddim.py"), *flags, "--save-every", "0", "--run-dir", "broken"]
+    command = [
+        sys.executable,
+        str(ROOT / "ddim.py"),
+        *flags,
+        "--save-every",
+        "0",
+        "--run-dir",
+        "broken",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     grids = in_tmp / "broken/samples"
     deadline = time.monotonic() + 120
@@ -422,17 +509,32 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(in_tmp, data_dir):
     assert 0 < torch.load("broken/ddim.pt", weights_only=True)["step"] < 180
     assert ddim.main(["--resume", "--run-dir", "broken", "--save-every", "3"]) == 0
     assert ddim.main([*flags, "--run-dir", "whole"]) == 0
-    assert len(read_log(in_tmp / "whole")) == 3 and equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
+    assert len(read_log(in_tmp / "whole")) == 3 and equal(
+        state(in_tmp / "whole"), state(in_tmp / "broken")
+    )
 
 
 def test_a_run_that_diverged_goes_on_with_a_lower_rate(in_tmp, data_dir, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
-    flags = ["--train", "--epochs", "3", "--data-dir", data_dir, "--save-every", "0", "--warmup", "0", *TINY]
+    flags = [
+        "--train",
+        "--epochs",
+        "3",
+        "--data-dir",
+        data_dir,
+        "--save-every",
+        "0",
+        "--warmup",
+        "0",
+        *TINY,
+    ]
     with pytest.raises(SystemExit, match="2"):
         ddim.main([*flags, "--lr", "1e30"])
     assert "stopped; what runs/ddim holds is kept" in capsys.readouterr().err
     kept = torch.load("runs/ddim/ddim.pt", weights_only=True)
-    assert all(p.isfinite().all() for weights in (kept["ema"], kept["weights"]) for p in weights.values())
+    assert all(
+        p.isfinite().all() for weights in (kept["ema"], kept["weights"]) for p in weights.values()
+    )
     assert kept["step"] < 9 and ddim.main(["--resume", "--lr", "1e-5"]) == 0
     assert torch.load("runs/ddim/ddim.pt", weights_only=True)["step"] == 9
     assert signal.getsignal(signal.SIGINT) is handler  # given back, after the failure too
@@ -451,9 +553,16 @@ def test_labels_are_hidden_at_the_rate_asked_for(in_tmp, data_dir, monkeypatch):
     )  # the grids' calls are not the training's
     for rate in ("0", "0.5", "1"):
         seen.clear()
-        assert ddim.main(["--train", "--epochs", "5", "--data-dir", data_dir, "--label-dropout", rate, *TINY]) == 0
+        assert (
+            ddim.main(
+                ["--train", "--epochs", "5", "--data-dir", data_dir, "--label-dropout", rate, *TINY]
+            )
+            == 0
+        )
         hidden = (torch.cat(seen) == NULL_LABEL).float().mean().item()
-        assert len(seen) == 15 and hidden == pytest.approx(float(rate), abs=0 if rate in "01" else 0.12)
+        assert len(seen) == 15 and hidden == pytest.approx(
+            float(rate), abs=0 if rate in "01" else 0.12
+        )
 
 
 def test_sampling_uses_the_averaged_weights(tiny_run):
@@ -465,11 +574,24 @@ def test_sampling_uses_the_averaged_weights(tiny_run):
 
 def test_gradients_are_clipped(in_tmp, data_dir):
     """With the gradient clipped to nearly nothing Adam's epsilon rules, and the weights hardly move."""
-    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, "--warmup", "0", "--weight-decay", "0", *TINY]
+    flags = [
+        "--train",
+        "--epochs",
+        "1",
+        "--data-dir",
+        data_dir,
+        "--warmup",
+        "0",
+        "--weight-decay",
+        "0",
+        *TINY,
+    ]
     moved = []
     for i, clip in enumerate(("1e-12", "1")):
         assert ddim.main([*flags, "--grad-clip", clip, "--run-dir", f"{i}"]) == 0
-        moved.append(torch.load(f"{i}/ddim.pt", weights_only=True)["weights"]["head.weight"].abs().max())
+        moved.append(
+            torch.load(f"{i}/ddim.pt", weights_only=True)["weights"]["head.weight"].abs().max()
+        )
     assert moved[0] < 0.01 * moved[1]
 
 
@@ -509,8 +631,19 @@ def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
 
 
 @pytest.mark.parametrize(("dropout", "guidance"), [("0", 1.0), ("1", 0.0)])
-def test_without_dropped_labels_or_with_none_kept_guidance_is_fixed(in_tmp, data_dir, capsys, dropout, guidance):
-    flags = ["--train", "--epochs", "0.1", "--data-dir", data_dir, "--label-dropout", dropout, *TINY]
+def test_without_dropped_labels_or_with_none_kept_guidance_is_fixed(
+    in_tmp, data_dir, capsys, dropout, guidance
+):
+    flags = [
+        "--train",
+        "--epochs",
+        "0.1",
+        "--data-dir",
+        data_dir,
+        "--label-dropout",
+        dropout,
+        *TINY,
+    ]
     assert ddim.main(flags) == 0
     assert ddim.main(["--steps", "1"]) == 0
     with pytest.raises(SystemExit, match="2"):
@@ -529,14 +662,20 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         result = losses(output, target, loss)
         if len(calls) < 7:  # two calls a step: the fourth step fails
             return result
-        return result * math.nan if what == "loss" else (result + (output * 0).abs().sqrt().flatten(1).sum(1))
+        return (
+            result * math.nan
+            if what == "loss"
+            else (result + (output * 0).abs().sqrt().flatten(1).sum(1))
+        )
 
     monkeypatch.setattr(ddim, "image_losses", failing)
     with pytest.raises(SystemExit, match="2"):
         ddim.main(["--train", "--epochs", "3", "--data-dir", data_dir, "--save-every", "0", *TINY])
     assert "step 3: loss" in capsys.readouterr().err
     checkpoint = torch.load("runs/ddim/ddim.pt", weights_only=True)
-    assert checkpoint["step"] == 3 and all(p.isfinite().all() for p in checkpoint["weights"].values())
+    assert checkpoint["step"] == 3 and all(
+        p.isfinite().all() for p in checkpoint["weights"].values()
+    )
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------
@@ -549,10 +688,15 @@ def test_pictures_of_the_trajectory(tiny_run, in_tmp):
         assert gif.n_frames == 4  # three steps and the end
     assert ddim.main([*at, "--output", "strip.png", "--filmstrip"]) == 0
     scale = Image.open("strip.png").width // (4 * 34 + 2)
-    assert Image.open("strip.png").size == (scale * (4 * 34 + 2), scale * (8 * 34 + 2))  # 4 moments, 4 images, 2 rows
+    assert Image.open("strip.png").size == (
+        scale * (4 * 34 + 2),
+        scale * (8 * 34 + 2),
+    )  # 4 moments, 4 images, 2 rows
     assert ddim.main([*at, "--output", "plain.npz"]) == 0
     strip = np.array(Image.open("strip.png"))[::scale, ::scale]
-    last = np.load("plain.npz")["x"][3, 0]  # the last row ends in the picture that plain sampling draws
+    last = np.load("plain.npz")["x"][
+        3, 0
+    ]  # the last row ends in the picture that plain sampling draws
     assert np.array_equal(strip[7 * 34 + 2 : 8 * 34, 3 * 34 + 2 : 4 * 34], last)
 
 
@@ -564,7 +708,9 @@ def test_interpolations_start_and_end_at_plain_samples(tiny_run, in_tmp):
         "plain": ["--class", "o", "--num-samples", "2"],
     }.items():
         assert ddim.main([*at, *flags, "--output", f"{name}.npz"]) == 0
-    noise, by_class, plain = (np.load(f"{name}.npz")["x"].astype(int) for name in ("noise", "class", "plain"))
+    noise, by_class, plain = (
+        np.load(f"{name}.npz")["x"].astype(int) for name in ("noise", "class", "plain")
+    )
     assert len(noise) == 8 and len(by_class) == 4
     for found, expected in (
         (noise[0], plain[0]),
@@ -600,12 +746,18 @@ def refused(argv, capsys):
 
 def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, capsys):
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
-    for name, changes in {"ddpm": {"model": "ddpm"}, "vae": {"model": "vae"}, "newer": {"format": 99}}.items():
+    for name, changes in {
+        "ddpm": {"model": "ddpm"},
+        "vae": {"model": "vae"},
+        "newer": {"format": 99},
+    }.items():
         torch.save({**checkpoint, **changes}, f"{name}.pt")
     assert ddim.main(["--checkpoint", "ddpm.pt", "--steps", "1"]) == 0
     assert "is a checkpoint of vae" in refused(["--checkpoint", "vae.pt"], capsys)
     assert "format 99" in refused(["--checkpoint", "newer.pt"], capsys)
-    assert "is a checkpoint of ddpm, not of ddim" in refused(["--resume", "--run-dir", "ddpm.pt"], capsys)
+    assert "is a checkpoint of ddpm, not of ddim" in refused(
+        ["--resume", "--run-dir", "ddpm.pt"], capsys
+    )
     nan = {key: value * math.nan for key, value in checkpoint["ema"].items()}
     torch.save({**checkpoint, "ema": nan}, "nan.pt")
     assert "not finite" in refused(["--checkpoint", "nan.pt", "--steps", "1", "--no-clip"], capsys)
@@ -650,10 +802,16 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--train", "--checkpoint", "RUN"], "--checkpoint is to sample from"),
         (["--run-dir", "RUN"], "go with --train or --resume"),
         (["--epochs", "50"], "go with --train or --resume"),
-        (["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--patch", "4"], "do not divide 32 pixels"),
+        (
+            ["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--patch", "4"],
+            "do not divide 32 pixels",
+        ),
         (["--train", "--run-dir", "FILE"], "FILE"),
         (["--train", "--data", "x" * 300], "x" * 300),
-        (["--resume", "--run-dir", "RUN", "--widths", "8"], "--widths is (8, 16) and cannot change"),
+        (
+            ["--resume", "--run-dir", "RUN", "--widths", "8"],
+            "--widths is (8, 16) and cannot change",
+        ),
         (["--class", "shoe"], "no class 'shoe'"),
         (["--steps", "0"], "'0' is not a whole number from 1"),
         (["--steps", "1001"], "--steps 1001 is more than the 1000"),
@@ -674,7 +832,10 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--interpolate", "noise", "--filmstrip"], "one at a time"),
         (["--invert", "60"], "there is no image 60: they are 0 to 59"),
         (["--invert", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
-        (["--invert", "a.png", "--class", "o", "--output", "a.png"], "a.png is an image that is given"),
+        (
+            ["--invert", "a.png", "--class", "o", "--output", "a.png"],
+            "a.png is an image that is given",
+        ),
         (["--no-such-flag"], "unrecognized"),
     ],
 )
@@ -686,7 +847,9 @@ def test_bad_input_gets_one_line(tiny_run, in_tmp, data_dir, capsys, flags, mess
         flags = ["--checkpoint", str(tiny_run), *flags]
     (in_tmp / "FILE").write_text("in the way")
     assert message in refused(flags, capsys)
-    assert [file.name for file in in_tmp.rglob("*") if file.is_file()] == ["FILE"]  # nothing half written
+    assert [file.name for file in in_tmp.rglob("*") if file.is_file()] == [
+        "FILE"
+    ]  # nothing half written
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
@@ -696,6 +859,8 @@ def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
 def test_training_data_of_other_classes_is_refused_on_resume(tiny_run, in_tmp):
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     checkpoint["class_names"] = ["cat", "dog"]
-    args = ddim.build_parser().parse_args([*TINY, "--data-dir", checkpoint["config"]["data_dir"], "--epochs", "1"])
+    args = ddim.build_parser().parse_args(
+        [*TINY, "--data-dir", checkpoint["config"]["data_dir"], "--epochs", "1"]
+    )
     with pytest.raises(InputError, match="classes"):
         ddim.train(args, checkpoint)

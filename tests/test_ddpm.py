@@ -19,9 +19,15 @@ def test_posterior_against_bayes(t):
     x_0, x_t, alpha = 0.7, -0.4, ab / ab_prev
     precision = alpha / (1 - alpha) + 1 / (1 - ab_prev)
     mean = (alpha**0.5 * x_t / (1 - alpha) + ab_prev**0.5 * x_0 / (1 - ab_prev)) / precision
-    found, small = ddpm.posterior(torch.tensor(x_0).double(), torch.tensor(x_t).double(), ab, ab_prev, "small")
-    assert found.item() == pytest.approx(mean, rel=1e-6) and small == pytest.approx(1 / precision, rel=1e-6)
-    assert ddpm.posterior(torch.tensor(x_0), torch.tensor(x_t), ab, ab_prev, "large")[1] == pytest.approx(1 - alpha)
+    found, small = ddpm.posterior(
+        torch.tensor(x_0).double(), torch.tensor(x_t).double(), ab, ab_prev, "small"
+    )
+    assert found.item() == pytest.approx(mean, rel=1e-6) and small == pytest.approx(
+        1 / precision, rel=1e-6
+    )
+    assert ddpm.posterior(torch.tensor(x_0), torch.tensor(x_t), ab, ab_prev, "large")[
+        1
+    ] == pytest.approx(1 - alpha)
 
 
 def test_a_respaced_step_undoes_several_noisings():
@@ -47,7 +53,9 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, varia
         return torch.randn(x_0.shape).double()
 
     pairs = ddpm.time_pairs(1000, steps)
-    found = ddpm.ddpm_sample(oracle, draw(), oracle.alpha_bars, pairs, prediction, variance, True, draw, trace)
+    found = ddpm.ddpm_sample(
+        oracle, draw(), oracle.alpha_bars, pairs, prediction, variance, True, draw, trace
+    )
     assert torch.allclose(found, x_0, atol=1e-4)
     assert oracle.times == [t for t, _ in pairs] and len(trace) == steps + 1
     assert len(draws) == steps  # the start, and every step but the last
@@ -73,23 +81,35 @@ def test_each_samples_the_checkpoints_of_the_other(tiny_run, in_tmp, data_dir):
     assert ddpm.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *TINY]) == 0
     assert ddim.main(["--checkpoint", "runs/ddpm", "--steps", "3", "--output", "b.npz"]) == 0
     assert np.load("a.npz")["x"].shape == np.load("b.npz")["x"].shape == (10, 1, 32, 32)
-    first, second = (torch.load(path, weights_only=True) for path in ("runs/ddpm/ddpm.pt", tiny_run / "ddim.pt"))
+    first, second = (
+        torch.load(path, weights_only=True) for path in ("runs/ddpm/ddpm.pt", tiny_run / "ddim.pt")
+    )
     assert first.keys() == second.keys() and first["config"].keys() == second["config"].keys()
     assert first["network"] == second["network"]
 
 
 def test_pictures_of_the_trajectory(tiny_run, in_tmp):
     at = ["--checkpoint", str(tiny_run / "ddim.pt"), "--steps", "3", "--class", "o"]
-    assert ddpm.main([*at, "--output", "walk.gif"]) == 0 and ddpm.main([*at, "--filmstrip", "--variance", "large"]) == 0
+    assert (
+        ddpm.main([*at, "--output", "walk.gif"]) == 0
+        and ddpm.main([*at, "--filmstrip", "--variance", "large"]) == 0
+    )
     scale = Image.open("ddpm_o.png").width // (4 * 34 + 2)
-    assert Image.open("ddpm_o.png").size == (scale * (4 * 34 + 2), scale * (2 * 34 + 2))  # three steps and the end
+    assert Image.open("ddpm_o.png").size == (
+        scale * (4 * 34 + 2),
+        scale * (2 * 34 + 2),
+    )  # three steps and the end
     with Image.open("walk.gif") as gif:
         assert gif.n_frames == 4
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--steps", "1001"], "more than the 1000"), (["--eta", "1"], "unrecognized"), ([], "there is no nowhere.pt")],
+    [
+        (["--steps", "1001"], "more than the 1000"),
+        (["--eta", "1"], "unrecognized"),
+        ([], "there is no nowhere.pt"),
+    ],
 )
 def test_bad_input_gets_one_line(tiny_run, in_tmp, capsys, flags, message):
     where = tiny_run / "ddim.pt" if flags else "nowhere.pt"

@@ -47,11 +47,22 @@ def write_extractor(path, seed, accuracy=1.0, data="kmnist"):
         helper.make_node("MatMul", ["flat", "b"], ["logits"]),
     ]
     shapes = {"x": ["batch", 1, 28, 28], "features": ["batch", 16], "logits": ["batch", 10]}
-    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    values = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    }
     initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "extractor", [values["x"]], [values["features"], values["logits"]], initializers)
+    graph = helper.make_graph(
+        nodes, "extractor", [values["x"]], [values["features"], values["logits"]], initializers
+    )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    card = {"format": 1, "data": data, "accuracy": accuracy, "architecture": "bars", "class_names": CLASSES}
+    card = {
+        "format": 1,
+        "data": data,
+        "accuracy": accuracy,
+        "architecture": "bars",
+        "class_names": CLASSES,
+    }
     helper.set_model_props(proto, {evaluate.CARD_KEY: json.dumps(card)})
     save_sealed(proto, path)
 
@@ -72,7 +83,9 @@ def padded(images):
 @pytest.fixture(scope="module")
 def sets(extractors):
     """400 training, 400 test images and 400 more of the same kind: (images, labels) each, and what they score with."""
-    train, test, more = ((padded(x), y.astype(np.int64)) for x, y in (small_set(40, seed) for seed in range(3)))
+    train, test, more = (
+        (padded(x), y.astype(np.int64)) for x, y in (small_set(40, seed) for seed in range(3))
+    )
     files = [extractors / f"extractor{number}_kmnist.onnx" for number in ("", 2)]
     loaded = [evaluate.load_extractor(file, "kmnist", test, 1) for file in files]
     return train, test, more, evaluate.make_reference(loaded, train, test)
@@ -82,10 +95,17 @@ def sets(extractors):
 
 
 def test_frechet_distance_is_the_closed_formula():
-    a, b = np.diag([4.0, 9.0, 0.0]), np.diag([1.0, 16.0, 25.0])  # of commuting covariances: sum (sqrt(a) - sqrt(b))^2
-    assert evaluate.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b) == pytest.approx(25 + 1 + 1 + 25)
+    a, b = (
+        np.diag([4.0, 9.0, 0.0]),
+        np.diag([1.0, 16.0, 25.0]),
+    )  # of commuting covariances: sum (sqrt(a) - sqrt(b))^2
+    assert evaluate.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b) == pytest.approx(
+        25 + 1 + 1 + 25
+    )
     rng = np.random.default_rng(0)
-    a, b = (x @ x.T for x in rng.normal(size=(2, 6, 6)))  # of others: by the eigenvalues of the plain product
+    a, b = (
+        x @ x.T for x in rng.normal(size=(2, 6, 6))
+    )  # of others: by the eigenvalues of the plain product
     root = np.sqrt(np.linalg.eigvals(a @ b).real).sum()
     expected = np.trace(a) + np.trace(b) - 2 * root
     assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), b) == pytest.approx(expected)
@@ -95,7 +115,9 @@ def test_frechet_distance_is_the_closed_formula():
 def test_frechet_distance_of_drawn_gaussians():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(20_000, 2)), rng.normal(size=(20_000, 2)) * [2, 3] + [1, 0]
-    assert evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b)) == pytest.approx(1 + 1 + 4, rel=0.03)
+    assert evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b)) == pytest.approx(
+        1 + 1 + 4, rel=0.03
+    )
 
 
 def test_manifold_scores_of_points_on_a_line():
@@ -106,7 +128,9 @@ def test_manifold_scores_of_points_on_a_line():
     # Of the fakes, 0.5 is in the balls of 0 and 1, 5 in that of 10, 40 and 41 in that of 30, the others in none: all
     # reals but 2 have one. The balls of 0.5 and 5 reach 4.5 and hold 0, 1 and 2; no other holds a real.
     scores = evaluate.manifold_scores(real, radii, fake, 1)
-    assert scores == pytest.approx({"precision": 4 / 6, "recall": 3 / 5, "density": 5 / 6, "coverage": 4 / 5})
+    assert scores == pytest.approx(
+        {"precision": 4 / 6, "recall": 3 / 5, "density": 5 / 6, "coverage": 4 / 5}
+    )
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -115,10 +139,14 @@ def test_blocks_change_nothing(monkeypatch):
     squares = ((real[:, None] - fake[None]) ** 2).sum(axis=2)
     assert np.allclose(evaluate.squared_distances(real, fake), squares, atol=1e-4)
     whole = evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake)
-    monkeypatch.setattr(evaluate, "in_blocks", lambda rows: [slice(i, min(i + 9, rows)) for i in range(0, rows, 9)])
+    monkeypatch.setattr(
+        evaluate, "in_blocks", lambda rows: [slice(i, min(i + 9, rows)) for i in range(0, rows, 9)]
+    )
     assert evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake) == whole
     found, indices = evaluate.nearest(real, fake)
-    assert np.array_equal(indices, squares.argmin(axis=1)) and np.allclose(found, squares.min(axis=1), atol=1e-4)
+    assert np.array_equal(indices, squares.argmin(axis=1)) and np.allclose(
+        found, squares.min(axis=1), atol=1e-4
+    )
 
 
 def test_class_scores_by_hand():
@@ -132,7 +160,9 @@ def test_class_scores_by_hand():
 
 
 def test_spread_is_that_of_the_seeds():
-    scores = evaluate.summary([{"ffid": 1.0, "histogram": [0, 1], "cas": 0.5}, {"ffid": 3.0, "histogram": [1, 0]}])
+    scores = evaluate.summary(
+        [{"ffid": 1.0, "histogram": [0, 1], "cas": 0.5}, {"ffid": 3.0, "histogram": [1, 0]}]
+    )
     assert scores["ffid"] == {"mean": 2.0, "spread": pytest.approx(2**0.5), "values": [1.0, 3.0]}
     assert scores["histogram"] == [0.5, 0.5] and scores["cas"]["spread"] is None
 
@@ -143,15 +173,22 @@ def test_spread_is_that_of_the_seeds():
 def test_a_set_against_itself_is_perfect(sets):
     _, (images, labels), _, reference = sets
     scores = evaluate.score_images(reference, images, labels)
-    assert scores["ffid"] == pytest.approx(0, abs=1e-6) and scores["ffid2"] == pytest.approx(0, abs=1e-6)
+    assert scores["ffid"] == pytest.approx(0, abs=1e-6) and scores["ffid2"] == pytest.approx(
+        0, abs=1e-6
+    )
     assert all(scores[name] == 1 for name in ("precision", "recall", "coverage", "label_accuracy"))
-    assert scores["density"] == pytest.approx(1, abs=0.01)  # rounding puts some neighbours on either side of an edge
+    assert scores["density"] == pytest.approx(
+        1, abs=0.01
+    )  # rounding puts some neighbours on either side of an edge
 
 
 def test_the_order_of_samples_is_nothing(sets):
     _, _, (images, labels), reference = sets
     order = np.random.default_rng(0).permutation(len(images))
-    first, second = (evaluate.score_images(reference, images[i], labels[i]) for i in (np.arange(len(images)), order))
+    first, second = (
+        evaluate.score_images(reference, images[i], labels[i])
+        for i in (np.arange(len(images)), order)
+    )
     for name in first:
         assert first[name] == pytest.approx(second[name], abs=1e-5), name
 
@@ -171,7 +208,10 @@ def noisy(images):
     [
         (blurred, {"precision", "density", "recall", "coverage"}),
         (noisy, {"precision", "density", "coverage"}),
-        (lambda images: images[:1].repeat(len(images), axis=0), {"recall", "coverage", "entropy", "label_accuracy"}),
+        (
+            lambda images: images[:1].repeat(len(images), axis=0),
+            {"recall", "coverage", "entropy", "label_accuracy"},
+        ),
     ],
     ids=["blur", "noise", "collapse"],
 )
@@ -184,7 +224,8 @@ def test_spoiled_samples_score_worse(sets, spoil, worse):
     assert worse <= {
         name
         for name in good
-        if name not in ("ffid", "ffid2", "histogram", "accuracy_by_class") and bad[name] < 0.9 * good[name]
+        if name not in ("ffid", "ffid2", "histogram", "accuracy_by_class")
+        and bad[name] < 0.9 * good[name]
     }
 
 
@@ -202,7 +243,11 @@ def test_copies_are_found_also_if_they_are_few(sets):
     assert evaluate.score_images(reference, train, labels)["copy_ratio"] < 0.02
     some = np.concatenate([train[:40], images[40:]])
     scores = evaluate.score_images(reference, some, labels)
-    assert scores["copy_ratio"] > 0.8 and 0.1 <= scores["copies"] < 0.15 and (real < reference.limit).mean() < 0.05
+    assert (
+        scores["copy_ratio"] > 0.8
+        and 0.1 <= scores["copies"] < 0.15
+        and (real < reference.limit).mean() < 0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +272,11 @@ def test_the_floor_is_of_training_images_but_for_what_they_cannot_say(sets):
     train, test, _, reference = sets
     args = evaluate.build_parser().parse_args(["--num-samples", "200", "--seeds", "3"])
     floor = evaluate.score_floor(reference, train, test, 0.87, args)
-    assert floor["n"] == 200 and floor["seeds"] == 2 and floor["scores"]["label_accuracy"]["values"] == [0.87, 0.87]
+    assert (
+        floor["n"] == 200
+        and floor["seeds"] == 2
+        and floor["scores"]["label_accuracy"]["values"] == [0.87, 0.87]
+    )
     assert floor["scores"]["copy_ratio"]["mean"] > 0.8 and floor["scores"]["copies"]["mean"] < 0.05
     direct = evaluate.score_images(reference, train[0][200:], None)
     assert floor["scores"]["ffid"]["values"][1] == direct["ffid"]
@@ -244,12 +293,18 @@ def test_data_is_found_padded_and_balanced(tmp_path, monkeypatch):
     assert images.shape == (60, 1, 32, 32) and images[:, :, 2:30, 2:30].sum() == images.sum()
     assert all(sorted(part) == list(range(10)) for part in labels.reshape(6, 10).tolist())
     expected = {(image.tobytes(), label) for image, label in zip(*small_set(), strict=True)}
-    assert {(i[0, 2:30, 2:30].tobytes(), y) for i, y in zip(images, labels, strict=True)} == expected
+    assert {
+        (i[0, 2:30, 2:30].tobytes(), y) for i, y in zip(images, labels, strict=True)
+    } == expected
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "not a whole"), (idx_bytes(small_set()[0])[:-1], "not a whole"), (idx_bytes(np.ones((60, 9, 9))), "28x28")],
+    [
+        (b"", "not a whole"),
+        (idx_bytes(small_set()[0])[:-1], "not a whole"),
+        (idx_bytes(np.ones((60, 9, 9))), "28x28"),
+    ],
 )
 def test_broken_data_is_one_line(tmp_path, content, message):
     write_idx(tmp_path)
@@ -287,7 +342,12 @@ def test_an_extractor_that_is_not_what_it_says_is_refused(sets, tmp_path):
     write_extractor(tmp_path / "a.onnx", 0, accuracy=0.93)
     write_extractor(tmp_path / "b.onnx", 0, data="mnist")
     (tmp_path / "c.onnx").write_bytes((ROOT / "pretrained/ddim.onnx").read_bytes())
-    for name, message in (("a", "says 0.93"), ("b", "of mnist"), ("c", "not an extractor"), ("d", "--train-extractor")):
+    for name, message in (
+        ("a", "says 0.93"),
+        ("b", "of mnist"),
+        ("c", "not an extractor"),
+        ("d", "--train-extractor"),
+    ):
         with pytest.raises(infer_onnx.InputError, match=message):
             evaluate.load_extractor(tmp_path / f"{name}.onnx", "kmnist", test, 1)
 
@@ -300,7 +360,18 @@ def models(tiny_runs, tmp_path_factory):
     """A folder with ddim.onnx and gan.onnx of tiny runs."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("ddim", "gan"):
-        assert export.main([name, "--checkpoint", str(tiny_runs(name)), "--output", str(folder / f"{name}.onnx")]) == 0
+        assert (
+            export.main(
+                [
+                    name,
+                    "--checkpoint",
+                    str(tiny_runs(name)),
+                    "--output",
+                    str(folder / f"{name}.onnx"),
+                ]
+            )
+            == 0
+        )
     return folder
 
 
@@ -310,7 +381,16 @@ def workplace(models, extractors, data_dir, in_tmp, monkeypatch):
     shutil.copytree(models, in_tmp / "runs/tiny")
     monkeypatch.setattr(evaluate, "CHUNK", 20)
     monkeypatch.setattr(evaluate, "BATCH", 10)
-    shared = ["--data", "kmnist", "--data-dir", data_dir, "--extractors", str(extractors), "--threads", "1"]
+    shared = [
+        "--data",
+        "kmnist",
+        "--data-dir",
+        data_dir,
+        "--extractors",
+        str(extractors),
+        "--threads",
+        "1",
+    ]
     return [*shared, "--num-samples", "60", "--no-timing"]
 
 
@@ -324,8 +404,20 @@ def failure(argv, capsys):
 
 def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp):
     flags = [flag for flag in workplace if flag != "--no-timing"]
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "evaluate.py"), "ddim", "gan", "--steps", "2,3", *flags]
-    done = subprocess.run([*command, "--seeds", "2"], capture_output=True, text=True, timeout=120, env=os.environ)
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_TORCH,
+        str(ROOT / "evaluate.py"),
+        "ddim",
+        "gan",
+        "--steps",
+        "2,3",
+        *flags,
+    ]
+    done = subprocess.run(
+        [*command, "--seeds", "2"], capture_output=True, text=True, timeout=120, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
@@ -333,12 +425,32 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     ]  # fmt: skip
     for row in results["rows"]:
         assert len(row["scores"]["ffid"]["values"]) == 2 and row["scores"]["ffid"]["spread"] > 0
-        assert row["sha256"] == hashlib.sha256((in_tmp / "runs/tiny" / row["file"]).read_bytes()).hexdigest()
-        assert row["parameters"] > 0 and row["bytes"] > 1000 and set(row["latency"]["batch"]) >= {"1", "100"}
-    assert results["floor"]["scores"]["ffid"]["mean"] < min(r["scores"]["ffid"]["mean"] for r in results["rows"])
+        assert (
+            row["sha256"]
+            == hashlib.sha256((in_tmp / "runs/tiny" / row["file"]).read_bytes()).hexdigest()
+        )
+        assert (
+            row["parameters"] > 0
+            and row["bytes"] > 1000
+            and set(row["latency"]["batch"]) >= {"1", "100"}
+        )
+    assert results["floor"]["scores"]["ffid"]["mean"] < min(
+        r["scores"]["ffid"]["mean"] for r in results["rows"]
+    )
     text = (in_tmp / "results/table.md").read_text()
-    assert text == evaluate.table(results) and "60 (!)" in text and results["extractors"][1]["sha256"] in text
-    for name in ("quality_latency", "steps", "classes", "side_by_side", "samples_gan", "nearest_gan"):
+    assert (
+        text == evaluate.table(results)
+        and "60 (!)" in text
+        and results["extractors"][1]["sha256"] in text
+    )
+    for name in (
+        "quality_latency",
+        "steps",
+        "classes",
+        "side_by_side",
+        "samples_gan",
+        "nearest_gan",
+    ):
         assert Image.open(in_tmp / f"results/{name}.png").width > 100
     assert len(list((in_tmp / "results").glob("samples_ddim*.png"))) == 2
 
@@ -354,21 +466,29 @@ def test_samples_are_those_of_infer_onnx(workplace, in_tmp):
 def test_drawn_samples_are_not_drawn_again(workplace, in_tmp, monkeypatch, capsys):
     assert evaluate.main(["ddim", "gan", *workplace, "--steps", "2"]) == 0
     first = (in_tmp / "results/results.json").read_text()
-    (in_tmp / "runs/tiny/ddim.onnx").rename(in_tmp / "runs/tiny/renamed.onnx")  # its hash counts, not its name
+    (in_tmp / "runs/tiny/ddim.onnx").rename(
+        in_tmp / "runs/tiny/renamed.onnx"
+    )  # its hash counts, not its name
     sample = infer_onnx.sample
     monkeypatch.setattr(infer_onnx, "sample", None)
     assert evaluate.main(["runs/tiny/renamed.onnx", "gan", *workplace, "--steps", "2"]) == 0
     again = json.loads((in_tmp / "results/results.json").read_text())
     assert [r["scores"] for r in again["rows"]] == [r["scores"] for r in json.loads(first)["rows"]]
     calls = []
-    monkeypatch.setattr(infer_onnx, "sample", lambda *a, **k: calls.append((k["seed"], k["first"])) or sample(*a, **k))
+    monkeypatch.setattr(
+        infer_onnx,
+        "sample",
+        lambda *a, **k: calls.append((k["seed"], k["first"])) or sample(*a, **k),
+    )
     evaluate.main(["runs/tiny/renamed.onnx", *workplace, "--steps", "3"])
     assert calls == [(0, first) for first in range(0, 60, 10)]
     evaluate.main(["runs/tiny/renamed.onnx", *workplace, "--steps", "3", "--seeds", "2"])
     assert calls[6:] == [(1, first) for first in range(0, 60, 10)]
     next((in_tmp / "results/cache").iterdir()).write_bytes(b"PK broken")
     evaluate.main(["runs/tiny/renamed.onnx", "gan", *workplace, "--steps", "2,3", "--seeds", "2"])
-    assert len(calls) == 12 + 6 + 6 + 2  # seed 1 of the two that had only seed 0, and the broken file
+    assert (
+        len(calls) == 12 + 6 + 6 + 2
+    )  # seed 1 of the two that had only seed 0, and the broken file
 
 
 def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypatch):
@@ -382,11 +502,19 @@ def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypat
         ]
     ]  # fmt: skip
     cuda = replace(model, session=SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"]))
-    files.append(evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, cuda, {"steps": 2}), 0, 0, 20))
-    changed = Path(infer_onnx.__file__).read_text().replace("# --- Sampling", "# --- Sampling\n# otherwise", 1)
+    files.append(
+        evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, cuda, {"steps": 2}), 0, 0, 20)
+    )
+    changed = (
+        Path(infer_onnx.__file__)
+        .read_text()
+        .replace("# --- Sampling", "# --- Sampling\n# otherwise", 1)
+    )
     Path("edited.py").write_text(changed)
     monkeypatch.setattr(infer_onnx, "__file__", "edited.py")
-    files.append(evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, model, {"steps": 2}), 0, 0, 20))
+    files.append(
+        evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, model, {"steps": 2}), 0, 0, 20)
+    )
     assert len(set(files)) == 8
     for content in ({"y": np.zeros(3)}, {"x": np.zeros((3, 1, 32, 32), np.uint8)}):
         np.savez("wrong.npz", **content)
@@ -406,10 +534,17 @@ def test_pictures_have_a_row_for_each_class(sets, in_tmp):
     evaluate.draw_sets(in_tmp, evaluate.Setting("gan", None, None, {}), images, sets[3])
     picture = np.array(Image.open("samples_gan.png"))
     scale = picture.shape[0] // 342
-    assert picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale].tolist() == values.reshape(10, 10).T.tolist()
-    pairs = np.array(Image.open("nearest_gan.png"))  # below each sample the nearest of the training images
+    assert (
+        picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale].tolist()
+        == values.reshape(10, 10).T.tolist()
+    )
+    pairs = np.array(
+        Image.open("nearest_gan.png")
+    )  # below each sample the nearest of the training images
     scale = pairs.shape[0] // 122
-    tiles = pairs[2 * scale :: scale, 2 * scale :: scale].reshape(4, 30, 10, 30)  # each with the gap after it
+    tiles = pairs[2 * scale :: scale, 2 * scale :: scale].reshape(
+        4, 30, 10, 30
+    )  # each with the gap after it
     tiles = tiles[:, :28, :, :28].swapaxes(1, 2)
     train = (sets[3].train * 255).round().reshape(-1, 28, 28)
     for row, column in itertools.product((0, 2), range(10)):
@@ -429,12 +564,16 @@ def test_a_stopped_run_goes_on(workplace, in_tmp, monkeypatch, capsys):
 
     monkeypatch.setattr(infer_onnx, "sample", stop_at_the_fourth)
     code, error = failure(["gan", *workplace], capsys)
-    assert code == 130 and "goes on" in error and len(list((in_tmp / "results/cache").iterdir())) == 1
+    assert (
+        code == 130 and "goes on" in error and len(list((in_tmp / "results/cache").iterdir())) == 1
+    )
     assert evaluate.main(["gan", *workplace]) == 0
     assert calls == [0, 1, 2, 3, 2, 3, 4, 5]
     monkeypatch.setattr(infer_onnx, "sample", sample)
     evaluate.main(["gan", *workplace, "--output", "whole"])
-    stopped, whole = (json.loads((in_tmp / name / "results.json").read_text()) for name in ("results", "whole"))
+    stopped, whole = (
+        json.loads((in_tmp / name / "results.json").read_text()) for name in ("results", "whole")
+    )
     assert stopped == whole
 
 
@@ -449,23 +588,36 @@ def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(infer_onnx, "sample", None)  # nothing is left to draw
         evaluate.main([*flags, "--output", "shards"])
-    shards, whole = (json.loads((in_tmp / name / "results.json").read_text()) for name in ("shards", "whole"))
+    shards, whole = (
+        json.loads((in_tmp / name / "results.json").read_text()) for name in ("shards", "whole")
+    )
     assert shards == whole
 
 
 def test_settings_follow_the_flags(workplace, capsys):
-    args = evaluate.build_parser().parse_args(["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"])
+    args = evaluate.build_parser().parse_args(
+        ["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"]
+    )
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance"], s.options["steps"], s.passes()) for s in settings] == [
         (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 9), (2, 1000, 1800),
     ]  # fmt: skip
-    args = evaluate.build_parser().parse_args(["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"])
+    args = evaluate.build_parser().parse_args(
+        ["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"]
+    )
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance_limit"], s.passes()) for s in settings] == [(1, 10), (0.7, 8)]
     assert settings[1].title() == "ddim, steps 5, guidance 2, guidance limit 0.7"
-    args = evaluate.build_parser().parse_args(["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"])
+    args = evaluate.build_parser().parse_args(
+        ["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"]
+    )
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
-    assert [(o["guidance"], o.get("guidance_limit")) for o in options] == [(0, None), (1, None), (1.6, None), (1.6, 1)]
+    assert [(o["guidance"], o.get("guidance_limit")) for o in options] == [
+        (0, None),
+        (1, None),
+        (1.6, None),
+        (1.6, 1),
+    ]
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
@@ -511,14 +663,20 @@ def test_missing_packages_are_said_before_the_work(workplace, in_tmp, capsys, mo
             assert code == 2 and module in error and not (in_tmp / "results").exists()
 
 
-def test_a_model_of_other_classes_or_a_wrong_range_is_refused(workplace, in_tmp, capsys, monkeypatch):
+def test_a_model_of_other_classes_or_a_wrong_range_is_refused(
+    workplace, in_tmp, capsys, monkeypatch
+):
     proto = onnx.load("runs/tiny/gan.onnx")
     card = json.loads(proto.metadata_props[0].value)
-    helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps({**card, "class_names": CLASSES[::-1]})})
+    helper.set_model_props(
+        proto, {infer_onnx.METADATA_KEY: json.dumps({**card, "class_names": CLASSES[::-1]})}
+    )
     save_sealed(proto, "other.onnx")
     code, error = failure(["other.onnx", *workplace], capsys)
     assert code == 2 and "classes of kmnist" in error
-    monkeypatch.setattr(infer_onnx, "sample", lambda _, labels, **__: np.zeros((len(labels), 1, 32, 32), np.uint8))
+    monkeypatch.setattr(
+        infer_onnx, "sample", lambda _, labels, **__: np.zeros((len(labels), 1, 32, 32), np.uint8)
+    )
     code, error = failure(["gan", *workplace], capsys)
     assert code == 2 and "gan: images have the values 0..0: a wrong range" in error
     assert not (in_tmp / "results/results.json").exists()
@@ -535,7 +693,9 @@ def test_extractors_are_trained_and_used(workplace, in_tmp, monkeypatch, capsys)
     data_dir = workplace[workplace.index("--data-dir") + 1]
     train, test = (evaluate.load_split("kmnist", data_dir, split) for split in (True, False))
     evaluate.train_extractor(train, test, 1, 3, in_tmp / "again.onnx", "kmnist", data_dir)
-    assert (in_tmp / "again.onnx").read_bytes() == (in_tmp / "made/extractor_kmnist.onnx").read_bytes()
+    assert (in_tmp / "again.onnx").read_bytes() == (
+        in_tmp / "made/extractor_kmnist.onnx"
+    ).read_bytes()
     train_extractor, labels = evaluate.train_extractor, []
 
     def spy(pairs, *rest):
@@ -544,7 +704,10 @@ def test_extractors_are_trained_and_used(workplace, in_tmp, monkeypatch, capsys)
 
     monkeypatch.setattr(evaluate, "train_extractor", spy)
     assert evaluate.main(["gan", *made, "--cas", "--tsne"]) == 0
-    assert labels == [train[1].tolist(), evaluate.balanced_labels(0, 60)]  # of real images, of samples
+    assert labels == [
+        train[1].tolist(),
+        evaluate.balanced_labels(0, 60),
+    ]  # of real images, of samples
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert results["extractors"][0]["class_names"] == CLASSES
     assert "cas" in results["rows"][0]["scores"] and "cas" in results["floor"]["scores"]

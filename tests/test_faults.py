@@ -19,7 +19,11 @@ import export
 import infer_onnx
 
 NAMES = [*TINY_FLAGS]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}  # a limit would cut bytecode off too
+ENV = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "PYTHONDONTWRITEBYTECODE": "1",
+}  # a limit would cut bytecode off too
 
 
 def refused(main, argv, capsys, code=2):
@@ -71,8 +75,12 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(name, damage, tiny_runs, in_tmp, capsys):
-    shutil.copytree(tiny_runs(name), "run", ignore=shutil.ignore_patterns("*.onnx"))  # other tests leave them there
+def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
+    name, damage, tiny_runs, in_tmp, capsys
+):
+    shutil.copytree(
+        tiny_runs(name), "run", ignore=shutil.ignore_patterns("*.onnx")
+    )  # other tests leave them there
     path = Path("run", f"{name}.pt")
     DAMAGES[damage](path)
     before = path.read_bytes()
@@ -102,7 +110,16 @@ def test_another_network_size_cannot_go_on(name, tiny_runs, capsys):
 def test_a_folder_that_cannot_be_written_to(name, folder, in_tmp, data_dir, capsys):
     (in_tmp / "file").write_text("")
     script = importlib.import_module(name)
-    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", folder]
+    flags = [
+        "--train",
+        "--epochs",
+        "1",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS[name],
+        "--run-dir",
+        folder,
+    ]
     assert folder.split("/")[1] in refused(script.main, flags, capsys)
 
 
@@ -115,7 +132,12 @@ def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
     refused(export.main, ["gan", *checkpoint, "--output", "/proc/x.onnx"], capsys, code=5)
     assert export.main(["gan", *checkpoint, "--output", "x.onnx"]) == 0
     refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "x.onnx"], capsys)
-    refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "/proc/x.pt"], capsys, code=5)
+    refused(
+        export.main,
+        ["gan", *checkpoint, "--output", "x.onnx", "--weights", "/proc/x.pt"],
+        capsys,
+        code=5,
+    )
     refused(infer_onnx.main, ["--model", "x.onnx", "--output", "/proc/x.png"], capsys)
     assert {p.name for p in in_tmp.iterdir()} == {"file", "x.onnx"}
 
@@ -127,15 +149,24 @@ def test_a_full_disk_leaves_the_old_file(command, tiny_runs, in_tmp):
     assert export.main(["gan", "--checkpoint", str(run_dir), "--output", "model.onnx"]) == 0
     argv, old, code = {
         "export": (["gan", "--checkpoint", run_dir, "--output", "x.onnx"], "x.onnx", 5),
-        "infer_onnx": (["--model", "model.onnx", "--num-samples", "9", "--output", "x.npz"], "x.npz", 5),
+        "infer_onnx": (
+            ["--model", "model.onnx", "--num-samples", "9", "--output", "x.npz"],
+            "x.npz",
+            5,
+        ),
         "gan": (["--checkpoint", run_dir, "--num-samples", "9", "--output", "x.png"], "x.png", 2),
     }[command]
     Path(old).write_bytes(b"old")
     code_of = f"import resource, {command}; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); {command}.main()"
-    done = subprocess.run([sys.executable, "-c", code_of, *map(str, argv)], capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-c", code_of, *map(str, argv)], capture_output=True, text=True, env=ENV
+    )
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert "error: " in done.stderr.splitlines()[-1]
-    assert Path(old).read_bytes() == b"old" and {p.name for p in in_tmp.iterdir()} == {"model.onnx", old}
+    assert Path(old).read_bytes() == b"old" and {p.name for p in in_tmp.iterdir()} == {
+        "model.onnx",
+        old,
+    }
 
 
 # --- Other runs -------------------------------------------------------------------------------------------------
@@ -143,8 +174,18 @@ def test_a_full_disk_leaves_the_old_file(command, tiny_runs, in_tmp):
 
 def test_a_second_run_is_refused_the_folder_or_takes_its_own(in_tmp, data_dir, capsys):
     flags = ["--train", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
-    command = [sys.executable, str(ROOT / "ddim.py"), *flags, "--epochs", "100000", "--save-every", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+    command = [
+        sys.executable,
+        str(ROOT / "ddim.py"),
+        *flags,
+        "--epochs",
+        "100000",
+        "--save-every",
+        "0",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as first:
         try:
             assert "run runs/ddim on cpu" in [first.stdout.readline() for _ in range(2)][1]
             while not Path("runs/ddim/ddim.pt").exists():
@@ -152,11 +193,17 @@ def test_a_second_run_is_refused_the_folder_or_takes_its_own(in_tmp, data_dir, c
             ddim = importlib.import_module("ddim")
             error = refused(ddim.main, ["--resume", "--run-dir", "runs/ddim"], capsys)
             assert "runs/ddim is the folder of a run that goes on" in error
-            assert "runs/ddim holds a run" in refused(ddim.main, [*flags, "--run-dir", "runs/ddim"], capsys)
-            assert ddim.main([*flags, "--epochs", "1"]) == 0 and Path("runs/ddim-2/ddim.pt").is_file()
+            assert "runs/ddim holds a run" in refused(
+                ddim.main, [*flags, "--run-dir", "runs/ddim"], capsys
+            )
+            assert (
+                ddim.main([*flags, "--epochs", "1"]) == 0 and Path("runs/ddim-2/ddim.pt").is_file()
+            )
         finally:
             first.kill()
-    assert ddim.main(["--resume", "--run-dir", "runs/ddim", "--epochs", "1"]) == 0  # the lock died with its process
+    assert (
+        ddim.main(["--resume", "--run-dir", "runs/ddim", "--epochs", "1"]) == 0
+    )  # the lock died with its process
 
 
 def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch):
@@ -171,7 +218,10 @@ def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch
 def test_three_runs_that_start_at_once_take_three_folders(in_tmp, data_dir):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
     command = [sys.executable, str(ROOT / "gan.py"), *flags]
-    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(3)]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(3)
+    ]
     assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
     assert {p.parent.name for p in Path("runs").glob("*/gan.pt")} == {"gan", "gan-2", "gan-3"}
 
@@ -182,7 +232,16 @@ def test_three_runs_that_start_at_once_take_three_folders(in_tmp, data_dir):
 @pytest.mark.parametrize("name", NAMES)
 def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, capsys, monkeypatch):
     script = importlib.import_module(name)
-    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", "run"]
+    flags = [
+        "--train",
+        "--epochs",
+        "2",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS[name],
+        "--run-dir",
+        "run",
+    ]
     backward = torch.Tensor.backward
 
     def too_much(self, *args, **options):
@@ -197,14 +256,30 @@ def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, caps
 
 def test_a_batch_that_does_not_fit_into_memory(in_tmp, data_dir):
     code = "import resource, ddim; resource.setrlimit(resource.RLIMIT_DATA, (1_000_000_000,) * 2); ddim.main()"
-    flags = ["--train", "--data", "kmnist", "--data-dir", data_dir, "--batch-size", "60", "--widths", "2048,2048"]
+    flags = [
+        "--train",
+        "--data",
+        "kmnist",
+        "--data-dir",
+        data_dir,
+        "--batch-size",
+        "60",
+        "--widths",
+        "2048,2048",
+    ]
     command = [sys.executable, "-c", code, *flags, "--emb-channels", "16"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 2 and "lower --batch-size" in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 2 and "lower --batch-size" in done.stderr.splitlines()[-1], (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(not Path(evaluate.IDX_SETS["fashion-mnist"][1]).is_dir(), reason="needs the real data set")
+@pytest.mark.skipif(
+    not Path(evaluate.IDX_SETS["fashion-mnist"][1]).is_dir(), reason="needs the real data set"
+)
 def test_evaluate_says_what_it_cannot_write(in_tmp, capsys):
     (in_tmp / "file").write_text("")
-    assert "file" in refused(evaluate.main, ["gan", "--num-samples", "20", "--output", "file"], capsys, code=5)
+    assert "file" in refused(
+        evaluate.main, ["gan", "--num-samples", "20", "--output", "file"], capsys, code=5
+    )

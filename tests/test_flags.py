@@ -19,7 +19,9 @@ SYMBOLS = ("", "x", "nan", "inf", "-inf", "1e999", "½")
 
 def actions(command):
     parser = importlib.import_module(command).build_parser()
-    return parser, [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    return parser, [
+        action for action in parser._actions if action.option_strings and action.dest != "help"
+    ]
 
 
 def range_of(parse):
@@ -126,9 +128,19 @@ COMBINED = [(name, flags, message) for names, flags, message in COMBINATIONS for
 
 
 @pytest.mark.parametrize(("name", "flags", "message"), COMBINED)
-def test_what_does_not_go_together_is_refused_in_a_line(name, flags, message, tiny_runs, in_tmp, data_dir, capsys):
-    flags = flags if "--train" in flags or "--resume" in flags else ["--checkpoint", str(tiny_runs(name)), *flags]
-    first = [*TINY_FLAGS[name], "--data-dir", data_dir] if "--train" in flags else ["--data-dir", data_dir]
+def test_what_does_not_go_together_is_refused_in_a_line(
+    name, flags, message, tiny_runs, in_tmp, data_dir, capsys
+):
+    flags = (
+        flags
+        if "--train" in flags or "--resume" in flags
+        else ["--checkpoint", str(tiny_runs(name)), *flags]
+    )
+    first = (
+        [*TINY_FLAGS[name], "--data-dir", data_dir]
+        if "--train" in flags
+        else ["--data-dir", data_dir]
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main([*first, *flags])
@@ -140,7 +152,9 @@ def test_what_does_not_go_together_is_refused_in_a_line(name, flags, message, ti
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_steps_and_guidance_are_those_that_the_help_says(name, tiny_runs, in_tmp, monkeypatch):
     script, run_dir, seen = importlib.import_module(name), str(tiny_runs(name)), []
-    monkeypatch.setattr(script, "sample", lambda **given: seen.append(given) or torch.zeros(1, 1, 32, 32))
+    monkeypatch.setattr(
+        script, "sample", lambda **given: seen.append(given) or torch.zeros(1, 1, 32, 32)
+    )
     assert script.main(["--checkpoint", run_dir, "--class", "0", "--output", "x.png"]) == 0
     said = {action.dest: action.help for action in script.build_parser()._actions}
     assert said["guidance"].endswith(f"({seen[0]['guidance']:g})")
@@ -151,10 +165,23 @@ def test_steps_and_guidance_are_those_that_the_help_says(name, tiny_runs, in_tmp
 def test_guidance_and_classes_that_were_never_learned_are_refused(name, in_tmp, data_dir, capsys):
     script = importlib.import_module(name)
     for dropout, guidance, only in (("0", "1.5", "1.0"), ("1", "1", "0.0")):
-        flags = ["--train", "--epochs", "0.3", "--data-dir", data_dir, *TINY_FLAGS[name], "--label-dropout", dropout]
+        flags = [
+            "--train",
+            "--epochs",
+            "0.3",
+            "--data-dir",
+            data_dir,
+            *TINY_FLAGS[name],
+            "--label-dropout",
+            dropout,
+        ]
         assert script.main(flags) == 0
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             script.main(["--guidance", guidance])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and f"leaves only --guidance {only}" in error
+        assert (
+            stop.value.code == 2
+            and error.count("\n") == 1
+            and f"leaves only --guidance {only}" in error
+        )

@@ -22,7 +22,11 @@ import itertools
 
 FILES = 500  # damaged ones of each kind
 many = settings(
-    max_examples=FILES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=FILES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    database=None,
 )
 few = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -45,7 +49,11 @@ def damages(draw):
             return content[:start]
         if kind == "out":
             return content[:start] + content[start + length :]
-        return content[:start] + (patch if kind == "in" else content[start : start + length]) + content[start:]
+        return (
+            content[:start]
+            + (patch if kind == "in" else content[start : start + length])
+            + content[start:]
+        )
 
     return damage
 
@@ -61,7 +69,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_model(tiny_runs, folder):
     """The bytes of a small exported model."""
-    assert export.main(["gan", "--checkpoint", str(tiny_runs("gan")), "--output", str(folder / "gan.onnx")]) == 0
+    assert (
+        export.main(
+            ["gan", "--checkpoint", str(tiny_runs("gan")), "--output", str(folder / "gan.onnx")]
+        )
+        == 0
+    )
     return (folder / "gan.onnx").read_bytes()
 
 
@@ -86,7 +99,11 @@ def test_damaged_metadata_is_refused_or_harmless(damage, small_model, folder):
     stop = small_model.index(b'"probe"', start)
     card = damage(small_model[start:stop])[: stop - start].ljust(stop - start)
     path = folder / "x.onnx"
-    path.write_bytes(infer_onnx.sealed(small_model[:start] + card + small_model[stop : -len(infer_onnx.SEAL) - 64]))
+    path.write_bytes(
+        infer_onnx.sealed(
+            small_model[:start] + card + small_model[stop : -len(infer_onnx.SEAL) - 64]
+        )
+    )
     try:
         model = infer_onnx.load_model(path, "cpu", 1)
         images = infer_onnx.sample(model, [0])
@@ -107,7 +124,9 @@ def test_damaged_checkpoints_are_refused_or_whole(damage, tiny_runs, folder):
         assert "\n" not in str(error)
     else:
         known = common.load_checkpoint(whole, ("gan",))
-        assert all(torch.equal(value, known["ema"][key]) for key, value in checkpoint["ema"].items())
+        assert all(
+            torch.equal(value, known["ema"][key]) for key, value in checkpoint["ema"].items()
+        )
         assert checkpoint["network"] == known["network"] and checkpoint["config"] == known["config"]
 
 
@@ -123,7 +142,10 @@ def test_damaged_idx_files_are_refused_or_in_range(damage, which, compress, fold
     try:
         data = common.load_data("kmnist", str(place))
         assert data.images.shape[1:] == (1, 32, 32) and data.images.dtype == torch.uint8
-        assert len(data.labels) == len(data.images) > 0 and 0 <= data.labels.min() <= data.labels.max() < 10
+        assert (
+            len(data.labels) == len(data.images) > 0
+            and 0 <= data.labels.min() <= data.labels.max() < 10
+        )
     except InputError as error:
         assert "\n" not in str(error)
     try:
@@ -178,12 +200,16 @@ def test_sizes_in_a_header_take_no_memory(folder):
     """An IDX file that claims 2^32 images, and one that claims 2^96."""
     write_idx(folder / "large")
     for sizes in ((2**32 - 1, 28, 28), (2**32 - 1, 2**32 - 1, 2**32 - 1)):
-        (folder / "large/train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes) + bytes(100))
+        (folder / "large/train-images-idx3-ubyte").write_bytes(
+            struct.pack(">HBB3I", 0, 8, 3, *sizes) + bytes(100)
+        )
         with pytest.raises(InputError):
             common.load_data("kmnist", str(folder / "large"))
         with pytest.raises(infer_onnx.InputError):
             evaluate.load_split("kmnist", str(folder / "large"), True)
-    assert idx_bytes(np.zeros((1, 2, 3))) == b"\0\0\x08\x03" + struct.pack(">3I", 1, 2, 3) + bytes(6)
+    assert idx_bytes(np.zeros((1, 2, 3))) == b"\0\0\x08\x03" + struct.pack(">3I", 1, 2, 3) + bytes(
+        6
+    )
 
 
 # --- Properties -------------------------------------------------------------------------------------------------
@@ -205,7 +231,9 @@ def test_time_pairs_are_a_chain_of_falling_steps_to_the_image(num_timesteps, dat
     steps = data.draw(st.integers(1, num_timesteps))
     pairs = ddim.time_pairs(num_timesteps, steps)
     assert len(pairs) == steps and pairs[0][0] == num_timesteps - 1 and pairs[-1][1] == -1
-    assert all(t > t_prev for t, t_prev in pairs) and all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
+    assert all(t > t_prev for t, t_prev in pairs) and all(
+        a[1] == b[0] for a, b in itertools.pairwise(pairs)
+    )
     lengths = [t - t_prev for t, t_prev in pairs]
     assert all(later <= length + 1 for length, later in itertools.pairwise(lengths))
     with pytest.raises(ValueError, match="steps"):
@@ -213,9 +241,15 @@ def test_time_pairs_are_a_chain_of_falling_steps_to_the_image(num_timesteps, dat
 
 
 @few
-@given(st.text(max_size=40), st.lists(st.text(max_size=8), min_size=1, max_size=12, unique_by=common.file_stem))
+@given(
+    st.text(max_size=40),
+    st.lists(st.text(max_size=8), min_size=1, max_size=12, unique_by=common.file_stem),
+)
 def test_any_text_names_classes_or_is_refused(text, names):
-    for parse, refusal in ((common.parse_classes, InputError), (infer_onnx.parse_classes, infer_onnx.InputError)):
+    for parse, refusal in (
+        (common.parse_classes, InputError),
+        (infer_onnx.parse_classes, infer_onnx.InputError),
+    ):
         try:
             found = parse(text, names)
         except refusal:
@@ -225,7 +259,9 @@ def test_any_text_names_classes_or_is_refused(text, names):
 
 
 @few
-@given(st.lists(st.text(max_size=8), min_size=1, max_size=12, unique_by=common.file_stem), st.data())
+@given(
+    st.lists(st.text(max_size=8), min_size=1, max_size=12, unique_by=common.file_stem), st.data()
+)
 def test_a_class_is_found_by_its_name_and_by_its_number(names, data):
     y = data.draw(st.integers(0, len(names) - 1))
     stem = common.file_stem(names[y])

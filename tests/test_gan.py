@@ -26,19 +26,29 @@ def mean(values):
 def test_losses_are_those_of_the_papers():
     """Written out with D = sigmoid(logit), number by number."""
     pairs = list(zip(REAL.tolist(), FAKE.tolist(), strict=True))
-    minmax_d = mean([-log_sigmoid(r) - log_sigmoid(-f) for r, f in pairs])  # -log D(x) - log(1 - D(G(z)))
+    minmax_d = mean(
+        [-log_sigmoid(r) - log_sigmoid(-f) for r, f in pairs]
+    )  # -log D(x) - log(1 - D(G(z)))
     for loss in ("minmax", "nonsaturating"):
         assert gan.discriminator_loss(REAL, FAKE, loss).item() == pytest.approx(minmax_d, rel=1e-5)
     minmax_g = mean([log_sigmoid(-f) for _, f in pairs])  # log(1 - D(G(z)))
     assert gan.generator_loss(None, FAKE, "minmax").item() == pytest.approx(minmax_g, rel=1e-5)
     saturating_not = mean([-log_sigmoid(f) for _, f in pairs])  # -log D(G(z))
-    assert gan.generator_loss(None, FAKE, "nonsaturating").item() == pytest.approx(saturating_not, rel=1e-5)
+    assert gan.generator_loss(None, FAKE, "nonsaturating").item() == pytest.approx(
+        saturating_not, rel=1e-5
+    )
     hinge = mean([max(0, 1 - r) + max(0, 1 + f) for r, f in pairs])
     assert gan.discriminator_loss(REAL, FAKE, "hinge").item() == pytest.approx(hinge, rel=1e-5)
-    assert gan.generator_loss(None, FAKE, "hinge").item() == pytest.approx(-mean(FAKE.tolist()), rel=1e-5)
+    assert gan.generator_loss(None, FAKE, "hinge").item() == pytest.approx(
+        -mean(FAKE.tolist()), rel=1e-5
+    )
     relative_d, relative_g = (mean([-log_sigmoid(s * (r - f)) for r, f in pairs]) for s in (1, -1))
-    assert gan.discriminator_loss(REAL, FAKE, "relativistic").item() == pytest.approx(relative_d, rel=1e-5)
-    assert gan.generator_loss(REAL, FAKE, "relativistic").item() == pytest.approx(relative_g, rel=1e-5)
+    assert gan.discriminator_loss(REAL, FAKE, "relativistic").item() == pytest.approx(
+        relative_d, rel=1e-5
+    )
+    assert gan.generator_loss(REAL, FAKE, "relativistic").item() == pytest.approx(
+        relative_g, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss", gan.LOSSES)
@@ -61,8 +71,12 @@ class Quadratic(nn.Module):
 
 def test_gradient_penalty_of_a_known_discriminator():
     x, classes = torch.randn(4, 1, 5, 5), gan.one_hot(torch.tensor([0, 1, 1, 0]), 2)
-    expected = sum(w**2 * image.square().sum() for w, image in zip((1, 3, 3, 1), x, strict=True)) / 4
-    assert gan.gradient_penalty(Quadratic(), x, classes).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = (
+        sum(w**2 * image.square().sum() for w, image in zip((1, 3, 3, 1), x, strict=True)) / 4
+    )
+    assert gan.gradient_penalty(Quadratic(), x, classes).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_the_penalty_has_a_gradient_for_the_discriminator():
@@ -90,13 +104,20 @@ def test_the_discriminator_projects_on_the_class(widths):
     discriminator.out.register_forward_hook(lambda module, given, _: seen.append(given[0]))
     logits = [discriminator(x, gan.one_hot(torch.full((5,), y), 3)) for y in (0, 2)]
     rows = discriminator.label.weight.T
-    assert torch.allclose(logits[1] - logits[0], seen[0] @ (rows[2] - rows[0]) / 128**0.5, atol=1e-6)
+    assert torch.allclose(
+        logits[1] - logits[0], seen[0] @ (rows[2] - rows[0]) / 128**0.5, atol=1e-6
+    )
 
 
 def test_there_is_no_batch_norm_and_an_image_does_not_depend_on_its_batch():
-    generator, discriminator = gan.Generator(1, 3, 4, (8, 16), 16), gan.Discriminator(1, 3, (4, 8), spectral=False)
+    generator, discriminator = (
+        gan.Generator(1, 3, 4, (8, 16), 16),
+        gan.Discriminator(1, 3, (4, 8), spectral=False),
+    )
     for network in (generator, discriminator):
-        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+        assert not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()
+        )
     z, classes = torch.randn(6, 4), gan.one_hot(torch.arange(6) % 3, 3)
     images = generator(z, classes)
     assert torch.allclose(images[2:3], generator(z[2:3], classes[2:3]), atol=1e-6)
@@ -106,9 +127,13 @@ def test_there_is_no_batch_norm_and_an_image_does_not_depend_on_its_batch():
 def test_hinge_bounds_the_discriminator_spectrally():
     discriminator = gan.Discriminator(1, 2, (4, 8), spectral=True)
     for _ in range(30):
-        discriminator(torch.randn(2, 1, 32, 32), torch.eye(2))  # the power iteration goes on in training mode
+        discriminator(
+            torch.randn(2, 1, 32, 32), torch.eye(2)
+        )  # the power iteration goes on in training mode
     for layer in (discriminator.features, discriminator.stem, discriminator.blocks[0].conv1):
-        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(
+            1, abs=0.05
+        )
 
 
 @pytest.mark.parametrize("loss", gan.LOSSES)
@@ -127,7 +152,9 @@ def test_every_loss_trains_and_logs(in_tmp, data_dir, monkeypatch, loss):
 
 
 @pytest.mark.parametrize(("loss", "penalties"), [("nonsaturating", 1), ("relativistic", 2)])
-def test_lazy_penalties_weigh_as_much_as_they_are_rare(in_tmp, data_dir, monkeypatch, loss, penalties):
+def test_lazy_penalties_weigh_as_much_as_they_are_rare(
+    in_tmp, data_dir, monkeypatch, loss, penalties
+):
     """R1, or R1 and R2, of every third step, three times as heavy."""
     penalty, calls = gan.gradient_penalty, []
 
@@ -156,8 +183,12 @@ def test_noise_keeps_its_length_on_the_way():
 
 def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
     at = ["--checkpoint", str(tiny_runs("gan")), "--num-samples", "4"]
-    assert gan.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
-    assert gan.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
+    assert (
+        gan.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
+    )
+    assert (
+        gan.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
+    )
     noise, classes = np.load("noise.npz")["x"].astype(int), np.load("class.npz")["x"].astype(int)
     assert len(noise) == 8 and len(classes) == 4
     assert np.abs(noise[0] - classes[0]).max() <= 1 and np.abs(noise[4] - classes[-1]).max() <= 1
@@ -165,6 +196,12 @@ def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
 
 def test_truncation_lessens_variety(tiny_runs, in_tmp):
     at = ["--checkpoint", str(tiny_runs("gan")), "--class", "o", "--num-samples", "30"]
-    assert gan.main([*at, "--output", "free.npz"]) == gan.main([*at, "--truncation", "0.3", "--output", "cut.npz"]) == 0
-    free, cut = (np.load(f"{name}.npz")["x"].astype(float).std(axis=0).mean() for name in ("free", "cut"))
+    assert (
+        gan.main([*at, "--output", "free.npz"])
+        == gan.main([*at, "--truncation", "0.3", "--output", "cut.npz"])
+        == 0
+    )
+    free, cut = (
+        np.load(f"{name}.npz")["x"].astype(float).std(axis=0).mean() for name in ("free", "cut")
+    )
     assert cut < 0.7 * free

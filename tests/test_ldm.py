@@ -43,7 +43,9 @@ def test_channel_attention_weighs_channels_by_their_means():
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if "weigh." not in k})
     h, weighed = plain(x) - x, block(x) - x
     shares = weighed / h
-    assert torch.allclose(shares, shares[:, :, :1, :1].expand_as(shares), atol=1e-3)  # one for each channel
+    assert torch.allclose(
+        shares, shares[:, :, :1, :1].expand_as(shares), atol=1e-3
+    )  # one for each channel
     assert (shares > 0).all() and (shares < 1).all() and shares.std() > 0.001
 
 
@@ -82,21 +84,30 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_sampling_ends_in_the_decoded_latents_of_an_oracle(loaded, steps):
     checkpoint, model = loaded
-    z_0 = model.to_latents(training_images(checkpoint)[:3]) * 3  # beyond [-1, 1]: latents are not clipped
+    z_0 = (
+        model.to_latents(training_images(checkpoint)[:3]) * 3
+    )  # beyond [-1, 1]: latents are not clipped
     oracle = Oracle(z_0, ldm.make_alpha_bars("cosine", 1000))
     expected, denoiser = model.to_images(z_0), model.denoiser
     model.denoiser, trace = oracle, []
     try:
         labels = torch.zeros(3, dtype=torch.int64)
         found = ldm.sample(
-            model=model, config=checkpoint["config"], labels=labels, steps=steps, guidance=1, trace=trace
+            model=model,
+            config=checkpoint["config"],
+            labels=labels,
+            steps=steps,
+            guidance=1,
+            trace=trace,
         )
     finally:
         model.denoiser = denoiser
     assert torch.allclose(found, expected, atol=2e-3)
     assert [t for t, _ in oracle.calls] == [t for t, _, _ in trace[:-1]] and len(trace) == steps + 1
     noises = torch.stack([eps for _, eps in oracle.calls])
-    assert torch.allclose(noises, noises[:1].expand_as(noises), atol=1e-3)  # the trace is one path, not re-noised
+    assert torch.allclose(
+        noises, noises[:1].expand_as(noises), atol=1e-3
+    )  # the trace is one path, not re-noised
 
 
 def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatch):
@@ -104,14 +115,18 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
     assert ldm.main([*flags, "--stage", "1", "--run-dir", "first"]) == 0
     assert not Path("first/ldm.pt").exists()
-    lines = [json.loads(line) for line in Path("first/autoencoder_log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in Path("first/autoencoder_log.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "kl" in line] == [2, 4, 6]
     errors = [line["grey_level_error"] for line in lines if "grey_level_error" in line]
     assert len(errors) == 2 and 0 < errors[1] < errors[0]
     others = ["--autoencoder", "first/autoencoder.pt", "--kl-weight", "5", "--run-dir", "second"]
     assert ldm.main([*flags, "--stage", "2", *others]) == 0
     assert not Path("second/autoencoder.pt").exists()
-    assert ldm.main([*flags, "--autoencoder", "first", "--run-dir", "third"]) == 0  # a folder will do, and the stage
+    assert (
+        ldm.main([*flags, "--autoencoder", "first", "--run-dir", "third"]) == 0
+    )  # a folder will do, and the stage
     files = ("first/autoencoder.pt", "second/ldm.pt", "third/ldm.pt")
     first, second, third = (torch.load(file, weights_only=True) for file in files)
     assert second["step"] == third["step"] == 6
@@ -123,7 +138,12 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
 
 @pytest.mark.parametrize("flags", (["--stage", "2"], ["--stage", "both", "--autoencoder", "x"]))
 def test_a_run_is_not_resumed_in_another_stage(in_tmp, data_dir, capsys, flags):
-    assert ldm.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--stage", "1"]) == 0
+    assert (
+        ldm.main(
+            ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--stage", "1"]
+        )
+        == 0
+    )
     with pytest.raises(SystemExit, match="2"):
         ldm.main(["--resume", *flags])
     assert "leaves out the stage that runs/ldm is in" in capsys.readouterr().err.splitlines()[-1]
@@ -134,7 +154,18 @@ def test_a_folder_that_holds_the_second_stage_alone_is_refused(in_tmp, data_dir,
     for file in ("ldm.pt", "log.jsonl"):
         Path("run", file).touch()
         with pytest.raises(SystemExit, match="2"):
-            ldm.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--run-dir", "run"])
+            ldm.main(
+                [
+                    "--train",
+                    "--epochs",
+                    "1",
+                    "--data-dir",
+                    data_dir,
+                    *TINY_FLAGS["ldm"],
+                    "--run-dir",
+                    "run",
+                ]
+            )
         assert "run holds a run" in capsys.readouterr().err.splitlines()[-1]
         assert [path.name for path in Path("run").iterdir()] == [file]
         Path("run", file).unlink()
@@ -163,8 +194,14 @@ def test_a_finished_first_stage_is_not_gone_back_to(tiny_runs, tmp_path, capsys)
 
 
 def test_both_stages_share_the_epochs(tiny_runs):
-    stages = [torch.load(tiny_runs("ldm") / f"{name}.pt", weights_only=True) for name in ("autoencoder", "ldm")]
-    assert [checkpoint["step"] for checkpoint in stages] == [5, 14]  # of 18: a quarter and the rest, rounded up
+    stages = [
+        torch.load(tiny_runs("ldm") / f"{name}.pt", weights_only=True)
+        for name in ("autoencoder", "ldm")
+    ]
+    assert [checkpoint["step"] for checkpoint in stages] == [
+        5,
+        14,
+    ]  # of 18: a quarter and the rest, rounded up
 
 
 def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
@@ -177,7 +214,16 @@ def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
 
 
 def test_an_autoencoder_for_other_images_is_refused(tiny_runs, in_tmp, data_dir, capsys):
-    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--channels", "3"]
+    flags = [
+        "--train",
+        "--epochs",
+        "1",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS["ldm"],
+        "--channels",
+        "3",
+    ]
     with pytest.raises(SystemExit, match="2"):
         ldm.main([*flags, "--autoencoder", str(tiny_runs("ldm") / "autoencoder.pt")])
     assert "the autoencoder is for --channels 1, not 3" in capsys.readouterr().err.splitlines()[-1]
@@ -187,7 +233,9 @@ def test_an_autoencoder_for_other_images_is_refused(tiny_runs, in_tmp, data_dir,
 def test_pictures(tiny_runs, in_tmp, capsys):
     at = ["--checkpoint", str(tiny_runs("ldm")), "--steps", "5"]
     assert ldm.main([*at, "--class", "o", "--filmstrip", "--output", "strip.png"]) == 0
-    assert Image.open("strip.png").width > 2.5 * Image.open("strip.png").height  # six moments, two rows
+    assert (
+        Image.open("strip.png").width > 2.5 * Image.open("strip.png").height
+    )  # six moments, two rows
     assert ldm.main([*at, "--class", "o,ki", "--map", "pca", "--output", "map.png"]) == 0
     assert len(Image.open("map.png").getcolors(1000)) > 10
     assert ldm.main([*at, "--reconstruct", "0", "1", "--output", "back.npz"]) == 0
@@ -199,10 +247,16 @@ def test_pictures(tiny_runs, in_tmp, capsys):
 
 def test_inversion_finds_back_with_many_steps(tiny_runs, in_tmp, capsys):
     errors = []
-    for flags in (["--reconstruct", "0"], ["--invert", "0", "--steps", "5"], ["--invert", "0", "--steps", "200"]):
+    for flags in (
+        ["--reconstruct", "0"],
+        ["--invert", "0", "--steps", "5"],
+        ["--invert", "0", "--steps", "200"],
+    ):
         assert ldm.main(["--checkpoint", str(tiny_runs("ldm")), *flags, "--output", "x.npz"]) == 0
         errors.append(float(capsys.readouterr().out.split("error ")[1].split()[0]))
-    assert abs(errors[2] - errors[0]) < 0.5 and abs(errors[1] - errors[0]) >= abs(errors[2] - errors[0])
+    assert abs(errors[2] - errors[0]) < 0.5 and abs(errors[1] - errors[0]) >= abs(
+        errors[2] - errors[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +269,10 @@ def test_inversion_finds_back_with_many_steps(tiny_runs, in_tmp, capsys):
         (["--train", "--stage", "3"], "invalid choice"),
         (["--train", "--stage-1-share", "1"], "from 0.01 to 0.99"),
         (["--train", "--autoencoder-widths", "8"], "must be two numbers"),
-        (["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--stage", "2"], "more than 4"),
+        (
+            ["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--stage", "2"],
+            "more than 4",
+        ),
         (["--train", "--stage", "2", "--autoencoder", "nowhere.pt"], "there is no nowhere.pt"),
     ],
 )

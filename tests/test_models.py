@@ -24,7 +24,9 @@ def script(name):
     return importlib.import_module(name)
 
 
-def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(name, script, in_tmp, data_dir, monkeypatch):
+def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
+    name, script, in_tmp, data_dir, monkeypatch
+):
     monkeypatch.setattr(script, "LOG_EVERY", 2)
     flags = ["--train", "--epochs", "4", "--data-dir", data_dir, *TINY_FLAGS[name]]
     assert script.main([*flags, "--run-dir", "whole"]) == 0
@@ -51,11 +53,24 @@ def test_a_run_leaves_what_is_needed_to_draw(name, script, tiny_runs, in_tmp):
     run_dir = tiny_runs(name)
     checkpoint = torch.load(run_dir / f"{name}.pt", weights_only=True)
     assert checkpoint["model"] == name and len(checkpoint["class_names"]) == 10
-    assert checkpoint["step"] == {"ldm": 14}.get(name, 18)  # of 18; a quarter went to the autoencoder
+    assert checkpoint["step"] == {"ldm": 14}.get(
+        name, 18
+    )  # of 18; a quarter went to the autoencoder
     before = sorted(run_dir.rglob("*"))
     for output in ("x.png", "x.npz", "x.gif", "folder"):
         assert (
-            script.main(["--checkpoint", str(run_dir), "--class", "o,su", "--num-samples", "3", "--output", output])
+            script.main(
+                [
+                    "--checkpoint",
+                    str(run_dir),
+                    "--class",
+                    "o,su",
+                    "--num-samples",
+                    "3",
+                    "--output",
+                    output,
+                ]
+            )
             == 0
         )
     arrays = np.load("x.npz")
@@ -68,7 +83,17 @@ def test_a_run_leaves_what_is_needed_to_draw(name, script, tiny_runs, in_tmp):
 
 def test_an_image_depends_on_seed_and_index_alone(name, script, tiny_runs, in_tmp):
     def drawn(*flags):
-        argv = ["--checkpoint", str(tiny_runs(name)), "--class", "o", "--num-samples", "7", "--output", "x.npz", *flags]
+        argv = [
+            "--checkpoint",
+            str(tiny_runs(name)),
+            "--class",
+            "o",
+            "--num-samples",
+            "7",
+            "--output",
+            "x.npz",
+            *flags,
+        ]
         assert script.main(argv) == 0
         return np.load("x.npz")["x"].astype(int)
 
@@ -87,14 +112,34 @@ def test_trains_on_a_folder_of_pictures_in_grey_and_colour(name, script, in_tmp,
         for i in range(6):
             pixels = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(in_tmp / "pets" / label / f"{i}.png")
-    flags = ["--epochs", "2", "--channels", str(channels), *TINY_FLAGS[name], "--data", "pets", "--batch-size", "4"]
+    flags = [
+        "--epochs",
+        "2",
+        "--channels",
+        str(channels),
+        *TINY_FLAGS[name],
+        "--data",
+        "pets",
+        "--batch-size",
+        "4",
+    ]
     assert script.main(["--train", *flags]) == 0
     assert script.main(["--class", "Dog", "--num-samples", "2", "--output", "dog.npz"]) == 0
     assert np.load("dog.npz")["x"].shape == (2, channels, 32, 32)
 
 
 def test_diverging_stops_and_keeps_what_there_was(name, script, in_tmp, data_dir, capsys):
-    flags = ["--train", "--epochs", "6", "--data-dir", data_dir, "--save-every", "0", "--warmup", "0"]
+    flags = [
+        "--train",
+        "--epochs",
+        "6",
+        "--data-dir",
+        data_dir,
+        "--save-every",
+        "0",
+        "--warmup",
+        "0",
+    ]
     with pytest.raises(SystemExit, match="2"):
         script.main([*flags, *TINY_FLAGS[name], "--lr", "1e30"])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -152,8 +197,28 @@ def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     """What a run was trained with can be read from its file; flags that draw do not belong there."""
     config = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)["config"]
     flags = {action.dest for action in script.build_parser()._actions}
-    common_flags = {"help", "train", "resume", "run_dir", "class_", "num_samples", "checkpoint", "output"}
-    drawing = {"guidance", "steps", "solver", "eta", "variance", "clip", "filmstrip", "interpolate", "invert", "prior"}
+    common_flags = {
+        "help",
+        "train",
+        "resume",
+        "run_dir",
+        "class_",
+        "num_samples",
+        "checkpoint",
+        "output",
+    }
+    drawing = {
+        "guidance",
+        "steps",
+        "solver",
+        "eta",
+        "variance",
+        "clip",
+        "filmstrip",
+        "interpolate",
+        "invert",
+        "prior",
+    }
     drawing |= {"guidance_limit", "truncation", "reconstruct", "between", "map", "walk"}
     assert {*config} == flags - common_flags - drawing
     assert config["data"] == "kmnist" and common.FORMAT == 2

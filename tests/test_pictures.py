@@ -62,7 +62,10 @@ def test_neither_batch_nor_threads_change_a_picture(name):
     whole = infer_onnx.sample(shipped(name), labels, **options(name))
     two_threads = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu", 2)
     assert levels(whole, infer_onnx.sample(two_threads, labels, **options(name))) <= LEVELS
-    assert levels(whole, infer_onnx.sample(shipped(name), labels, batch_size=2, **options(name))) <= LEVELS
+    assert (
+        levels(whole, infer_onnx.sample(shipped(name), labels, batch_size=2, **options(name)))
+        <= LEVELS
+    )
     assert levels(whole[0], whole[1]) > 50  # a picture of nothing would pass all of this
 
 
@@ -74,7 +77,11 @@ def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
     for threads, labels in ((1, [SNEAKER]), (2, [SNEAKER, 0, 8]), (3, [SNEAKER] * 2)):
         torch.set_num_threads(threads)
         images = script.sample(
-            model=network, config=checkpoint["config"], labels=torch.tensor(labels), steps=20, guidance=script.GUIDANCE
+            model=network,
+            config=checkpoint["config"],
+            labels=torch.tensor(labels),
+            steps=20,
+            guidance=script.GUIDANCE,
         )
         assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
 
@@ -98,7 +105,16 @@ def test_a_shipped_model_passes_its_own_check(name):
 
 
 def test_shards_draw_what_one_process_does(in_tmp):
-    command = [sys.executable, str(ROOT / "infer_onnx.py"), "--model", "gan", "--num-samples", "3", "--threads", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "infer_onnx.py"),
+        "--model",
+        "gan",
+        "--num-samples",
+        "3",
+        "--threads",
+        "1",
+    ]
 
     def run(*flags):
         return subprocess.run([*command, *flags], capture_output=True, text=True)
@@ -112,11 +128,21 @@ def test_shards_draw_what_one_process_does(in_tmp):
     names = [path.name for path in sorted(Path("whole").iterdir())]
     assert names == [path.name for path in sorted(Path("parts").glob("[!.]*"))] and len(names) == 30
     for name in names:
-        assert levels(np.array(Image.open(Path("whole", name))), np.array(Image.open(Path("parts", name)))) <= LEVELS
+        assert (
+            levels(
+                np.array(Image.open(Path("whole", name))), np.array(Image.open(Path("parts", name)))
+            )
+            <= LEVELS
+        )
     for flags in (["--output", "x.npz"], [], ["--output", "x", "--interpolate", "noise"]):
         done = run("--shard", "1/4", *flags)
         assert done.returncode == 2 and "--shard needs an --output" in done.stderr
-    assert run("--class", "Bag", "--shard", "1/4", "--output", "x").returncode == 2  # of three images
+    assert (
+        run("--class", "Bag", "--shard", "1/4", "--output", "x").returncode == 2
+    )  # of three images
     Path("other").mkdir()
     Path("other/file").write_text("")
-    assert run("--shard", "1/4", "--output", "other").returncode == 2 and len(list(Path("other").iterdir())) == 1
+    assert (
+        run("--shard", "1/4", "--output", "other").returncode == 2
+        and len(list(Path("other").iterdir())) == 1
+    )

@@ -15,7 +15,9 @@ from conftest import ROOT, TINY_FLAGS, equal, state
 import common
 import ddim
 
-FLAGS = {name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_FLAGS}  # 12 steps, 3 in an epoch
+FLAGS = {
+    name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_FLAGS
+}  # 12 steps, 3 in an epoch
 
 
 def faulty(fault, name, *flags):
@@ -38,7 +40,10 @@ def unbroken(tmp_path_factory, data_dir):
     def state_of(name):
         if name not in made:
             run_dir = tmp_path_factory.mktemp(name) / "whole"
-            script, flags = importlib.import_module(name), ["--data-dir", data_dir, "--run-dir", str(run_dir)]
+            script, flags = (
+                importlib.import_module(name),
+                ["--data-dir", data_dir, "--run-dir", str(run_dir)],
+            )
             with pytest.MonkeyPatch.context() as patch:
                 quick(script, patch)
                 assert script.main([*FLAGS[name], *flags]) == 0
@@ -51,15 +56,23 @@ def unbroken(tmp_path_factory, data_dir):
 FAULTS = [(name, fault) for name in TINY_FLAGS for fault in ("kill:8", "half:6", "full:8")]
 
 
-@pytest.mark.parametrize(("name", "fault"), [*FAULTS, ("ldm", "kill:2"), ("ldm", "full:2")])  # in its first stage
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, fault, unbroken, in_tmp, data_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "fault"), [*FAULTS, ("ldm", "kill:2"), ("ldm", "full:2")]
+)  # in its first stage
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    name, fault, unbroken, in_tmp, data_dir, monkeypatch
+):
     done = faulty(fault, name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
     assert done.returncode == (2 if fault.startswith("full") else -signal.SIGKILL), done.stderr
     if done.returncode == 2:
         error = done.stderr.splitlines()[-1]
-        assert f"{name}.py: error: cannot write" in error and error.endswith("--resume --run-dir broken")
+        assert f"{name}.py: error: cannot write" in error and error.endswith(
+            "--resume --run-dir broken"
+        )
         assert "Traceback" not in done.stderr and not list((in_tmp / "broken").rglob("*.tmp"))
-    kept = torch.load(max((in_tmp / "broken").glob("*.pt"), key=lambda p: p.stat().st_mtime), weights_only=True)
+    kept = torch.load(
+        max((in_tmp / "broken").glob("*.pt"), key=lambda p: p.stat().st_mtime), weights_only=True
+    )
     assert kept["step"] < 12
     script = importlib.import_module(name)
     quick(script, monkeypatch)
@@ -71,7 +84,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, fault, unbroken, 
 
 
 @pytest.mark.parametrize("name", [*TINY_FLAGS])
-def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(name, unbroken, in_tmp, data_dir, monkeypatch):
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(
+    name, unbroken, in_tmp, data_dir, monkeypatch
+):
     done = faulty("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
     assert done.returncode == 130, done.stderr
     said = f"python {name}.py --resume --run-dir broken"
@@ -110,7 +125,16 @@ def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):
     assert ddim.main([*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]) == 0
     log = in_tmp / "run/log.jsonl"
     whole = log.read_text()
-    for half in ('{"step": 3, "diversity": {"a": 1}', '{"step"', "}", "{}", "[1]", "12", "\0\0", '{"step": "x"}'):
+    for half in (
+        '{"step": 3, "diversity": {"a": 1}',
+        '{"step"',
+        "}",
+        "{}",
+        "[1]",
+        "12",
+        "\0\0",
+        '{"step": "x"}',
+    ):
         log.write_text(whole + half)
         assert ddim.main(["--resume", "--run-dir", "run"]) == 0
         assert log.read_text() == whole, half
@@ -128,7 +152,9 @@ def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, dat
     first, last = np.split(np.array(lr_at(in_tmp / "longer/log.jsonl")), 2)
     rate = 5e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(24) / np.array([12] * 12 + [24] * 12)))
     assert np.allclose([*first, *last], rate)
-    assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0  # nothing is left to do
+    assert (
+        ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0
+    )  # nothing is left to do
     assert len(lr_at(in_tmp / "longer/log.jsonl")) == 24
 
 
@@ -145,7 +171,9 @@ def test_minutes_go_on_where_they_were(in_tmp, data_dir, monkeypatch):
         step(self, bar, text)
 
     monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(common.time, "time", lambda: 0.0)  # a wall clock that is set back is not looked at
+    monkeypatch.setattr(
+        common.time, "time", lambda: 0.0
+    )  # a wall clock that is set back is not looked at
     monkeypatch.setattr(common.Run, "show", tick)
     flags = ["--train", "--minutes", "0.2", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
     assert ddim.main([*flags, "--run-dir", "run"]) == 130

@@ -18,7 +18,17 @@ DIFFUSION = ["ddpm", "ddim", "ldm"]
 
 
 def flags_of(name, data_dir, *flags):
-    return ["--train", "--epochs", "1", "--warmup", "0", "--data-dir", data_dir, *TINY_FLAGS[name], *flags]
+    return [
+        "--train",
+        "--epochs",
+        "1",
+        "--warmup",
+        "0",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS[name],
+        *flags,
+    ]
 
 
 def class_of_bar(images):
@@ -50,8 +60,13 @@ def test_an_epoch_has_every_image_once_and_each_step_its_own_noise():
         common.Run.seed(run, generator)
         return torch.rand(1, generator=generator).item()
 
-    epochs = [torch.cat([common.Run.batch(at(step)) for step in steps]) for steps in (range(3), range(3, 6))]
-    assert all(sorted(epoch.tolist()) == [*range(60)] for epoch in epochs) and not torch.equal(*epochs)
+    epochs = [
+        torch.cat([common.Run.batch(at(step)) for step in steps])
+        for steps in (range(3), range(3, 6))
+    ]
+    assert all(sorted(epoch.tolist()) == [*range(60)] for epoch in epochs) and not torch.equal(
+        *epochs
+    )
     assert len({noise(at(step, seed)) for step in range(4) for seed in (0, 1)}) == 8
     assert noise(at(3)) == noise(at(3))
 
@@ -71,16 +86,22 @@ def test_a_noised_image_is_shown_with_its_own_label(name, in_tmp, data_dir, monk
 
     monkeypatch.setattr(script, "q_sample", spy_image)
     monkeypatch.setattr(common.UNet, "forward", spy_label)
-    monkeypatch.setattr(script, "sample", lambda **_: torch.zeros(80, 1, 32, 32))  # the grids show other labels
+    monkeypatch.setattr(
+        script, "sample", lambda **_: torch.zeros(80, 1, 32, 32)
+    )  # the grids show other labels
     if name == "ldm":  # latents that are numbered by the class of their image
 
         def numbered(self, images):
-            return class_of_bar(common.to_float(images)).float().view(-1, 1, 1, 1).expand(-1, 8, 8, 8)
+            return (
+                class_of_bar(common.to_float(images)).float().view(-1, 1, 1, 1).expand(-1, 8, 8, 8)
+            )
 
         monkeypatch.setattr(ldm.LatentDiffusion, "to_latents", numbered)
     assert script.main(flags_of(name, data_dir, "--label-dropout", "0")) == 0
     shown = torch.cat(shown)
-    expected = class_of_bar(shown) if name != "ldm" else shown[:, 0, 0, 0].unique(return_inverse=True)[1]
+    expected = (
+        class_of_bar(shown) if name != "ldm" else shown[:, 0, 0, 0].unique(return_inverse=True)[1]
+    )
     assert len(shown) >= 60 and torch.equal(expected, torch.cat(labels))
 
 
@@ -103,8 +124,14 @@ def test_a_vae_encodes_and_decodes_an_image_with_its_own_label(in_tmp, data_dir,
 
 
 @pytest.mark.parametrize("loss", gan.LOSSES)
-def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(loss, in_tmp, data_dir, monkeypatch):
-    forward, asked, penalty = gan.Discriminator.forward, gan.discriminator_loss, gan.gradient_penalty
+def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
+    loss, in_tmp, data_dir, monkeypatch
+):
+    forward, asked, penalty = (
+        gan.Discriminator.forward,
+        gan.discriminator_loss,
+        gan.gradient_penalty,
+    )
     judged, penalised, steps = [], [], []
 
     def spy(self, x, classes):
@@ -114,7 +141,11 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(loss, in_t
     def spy_loss(real, fake, kind):
         x, y, logits = judged[-1]
         true = is_real(x)
-        assert torch.equal(real, logits[true].float()) and torch.equal(fake, logits[~true].float()) and kind == loss
+        assert (
+            torch.equal(real, logits[true].float())
+            and torch.equal(fake, logits[~true].float())
+            and kind == loss
+        )
         assert torch.equal(class_of_bar(x[true]), y[true]) and torch.equal(y[true], y[~true])
         steps.append(len(real))
         return asked(real, fake, kind)
@@ -147,7 +178,9 @@ def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
     monkeypatch.setattr(script, "kl_divergence", spy)
     own = ["--kl-warmup", "0"] if name == "vae" else ["--stage", "1"]
     assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *own)) == 0
-    assert [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None] == [pytest.approx(3)] * 3
+    assert [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None] == [
+        pytest.approx(3)
+    ] * 3
 
 
 CHANGES = [
@@ -177,7 +210,12 @@ def averaged(data_dir, tmp_path_factory):
         if (name, flags) not in made:
             run_dir = tmp_path_factory.mktemp("run") / "run"
             argv = [*flags_of(name, data_dir, *flags.split()), "--run-dir", str(run_dir)]
-            assert importlib.import_module(name).main([*argv, *(["--epochs", "2"] if name == "ldm" else [])]) == 0
+            assert (
+                importlib.import_module(name).main(
+                    [*argv, *(["--epochs", "2"] if name == "ldm" else [])]
+                )
+                == 0
+            )
             made[name, flags] = torch.load(run_dir / f"{name}.pt", weights_only=True)["ema"]
         return made[name, flags]
 
@@ -195,7 +233,9 @@ def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
     logs = []
     for every in (1, 2):
         monkeypatch.setattr(script, "LOG_EVERY", every)
-        argv = flags_of(name, data_dir, "--run-dir", str(every), "--epochs", "4" if name == "ldm" else "2")
+        argv = flags_of(
+            name, data_dir, "--run-dir", str(every), "--epochs", "4" if name == "ldm" else "2"
+        )
         assert script.main(argv) == 0
         lines = map(json.loads, Path(f"{every}/log.jsonl").read_text().splitlines())
         logs.append({line["step"]: line[key] for line in lines if key in line})
@@ -222,13 +262,39 @@ def clock(monkeypatch):
 
 
 def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):
-    argv = ["--train", "--minutes", "0.19", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--run-dir", "run"]
+    argv = [
+        "--train",
+        "--minutes",
+        "0.19",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS["ldm"],
+        "--run-dir",
+        "run",
+    ]
     assert ldm.main(argv) == 0  # 11.4 seconds, a quarter of them for stage 1
-    assert [torch.load(f"run/{stem}.pt", weights_only=True)["step"] for stem in ("autoencoder", "ldm")] == [6, 18]
+    assert [
+        torch.load(f"run/{stem}.pt", weights_only=True)["step"] for stem in ("autoencoder", "ldm")
+    ] == [6, 18]
 
 
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim"])
 def test_grids_are_drawn_as_often_as_asked_for(name, clock, in_tmp, data_dir):
-    argv = ["--train", "--minutes", "0.2", "--save-every", "0.05", "--data-dir", data_dir, *TINY_FLAGS[name]]
+    argv = [
+        "--train",
+        "--minutes",
+        "0.2",
+        "--save-every",
+        "0.05",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS[name],
+    ]
     assert importlib.import_module(name).main([*argv, "--run-dir", "run"]) == 0
-    assert [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())] == [0, 6, 12, 18, 24]
+    assert [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())] == [
+        0,
+        6,
+        12,
+        18,
+        24,
+    ]

@@ -18,7 +18,8 @@ import vae
 def test_kl_is_that_of_torchs_distributions():
     mu, logvar = torch.randn(5, 7), torch.randn(5, 7)
     oracle = distributions.kl_divergence(
-        distributions.Normal(mu, (0.5 * logvar).exp()), distributions.Normal(torch.zeros(()), torch.ones(()))
+        distributions.Normal(mu, (0.5 * logvar).exp()),
+        distributions.Normal(torch.zeros(()), torch.ones(())),
     )
     assert torch.allclose(vae.kl_divergence(mu, logvar), oracle.sum(dim=1), atol=1e-5)
     assert vae.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
@@ -47,7 +48,9 @@ def test_reconstruction_losses_are_negative_log_likelihoods(kind):
     else:
         values, p = (x + 1) / 2, (x_hat + 1) / 2
         oracle = -(values * p.log() + (1 - values) * (1 - p).log())
-    assert torch.allclose(vae.reconstruction_loss(logits, x, kind), oracle.flatten(1).sum(dim=1), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        vae.reconstruction_loss(logits, x, kind), oracle.flatten(1).sum(dim=1), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_optimal_sigma_is_optimal():
@@ -59,7 +62,9 @@ def test_the_optimal_sigma_is_optimal():
         sigma = squares.mean().sqrt().detach() * factor
         assert found < (0.5 * squares / sigma**2 + sigma.log()).sum()
     held = 0.5 * squares / squares.mean().detach()
-    gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, held.sum())]
+    gradients = [
+        torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, held.sum())
+    ]
     assert torch.allclose(*gradients) and gradients[0].abs().max() > 0
 
 
@@ -111,7 +116,9 @@ def test_one_gaussian_needs_no_scikit_learn(monkeypatch):
     assert np.allclose(np.cov(drawn(prior, 2).T), np.eye(2), atol=0.05)  # a class without images
 
 
-def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(in_tmp, data_dir, monkeypatch, capsys):
+def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(
+    in_tmp, data_dir, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert vae.main(["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]) == 0
@@ -124,7 +131,15 @@ def test_the_prior_of_sorted_pictures_knows_all_classes(in_tmp):
     """2,000 images would be of the first of three classes alone."""
     y = np.arange(6300) // 2100
     np.savez("sorted.npz", x=np.random.default_rng(0).integers(0, 256, (6300, 8, 8), np.uint8), y=y)
-    flags = [*TINY_FLAGS["vae"], "--data", "sorted.npz", "--epochs", "0.01", "--prior-components", "1"]
+    flags = [
+        *TINY_FLAGS["vae"],
+        "--data",
+        "sorted.npz",
+        "--epochs",
+        "0.01",
+        "--prior-components",
+        "1",
+    ]
     assert vae.main(["--train", *flags]) == 0
     prior = torch.load("runs/vae/vae.pt", weights_only=True)["prior"]
     assert (prior["means"] != 0).any(dim=2).all()
@@ -134,21 +149,41 @@ def test_truncated_noise_stays_inside_and_is_no_other_batch_s():
     streams = lambda indices: common.noise_streams(0, indices)  # noqa: E731
     codes = vae.draw_codes(None, [0] * 500, streams(range(500)), 8, truncation=0.7)
     assert np.abs(codes).max() <= 0.7 and codes.std() == pytest.approx(0.39, abs=0.03)
-    assert np.array_equal(codes[7:9], vae.draw_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7))
+    assert np.array_equal(
+        codes[7:9], vae.draw_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7)
+    )
     prior = {"weights": np.full((1, 9), 1 / 9), "means": np.arange(9.0)[None, :, None] * np.ones(8)}
     prior["scales"] = np.zeros((1, 9, 36))  # so a code says which component it is of
     chosen = vae.draw_codes(prior, [0] * 500, streams(range(500)), 8, truncation=0.7)
-    assert np.array_equal(chosen[7:9], vae.draw_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7))
+    assert np.array_equal(
+        chosen[7:9], vae.draw_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7)
+    )
     assert len(np.unique(chosen)) == 9
     free = vae.draw_codes(None, [0] * 500, streams(range(500)), 8)
-    assert np.array_equal(codes[np.abs(free).max(axis=1) <= 0.7], free[np.abs(free).max(axis=1) <= 0.7])
+    assert np.array_equal(
+        codes[np.abs(free).max(axis=1) <= 0.7], free[np.abs(free).max(axis=1) <= 0.7]
+    )
 
 
 def test_the_run_ends_with_the_mixture_asked_for(tiny_runs, tmp_path, in_tmp):
     checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
-    assert checkpoint["prior"]["weights"].shape == (10, 2) and checkpoint["prior"]["scales"].shape == (10, 2, 10)
-    flags = ["--checkpoint", str(tiny_runs("vae")), "--class", "o", "--num-samples", "5", "--output"]
-    assert vae.main([*flags, "fitted.npz"]) == vae.main([*flags, "normal.npz", "--prior", "normal"]) == 0
+    assert checkpoint["prior"]["weights"].shape == (10, 2) and checkpoint["prior"][
+        "scales"
+    ].shape == (10, 2, 10)
+    flags = [
+        "--checkpoint",
+        str(tiny_runs("vae")),
+        "--class",
+        "o",
+        "--num-samples",
+        "5",
+        "--output",
+    ]
+    assert (
+        vae.main([*flags, "fitted.npz"])
+        == vae.main([*flags, "normal.npz", "--prior", "normal"])
+        == 0
+    )
     assert not np.array_equal(np.load("fitted.npz")["x"], np.load("normal.npz")["x"])
 
 
@@ -178,13 +213,26 @@ def test_collapse_is_said_in_words(capsys, data_dir):
 
 def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monkeypatch):
     monkeypatch.setattr(vae, "LOG_EVERY", 3)
-    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, "--kl-warmup", "1", *TINY_FLAGS["vae"]]
+    flags = [
+        "--train",
+        "--epochs",
+        "2",
+        "--data-dir",
+        data_dir,
+        "--kl-warmup",
+        "1",
+        *TINY_FLAGS["vae"],
+    ]
     assert vae.main(flags) == 0
     lines = [json.loads(line) for line in Path("runs/vae/log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "kl" in line]
-    assert [line["step"] for line in steps] == [3, 6] and steps[0]["kl_weight"] < steps[1]["kl_weight"] < 0.3
+    assert [line["step"] for line in steps] == [3, 6] and steps[0]["kl_weight"] < steps[1][
+        "kl_weight"
+    ] < 0.3
     ends = [line for line in lines if "active_units" in line]
-    assert len(ends) == 3 and 0 <= ends[-1]["active_units"] <= 4 and len(ends[-1]["diversity"]) == 10
+    assert (
+        len(ends) == 3 and 0 <= ends[-1]["active_units"] <= 4 and len(ends[-1]["diversity"]) == 10
+    )
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------
@@ -200,20 +248,41 @@ def test_reconstructions_and_the_way_between_two_images(tiny_runs, in_tmp, capsy
     assert x.shape == (4, 1, 32, 32) and np.array_equal(x[1], test_set.images[3].numpy())
     assert vae.main([*at, "--between", "0", "3", "--num-samples", "5", "--output", "way.npz"]) == 0
     way = np.load("way.npz")["x"]
-    assert len(way) == 5 and np.abs(way[[0, -1]].astype(int) - x[2:]).max() <= 1  # its ends are the reconstructions
+    assert (
+        len(way) == 5 and np.abs(way[[0, -1]].astype(int) - x[2:]).max() <= 1
+    )  # its ends are the reconstructions
     Image.fromarray(x[0, 0]).save("given.png")
     own = test_set.class_names[test_set.labels[0]]
-    assert vae.main([*at, "--reconstruct", "given.png", "--class", own, "--output", "file.npz"]) == 0
+    assert (
+        vae.main([*at, "--reconstruct", "given.png", "--class", own, "--output", "file.npz"]) == 0
+    )
     with pytest.raises(SystemExit, match="2"):
-        vae.main([*at, "--between", "0", "given.png", "--class", own, "--num-samples", "2", "--output", "given.png"])
+        vae.main(
+            [
+                *at,
+                "--between",
+                "0",
+                "given.png",
+                "--class",
+                own,
+                "--num-samples",
+                "2",
+                "--output",
+                "given.png",
+            ]
+        )
     assert "given.png is an image that is given" in capsys.readouterr().err
     assert np.abs(np.load("file.npz")["x"][1].astype(int) - x[2]).max() <= 1
 
 
 def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
     at = ["--checkpoint", str(tiny_runs("vae")), "--num-samples", "4"]
-    assert vae.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
-    assert vae.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
+    assert (
+        vae.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
+    )
+    assert (
+        vae.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
+    )
     noise, classes = np.load("noise.npz")["x"].astype(int), np.load("class.npz")["x"].astype(int)
     assert len(noise) == 8 and len(classes) == 4
     assert np.abs(noise[0] - classes[0]).max() <= 1 and np.abs(noise[4] - classes[-1]).max() <= 1
@@ -221,7 +290,16 @@ def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
 
 @pytest.mark.parametrize("latent_dim", ["1", "2", "4"])
 def test_map_and_walk(in_tmp, data_dir, latent_dim, capsys):
-    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"], "--latent-dim", latent_dim]
+    flags = [
+        "--train",
+        "--epochs",
+        "1",
+        "--data-dir",
+        data_dir,
+        *TINY_FLAGS["vae"],
+        "--latent-dim",
+        latent_dim,
+    ]
     assert vae.main(flags) == 0
     refused = [["--walk", "--class", "o", *([] if latent_dim != "2" else ["--num-samples", "21"])]]
     if latent_dim == "1":
@@ -230,7 +308,9 @@ def test_map_and_walk(in_tmp, data_dir, latent_dim, capsys):
         assert vae.main(["--map", "pca", "--output", "map.png"]) == 0
         assert len(Image.open("map.png").getcolors(1000)) > 10  # ten colours
     if latent_dim == "2":
-        assert vae.main(["--walk", "--class", "o", "--num-samples", "5", "--output", "walk.npz"]) == 0
+        assert (
+            vae.main(["--walk", "--class", "o", "--num-samples", "5", "--output", "walk.npz"]) == 0
+        )
         assert np.load("walk.npz")["x"].shape[0] == 25
     for flags in refused:
         with pytest.raises(SystemExit, match="2"):
