@@ -917,10 +917,10 @@ def autocast(device, bf16):
 
     These are those with AMX or AVX512-BF16; others emulate it, slowly.  Weights, losses, optimiser stay float32.
     """
-    if bf16 is None:
+    if bf16 is None and device.type == "cpu":
         has = torch.cpu.get_capabilities()
-        bf16 = device.type == "cpu" and bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        bf16 = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
 
 
 class Muon(torch.optim.AdamW):

@@ -1,0 +1,258 @@
+"""Run the scripts on a CUDA machine and write what happened: python benchmarks/gpu.py --output results/cuda
+
+    train      every script with and without --bf16 and --compile, several at once on the one card
+    resume     --deterministic twice, and once stopped by Ctrl-C and resumed: are the weights equal?
+    torchrun   one process on nccl against none
+    samples    the shipped checkpoints, drawn on the CPU and on the card
+    memory     a batch that cannot fit: one line, exit code 2
+    speed      ddim.py alone on the card: images/s, and the fraction of its matrix-product rate
+
+Writes cuda.json and cuda.md, again after each part, and the end of each failed command's output.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import UNet  # noqa: E402
+
+SCRIPTS = ("vae", "gan", "ddpm", "ddim", "ldm")
+PLAIN = [*SCRIPTS, *(["distill"] if (ROOT / "distill.py").exists() else [])]
+LARGE = ["--patch", "1", "--widths", "64,128,256", "--depths", "2,2,4"]
+PARTS = ("train", "resume", "torchrun", "samples", "memory", "speed")
+
+
+def start(name, *flags, launcher=(sys.executable,)):
+    """Start a script in the work folder; its output goes to a file of its own."""
+    log = tempfile.NamedTemporaryFile("w+", dir=".", suffix=".out", delete=False)
+    command = [*launcher, str(ROOT / f"{name}.py"), *map(str, flags)]
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    process.command = " ".join([name, *map(str, flags)])
+    process.output = Path(log.name)
+    return process
+
+
+def finish(process):
+    """Wait; returns {"command", "exit code", and the end of the output if it is not 0}."""
+    code = process.wait()
+    text = process.output.read_text().strip()
+    said = {"command": process.command, "exit code": code}
+    return said if code == 0 else {**said, "output": text[-600:]}
+
+
+def train(name, folder, *flags, **options):
+    data = [] if name == "distill" else ["--data-dir", arguments.data_dir]
+    return start(name, "--train", "--run-dir", folder, *data, *flags, **options)
+
+
+def lines_of(folder):
+    path = Path(folder, "log.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "lr" in line]
+
+
+def weights_of(name, folder):
+    return torch.load(Path(folder, f"{name}.pt"), weights_only=True)["ema"]
+
+
+def difference(name, a, b):
+    """The largest difference of the averaged weights of two runs."""
+    with contextlib.suppress(OSError, KeyError):
+        first, second = weights_of(name, a), weights_of(name, b)
+        return max((first[k].double() - second[k].double()).abs().max().item() for k in first)
+    return None
+
+
+def part_train():
+    """Each script for --minutes with each pair of switches; ten at a time share the card."""
+    rows = []
+    for compiled in ([], ["--compile"]):
+        started = []
+        for name in PLAIN:
+            if compiled and name == "gan":  # it has no such flag
+                continue
+            for bf16 in ("--no-bf16", "--bf16"):
+                folder = f"train_{name}_{len(compiled)}_{bf16}"
+                flags = ["--minutes", arguments.minutes, bf16, *compiled]
+                started.append((folder, train(name, folder, *flags)))
+        for folder, process in started:
+            row = finish(process)
+            if lines := lines_of(folder):
+                loss = next(k for k in ("loss", "loss_g", "reconstruction") if k in lines[0])
+                row |= {"steps": lines[-1]["step"], "first": lines[0][loss], "last": lines[-1][loss]}
+            rows.append(row)
+    return rows
+
+
+def part_resume():
+    """Three runs of each script with --deterministic; the third is stopped and resumed."""
+    rows, started = [], {}
+    for name in PLAIN:
+        for run in "abc":
+            flags = ["--epochs", "1", "--deterministic", "--save-every", "100"]
+            started[name, run] = train(name, f"{name}_{run}", *flags)
+    waiting = set(PLAIN)
+    while waiting:
+        time.sleep(0.2)
+        for name in sorted(waiting):
+            process, lines = started[name, "c"], lines_of(f"{name}_c")
+            if process.poll() is not None or (lines and lines[-1]["step"] >= 150):
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+                waiting.discard(name)
+    stopped = {name: started[name, "c"].wait() for name in PLAIN}
+    again = {name: start(name, "--resume", "--run-dir", f"{name}_c") for name in PLAIN}
+    for name in PLAIN:
+        done = [finish(started[name, "a"]), finish(started[name, "b"]), finish(again[name])]
+        rows.append({
+            "script": name, "exit codes": [row["exit code"] for row in done], "stopped with": stopped[name],
+            "twice, largest difference": difference(name, f"{name}_a", f"{name}_b"),
+            "resumed, largest difference": difference(name, f"{name}_a", f"{name}_c"),
+            "output": [row["output"] for row in done if "output" in row],
+        })  # fmt: skip
+    return rows
+
+
+def part_torchrun():
+    rows, started = [], {}
+    for name in PLAIN:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        flags = ["--epochs", "0.3", "--deterministic"]
+        started[name] = (
+            train(name, f"{name}_one", *flags, launcher=[*launcher, "--nproc-per-node", "1"]),
+            train(name, f"{name}_none", *flags),
+        )
+    for name, processes in started.items():
+        done = [finish(process) for process in processes]
+        rows.append({
+            "script": name, "exit codes": [row["exit code"] for row in done],
+            "largest difference": difference(name, f"{name}_one", f"{name}_none"),
+            "output": [row["output"] for row in done if "output" in row],
+        })  # fmt: skip
+    return rows
+
+
+def part_samples():
+    rows, started = [], {}
+    for name in PLAIN:
+        for device in ("cpu", "cuda"):
+            flags = ["--num-samples", 4, "--device", device, "--output", f"{name}_{device}.npz"]
+            pt = ROOT / "pretrained" / f"{'ddim' if name == 'ddpm' else name}.pt"
+            started[name, device] = start(name, *flags, "--checkpoint", pt)
+    for name in PLAIN:
+        done = [finish(started[name, device]) for device in ("cpu", "cuda")]
+        row = {"script": name, "exit codes": [r["exit code"] for r in done]}
+        if not any(row["exit codes"]):
+            a, b = (np.load(f"{name}_{d}.npz")["x"].astype(int) for d in ("cpu", "cuda"))
+            levels = np.abs(a - b)
+            row |= {
+                "images": len(a), "largest difference in grey levels": int(levels.max()),
+                "mean": float(levels.mean()), "fraction above 1": float((levels > 1).mean()),
+            }  # fmt: skip
+        rows.append(row | {"output": [r["output"] for r in done if "output" in r]})
+    return rows
+
+
+def part_memory():
+    flags = ["--minutes", "1", "--batch-size", "60000", *LARGE]
+    return [finish(train("ddim", "memory", *flags))]
+
+
+def rate(function, operations):
+    """Operations a second of a function on the card: the best of ten."""
+    times = []
+    for _ in range(13):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return operations / min(times[3:])
+
+
+def part_speed():
+    torch.set_float32_matmul_precision("high")  # TF32, as the scripts do
+    rows, products = [], {}
+    for name, dtype in (("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=dtype)
+        products[name] = rate(lambda a=a, b=b: a @ b, 2 * 8192**3)
+    del a, b
+    torch.cuda.empty_cache()
+    for batch, network, switches in (
+        (64, [], ["--no-bf16"]), (64, [], ["--bf16", "--compile"]), (1024, [], ["--no-bf16"]),
+        (1024, [], ["--bf16", "--compile"]), (512, LARGE, ["--no-bf16"]), (512, LARGE, ["--bf16"]),
+        (512, LARGE, ["--bf16", "--compile"]),
+    ):  # fmt: skip
+        folder = f"speed_{len(rows)}"
+        minutes = arguments.minutes / 4 * (2 if "--compile" in switches else 1)
+        flags = ["--minutes", minutes, "--batch-size", batch, "--save-every", "100", *network, *switches]
+        row = finish(train("ddim", folder, *flags))
+        lines = lines_of(folder)
+        if len(lines) > 4:
+            middle, last = lines[len(lines) // 2], lines[-1]
+            steps, seconds = last["step"] - middle["step"], last["seconds"] - middle["seconds"]
+            options = {"patch": 1, "widths": (64, 128, 256), "depths": (2, 2, 4)} if network else {}
+            x, t = torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                UNet(**options)(x, t, t)
+            speed = steps * batch / seconds
+            operations = 3 * counter.get_total_flops() * speed
+            row |= {
+                "images/s": speed, "TFLOP/s": operations / 1e12,
+                "fraction of the TF32 product": operations / products["TF32"],
+                "fraction of the bfloat16 product": operations / products["bfloat16"],
+            }  # fmt: skip
+        rows.append(row)
+    rows.append({f"8192^3 {name} product, TFLOP/s": r / 1e12 for name, r in products.items()})
+    return rows
+
+
+def as_text(report):
+    lines = ["# The scripts on CUDA", "", ", ".join(f"{k}: {v}" for k, v in report["machine"].items())]
+    for part, rows in report["parts"].items():
+        about = next(line for line in __doc__.splitlines() if line.startswith(f"    {part} "))
+        lines += ["", f"## {' '.join(about.split())}", ""]
+        for row in rows:
+            shown = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items() if v != []}
+            lines.append("- " + ", ".join(f"{k}: {v}" for k, v in shown.items()))
+    return "\n".join(lines) + "\n"
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where Fashion-MNIST is")
+parser.add_argument("--minutes", type=float, default=1.0, help="length of a training (1)")
+parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
+
+if __name__ == "__main__":
+    arguments = parser.parse_args()
+    arguments.output = arguments.output.resolve()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # several programs compile at once
+    machine = {
+        "card": torch.cuda.get_device_name(), "torch": torch.__version__, "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(), "Python": sys.version.split()[0], "cores": os.cpu_count(),
+    }  # fmt: skip
+    report = {"machine": machine, "parts": {}}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for part in arguments.only:
+            begun = time.monotonic()
+            report["parts"][part] = globals()[f"part_{part}"]()
+            print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
+            (arguments.output / "cuda.json").write_text(json.dumps(report, indent=1))
+            (arguments.output / "cuda.md").write_text(as_text(report))
+    print(as_text(report))
