@@ -24,6 +24,7 @@ import export
 import infer_onnx
 import vae
 
+LATENCY = "benchmarks/latency.py"
 SHIPPED = ROOT / "pretrained" / "ddim.onnx"
 # A Python in which torch, torchvision and whatever else is not in requirements-infer.txt cannot be imported.
 WITHOUT_TORCH = """
@@ -35,9 +36,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def infer(*argv, cwd):
-    """infer_onnx.py in a process of its own, without torch."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "infer_onnx.py"), *map(str, argv)]
+def infer(*argv, cwd, script="infer_onnx.py"):
+    """infer_onnx.py, or a script that uses it, in a process of its own, without torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / script), *map(str, argv)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
@@ -367,7 +368,7 @@ def test_every_model_is_drawn_and_checked_without_torch(exports, tmp_path, name)
         done.stderr
     )
     assert "check passed" in infer(*at, "--check", cwd=tmp_path).stdout
-    assert len(infer(*at, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
+    assert len(infer(*at, cwd=tmp_path, script=LATENCY).stdout.splitlines()) == 6
     info = json.loads(infer(*at, "--info", cwd=tmp_path).stdout)
     assert info["model"] == name and info["training"]["step"] > 0
     assert len(info["class_names"]) == 10 and info["parameters"] > 1000
@@ -485,7 +486,7 @@ def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys
     [
         (["--interpolate", "noise"], "need --num-samples 2"),
         (["--interpolate", "class", "--num-samples", "3"], "give two"),
-        (["--reconstruct", "a.png", "--interpolate", "noise"], "one at a time"),
+        (["--reconstruct", "a.png", "--interpolate", "noise"], "not allowed with"),
         (["--reconstruct", "a.png"], "need one --class"),
         (
             ["--reconstruct", "a.png", "--class", "o", "--output", "./a.png"],
@@ -718,7 +719,7 @@ def test_info_check_and_benchmark(exported, tmp_path):
     assert (
         "check passed: ddim's outputs" in infer("--model", exported, "--check", cwd=tmp_path).stdout
     )
-    assert len(infer("--model", exported, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
+    assert len(infer("--model", exported, cwd=tmp_path, script=LATENCY).stdout.splitlines()) == 6
     assert list(tmp_path.iterdir()) == []
 
 
@@ -847,6 +848,7 @@ def main_code(argv, capsys):
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
         (["--provider", "tpu"], "invalid choice"),
         (["--nonsense"], "unrecognized"),
+        (["--benchmark"], "is now: python benchmarks/latency.py --model"),
     ],
 )
 def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):
@@ -888,7 +890,7 @@ def test_memory_and_disk_faults_exit_with_5(exported, in_tmp, capsys, monkeypatc
         def fail(*_, fault=fault, **__):
             raise fault
 
-        monkeypatch.setattr(infer_onnx, "draw_noise", fail)
+        monkeypatch.setattr(infer_onnx, "next_noise", fail)
         assert main_code(["--model", exported], capsys)[0] == 5
 
 
@@ -896,7 +898,7 @@ def test_ctrl_c_exits_with_130(exported, in_tmp, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer_onnx, "draw_noise", stop)
+    monkeypatch.setattr(infer_onnx, "next_noise", stop)
     with pytest.raises(SystemExit, match="130"):
         infer_onnx.main(["--model", str(exported)])
 
