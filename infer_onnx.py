@@ -82,9 +82,7 @@ class RunError(Exception):
     """The model ran and failed."""
 
 
-EXIT_CODES = {
-    InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5,
-}  # fmt: skip
+CODES = {InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5}
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -98,11 +96,10 @@ def find_model(name):
     if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
     runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parent for path in reversed(runs)]
-    folders += [Path(__file__).parent / "pretrained", Path("pretrained"), Path()]
-    for folder in folders:
-        if (folder / f"{name}.onnx").is_file():
-            return folder / f"{name}.onnx"
+    folders = (Path(__file__).parent / "pretrained", Path("pretrained"), Path())
+    for path in [*reversed(runs), *(folder / f"{name}.onnx" for folder in folders)]:
+        if path.is_file():
+            return path
     raise ModelError(f"no model {name!r} in runs/ or pretrained/: run export.py, or name a file")
 
 
@@ -146,13 +143,12 @@ def load_model(path, provider="auto", threads=0, tf32=True):
     if provider != "cpu" and not trouble:
         try:
             on_cuda = {k: open_session(path, v, threads, CUDA, tf32) for k, v in contents.items()}
-        except ModelError as error:  # the file is sound, as the CPU shows: CUDA is at fault
-            trouble = f"CUDA did not start: {one_line(error.__cause__)}"
-        else:
             if on_cuda[""].get_providers()[0] == CUDA:  # onnxruntime may fall back to the CPU
                 sessions = on_cuda
             else:
                 trouble = "onnxruntime could not load its CUDA provider"
+        except ModelError as error:  # the CPU loaded the same file: CUDA is at fault
+            trouble = f"CUDA did not start: {one_line(error.__cause__)}"
     if provider == "cuda" and trouble:
         raise ProviderError(f"no CUDA: {trouble}")
     sha256 = hashlib.sha256(contents[""]).hexdigest()
@@ -199,10 +195,10 @@ def open_session(path, content, threads, provider=CPU, tf32=True):
 
 def read_card(session, path):
     """The model card, JSON in the metadata. Raises ModelError if it is absent, broken or newer."""
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
-        raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
     try:
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        if text is None:
+            raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
         card = json.loads(text)
         version = card["format"]
         keys = (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ()))
@@ -257,9 +253,7 @@ def denoiser(session, y, guidance, null_label, until=math.inf):
 
 def is_guided(guidance, t, until):
     """Whether step t needs the network both with a class and without it."""
-    if guidance > 1:
-        return t < until
-    return 0 < guidance < 1
+    return guidance not in (0, 1) and (guidance < 1 or t < until)
 
 
 # --- Walk -----------------------------------------------------------------------------------------
@@ -517,7 +511,6 @@ def in_batches(model, images_of, count, batch_size):
 
     On CUDA the last batch is filled up, since cuDNN tunes itself anew for every batch size.
     """
-    show_progress = count > batch_size and sys.stderr.isatty()
     images = []
     for start in range(0, count, batch_size):
         indices = list(range(start, min(start + batch_size, count)))
@@ -525,10 +518,9 @@ def in_batches(model, images_of, count, batch_size):
         if model.provider == CUDA and start > 0:
             indices += indices[-1:] * (batch_size - size)
         images.append(as_bytes(images_of(indices)[:size]))
-        if show_progress:
-            print(f"\r{start + size} of {count} images", end="", file=sys.stderr, flush=True)
-    if show_progress:
-        print(file=sys.stderr)
+        if count > batch_size and sys.stderr.isatty():
+            end = "" if start + size < count else "\n"
+            print(f"\r{start + size} of {count} images", end=end, file=sys.stderr, flush=True)
     return np.concatenate(images)
 
 
@@ -624,12 +616,11 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
     +-truncation is sampled again (BigGAN, Brock et al. 2018, section 3.1).
     """
     codes = next_noise(streams, (latent_dim,))
-    beyond = np.abs(codes) > (truncation or math.inf)
-    while beyond.any():
+    limit = truncation or math.inf
+    while (beyond := np.abs(codes) > limit).any():
         rows = np.flatnonzero(beyond.any(axis=1))  # other streams stay: images are independent
         again = next_noise([streams[i] for i in rows], (latent_dim,))
         codes[rows] = np.where(beyond[rows], again, codes[rows])
-        beyond = np.abs(codes) > truncation
     if prior is None:
         return codes
     L = np.zeros((latent_dim, latent_dim), np.float32)
@@ -680,6 +671,80 @@ def parse_classes(text, class_names):
             last = len(stems) - 1
             raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{last}, or all)")
     return indices
+
+
+# --- Diagnosis ------------------------------------------------------------------------------------
+
+
+def cuda_trouble():
+    """The reason why the CUDA provider cannot run on this machine; None if there is none.
+
+    onnxruntime lists the provider on any machine, and falls back to the CPU silently.
+    """
+    if CUDA not in ort.get_available_providers():
+        return "this is onnxruntime without CUDA (onnxruntime-gpu has it, on Linux and Windows)"
+    windows = os.name == "nt"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver"
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "the NVIDIA driver finds no GPU"
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    supported = version.value // 1000
+    needed = int(str(getattr(ort, "cuda_version", "") or "12").split(".")[0])
+    if supported < needed:
+        return f"the NVIDIA driver is for CUDA {supported}, onnxruntime needs CUDA {needed}"
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):  # it prints what is missing, as we do below
+            ort.preload_dlls()
+    libraries = {"cublasLt": needed, "cudart": needed, "cudnn": 9}
+    if not windows:
+        libraries["curand"] = 10
+    for library, major in libraries.items():
+        file = f"{library}64_{major}.dll" if windows else f"lib{library}.so.{major}"
+        try:
+            ctypes.CDLL(file)
+        except OSError:
+            return f"{file} is not installed: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    return None
+
+
+def part_inputs(shapes, probe, num_classes, count=1):
+    """Inputs {name: array} to check a network with: noise, and the class and timestep of the probe.
+
+    shapes: {name: shape without the batch};  probe: {"seed", "y", and "t" of diffusion models}.
+    """
+    inputs = {}
+    for name, shape in shapes.items():
+        if name in ("t", "y"):
+            inputs[name] = np.full(count, probe[name], np.int64)
+        elif name == "classes":
+            inputs[name] = class_weights([probe["y"]] * count, num_classes)
+        else:
+            inputs[name] = next_noise(noise_streams(probe["seed"], range(count)), shape)
+    return inputs
+
+
+def check(model):
+    """Compare the outputs of the network and its parts with those at export. Raises RunError."""
+    card = model.card
+    networks = {card["model"]: (model.session, card["probe"])}
+    networks |= {name: (model.parts[name], part) for name, part in card["parts"].items()}
+    limit = 1e-4 if model.provider == CPU else 1e-2  # CUDA: TF32
+    for name, (session, exported) in networks.items():
+        if "output" not in exported:
+            raise RunError(f"the {name} was exported before exports were checked: export it again")
+        shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
+        inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
+        expected = np.array(exported["output"], np.float32)
+        found = run_session(session, **inputs).ravel()[: len(expected)]
+        difference = f"{name}'s outputs differ by {np.abs(found - expected).max():.1e} from"
+        if not np.abs(found - expected).max() <= limit:
+            raise RunError(f"the check failed: {difference} those at the export, limit {limit:.0e}")
+        print(f"check passed: {difference} those at the export")
 
 
 # --- Images of a VAE or GAN -----------------------------------------------------------------------
@@ -754,86 +819,6 @@ def images_of_flags(model, args, classes, options, first, stop):
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
 
-# --- CUDA -----------------------------------------------------------------------------------------
-
-
-def cuda_trouble():
-    """The reason why the CUDA provider cannot run on this machine; None if there is none.
-
-    onnxruntime does not tell: it lists the provider on any machine, and falls back to the CPU
-    silently.
-    """
-    if CUDA not in ort.get_available_providers():
-        return "this is onnxruntime without CUDA (onnxruntime-gpu has it, on Linux and Windows)"
-    windows = os.name == "nt"
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver"
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        return "the NVIDIA driver finds no GPU"
-    version = ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    supported = version.value // 1000
-    needed = int(str(getattr(ort, "cuda_version", "") or "12").split(".")[0])
-    if supported < needed:
-        return f"the NVIDIA driver is for CUDA {supported}, onnxruntime needs CUDA {needed}"
-    if hasattr(ort, "preload_dlls"):
-        with redirect_stdout(io.StringIO()):  # it prints what is missing, as we do below
-            ort.preload_dlls()
-    libraries = {"cublasLt": needed, "cudart": needed, "cudnn": 9}
-    if not windows:
-        libraries["curand"] = 10
-    for library, major in libraries.items():
-        file = f"{library}64_{major}.dll" if windows else f"lib{library}.so.{major}"
-        try:
-            ctypes.CDLL(file)
-        except OSError:
-            return (
-                f'{file} is not installed (pip install "onnxruntime-gpu[cuda,cudnn]" installs it)'
-            )
-    return None
-
-
-# --- Check ----------------------------------------------------------------------------------------
-
-
-def part_inputs(shapes, probe, num_classes, count=1):
-    """Inputs {name: array} to check a network with: noise, and the class and timestep of the probe.
-
-    shapes: {name: shape without the batch};  probe: {"seed", "y", and "t" of diffusion models}.
-    """
-    inputs = {}
-    for name, shape in shapes.items():
-        if name in ("t", "y"):
-            inputs[name] = np.full(count, probe[name], np.int64)
-        elif name == "classes":
-            inputs[name] = class_weights([probe["y"]] * count, num_classes)
-        else:
-            inputs[name] = next_noise(noise_streams(probe["seed"], range(count)), shape)
-    return inputs
-
-
-def check(model):
-    """Compare the outputs of the network and its parts with those at export. Raises RunError."""
-    card = model.card
-    networks = {card["model"]: (model.session, card["probe"])}
-    networks |= {name: (model.parts[name], part) for name, part in card["parts"].items()}
-    limit = 1e-4 if model.provider == CPU else 1e-2  # CUDA: TF32
-    for name, (session, exported) in networks.items():
-        if "output" not in exported:
-            raise RunError(f"the {name} was exported before exports were checked: export it again")
-        shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
-        inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
-        expected = np.array(exported["output"], np.float32)
-        found = run_session(session, **inputs).ravel()[: len(expected)]
-        difference = f"{name}'s outputs differ by {np.abs(found - expected).max():.1e} from"
-        if not np.abs(found - expected).max() <= limit:
-            raise RunError(f"the check failed: {difference} those at the export, limit {limit:.0e}")
-        print(f"check passed: {difference} those at the export")
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -868,10 +853,10 @@ def shard(text):
     return number(int, 1, parts)(part), parts
 
 
+# fmt: off
 def add_model_flags(parser):
     """Add the flags that choose a model, where it runs and how it samples."""
     add = parser.add_argument
-    # fmt: off
     add("--model", default="ddim",
         help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
@@ -897,16 +882,13 @@ def add_model_flags(parser):
         help="of vae and gan: sample noise beyond +- this value again, 0.1 or more (off)")
     add("--prior", choices=("fitted", "normal"),
         help="of vae: sample codes from the mixture fitted to each class, or from N(0, 1) (fitted)")
-    # fmt: on
 
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="infer_onnx.py", description=__doc__, formatter_class=raw, allow_abbrev=False
-    )
+    parser = Parser(prog="infer_onnx.py", description=__doc__, formatter_class=raw,
+                    allow_abbrev=False)
     add = parser.add_argument
-    # fmt: off
     add("--class", dest="class_", metavar="NAME", default="all",
         help="class name or index, several separated by commas, or all (all)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
@@ -928,8 +910,8 @@ def build_parser():
     add("--check", action="store_true",
         help="compare the outputs of the network on this machine with those at its export (off)")
     add("--benchmark", action="store_true", help=argparse.SUPPRESS)  # moved to benchmarks/
-    # fmt: on
     return parser
+# fmt: on
 
 
 def sampling_options(args, card):
@@ -986,12 +968,17 @@ def check_flags(args, classes):
         raise InputError("frames between two images need --num-samples 2 or more")
     if (args.reconstruct or args.between) and len(classes) != 1:
         raise InputError("--reconstruct and --between need one --class, that of the images")
-    if not args.shard:
-        return
-    samples = not (args.interpolate or args.reconstruct or args.between)
-    enough = len(classes) * args.num_samples >= args.shard[1]
-    if not samples or not enough or not args.output or args.output.suffix:
+
+
+def shard_bounds(args, count):
+    """first and stop of the --shard of `count` images. Raises InputError."""
+    part, parts = args.shard or (1, 1)
+    first = count * (part - 1) // parts
+    stop = count * part // parts
+    no_samples = args.interpolate or args.reconstruct or args.between
+    if args.shard and (no_samples or first == stop or not args.output or args.output.suffix):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
+    return first, stop
 
 
 def run(args):
@@ -1013,15 +1000,13 @@ def run(args):
     names = card["class_names"]
     classes = parse_classes(args.class_, names)
     check_flags(args, classes)
+    first, stop = shard_bounds(args, len(classes) * args.num_samples)
     stem = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{stem}.png")
     files = output.iterdir() if args.shard and output.is_dir() else []
     shared = [file.name.lstrip(".")[:5].isdecimal() for file in files]  # with other shards
     if not shared or not all(shared):
         check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())
-    part, parts = args.shard or (1, 1)
-    count = len(classes) * args.num_samples
-    first, stop = count * (part - 1) // parts, count * part // parts
     start = time.perf_counter()
     images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start
@@ -1043,8 +1028,8 @@ def run_command(parser, command, argv=None):
     args = parser.parse_args(argv)
     try:
         command(args)
-    except tuple(EXIT_CODES) as error:
-        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except tuple(CODES) as error:
+        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
         parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
