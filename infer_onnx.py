@@ -82,7 +82,9 @@ class RunError(Exception):
     """The model ran and failed."""
 
 
-CODES = {InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5}
+EXIT_CODES = {
+    InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5,
+}  # fmt: skip
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def load_model(path, provider="auto", threads=0, tf32=True):
 
 
 def read_model(path):
-    """The bytes of a model file. Raises ModelError unless export.py wrote them so."""
+    """The bytes of a model file. Raises ModelError unless they are as export.py wrote them."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -225,9 +227,8 @@ def run_session(session, **feed):
     try:
         return session.run(None, feed)[0]
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise RunError(
-            f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}"
-        ) from error
+        reason = one_line(error)
+        raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {reason}") from error
 
 
 def denoiser(session, y, guidance, null_label, until=math.inf):
@@ -424,7 +425,7 @@ def sample(
     model, labels, *, steps=None, guidance=None, guidance_limit=None, solver="ddim", eta=0.0,
     variance="small", truncation=None, prior="fitted", seed=0, first=0, batch_size=100,
 ):  # fmt: skip
-    """One image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, first + i) only.
+    """Sample one image for each label: uint8 (N, C, 32, 32); image i has noise (seed, first + i).
 
     model: from load_model;  labels: list of int, indices into the class names of the card;
     steps, guidance, guidance_limit: of diffusion models, default from the card;
@@ -546,7 +547,7 @@ def to_picture(images, columns):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def save(images, labels, class_names, path, columns, texts, first=0):
+def write_images(images, labels, class_names, path, columns, texts, first=0):
     """Write uint8 images to a .png (a grid), an .npz (x, y, class_names) or a folder of PNGs.
 
     texts: {key: value} for the metadata of every PNG;  first: number of the first file in a folder.
@@ -767,7 +768,7 @@ def read_image(path, image_shape):
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-def between(model, ends, labels, count, batch_size):
+def decode_between(model, ends, labels, count, batch_size):
     """`count` uint8 images on the line from one code to another, and from one class to another.
 
     ends: codes float32 (2, D);  labels: two classes.
@@ -800,7 +801,7 @@ def images_of_flags(model, args, classes, options, first, stop):
         codes = [run_session(encoder, x=x[batch], classes=weights[batch]) for batch in batches]
         codes = np.concatenate(codes)
         if args.between:
-            images = between(model, codes, classes * 2, count, size)
+            images = decode_between(model, codes, classes * 2, count, size)
             return images, classes * count, count
         images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, size)])
         return images, classes * len(images), len(x)
@@ -812,7 +813,7 @@ def images_of_flags(model, args, classes, options, first, stop):
         for pair in pairs:
             streams = noise_streams(args.seed, [0, 0] if to_class else [0, 1])
             ends = sample_codes(prior, pair, streams, card["latent_dim"], args.truncation)
-            images.append(between(model, ends, pair, count, size))
+            images.append(decode_between(model, ends, pair, count, size))
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
     labels = [y for y in classes for _ in range(count)][first:stop]
     images = sample(model, labels, seed=args.seed, first=first, batch_size=size, **options)
@@ -860,7 +861,7 @@ def add_model_flags(parser):
     add("--model", default="ddim",
         help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
-        help="execution provider: CUDA where it works, CUDA or an error, or the CPU (auto)")
+        help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
     add("--threads", type=number(int, 0, 1024), default=0,
         help="threads on the CPU, 0 for one per core (0)")
     add("--no-tf32", dest="tf32", action="store_false",
@@ -868,18 +869,18 @@ def add_model_flags(parser):
     add("--steps", type=number(int, 1),
         help="number of sampling steps, 1 to T (the model's default)")
     add("--guidance", type=number(float, 0),
-        help="classifier-free guidance weight: 0 ignores the class, 1 samples the class plainly, "
-             "above 1 guides towards it (the model's default)")
+        help="classifier-free guidance weight, 0 or more: 0 ignores the class, 1 is plain "
+             "conditional sampling, above 1 is guided (the model's default)")
     add("--guidance-limit", type=number(float, 0, 1),
         help="guide only at t below this fraction of T, 0 to 1 (the model's default)")
     add("--solver", choices=SOLVERS,
         help="of ddim and ldm: dpm++ is DPM-Solver++(2M), of second order, for few steps (ddim)")
     add("--eta", type=number(float, 0, 1),
-        help="of ddim and ldm: noise of each step, 0 (deterministic) to 1 (as in DDPM) (0)")
+        help="of ddim and ldm: noise of each step, from 0, deterministic, to 1, as in DDPM (0)")
     add("--variance", choices=("small", "large"),
-        help="of ddpm: variance of each step, that of the posterior or beta_t (small)")
+        help="of ddpm: variance of each step: small is the posterior's, large is beta_t (small)")
     add("--truncation", type=number(float, 0.1),
-        help="of vae and gan: sample noise beyond +- this value again, 0.1 or more (off)")
+        help="of vae and gan: sample noise beyond +- this value again, 0.1 or more (no limit)")
     add("--prior", choices=("fitted", "normal"),
         help="of vae: sample codes from the mixture fitted to each class, or from N(0, 1) (fitted)")
 
@@ -896,11 +897,11 @@ def build_parser():
     add_model_flags(parser)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--interpolate", choices=("noise", "class"),
-        help="of vae and gan: frames between two noises of each class, or between two classes")
+        help="of vae and gan: --num-samples frames between two noises of a class, or two classes")
     group.add_argument("--reconstruct", metavar="FILE", nargs="+",
-        help="of vae: encode and decode these images of one --class")
+        help="of vae: these images of one --class, and the images decoded from their codes")
     group.add_argument("--between", metavar="FILE", nargs=2,
-        help="of vae: frames between two images of one --class")
+        help="of vae: --num-samples frames between two images of one --class")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
     add("--output", type=Path, help="a .png (grid), an .npz, or a folder for PNGs (CLASS.png)")
@@ -930,9 +931,7 @@ def sampling_options(args, card):
     options |= diffusion_options(card, args.steps, args.guidance, args.guidance_limit)
     num_timesteps = len(card["alpha_bars"])
     if options["steps"] > num_timesteps:
-        raise InputError(
-            f"--steps {options['steps']} is more than the {num_timesteps} timesteps of the training"
-        )
+        raise InputError(f"--steps {options['steps']} is more than the {num_timesteps} of training")
     if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
         raise InputError(f"this model supports no other --guidance than {card['guidance']}")
     return options
@@ -963,7 +962,7 @@ def check_output(path, suffixes, given=()):
 def check_flags(args, classes):
     """Raise InputError for flags that do not go together with each other or with the classes."""
     if args.interpolate == "class" and len(classes) != 2:
-        raise InputError("--interpolate class needs two classes: give two, as in --class 7,8")
+        raise InputError("--interpolate class is between two classes: give two, as --class 7,8")
     if (args.interpolate or args.between) and args.num_samples < 2:
         raise InputError("frames between two images need --num-samples 2 or more")
     if (args.reconstruct or args.between) and len(classes) != 1:
@@ -1012,7 +1011,8 @@ def run(args):
     seconds = time.perf_counter() - start
     options["seed"] = args.seed
     texts = {"model": card["model"], "model_sha256": model.sha256, **options}
-    save(images, labels, names, output, columns, {**texts, "Software": "infer_onnx.py"}, first)
+    texts["Software"] = "infer_onnx.py"
+    write_images(images, labels, names, output, columns, texts, first)
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
     print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {settings}, model {path}")
 
@@ -1028,8 +1028,8 @@ def run_command(parser, command, argv=None):
     args = parser.parse_args(argv)
     try:
         command(args)
-    except tuple(CODES) as error:
-        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
+    except tuple(EXIT_CODES) as error:
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
