@@ -493,6 +493,17 @@ def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
     return sum(2 if is_guided(options["guidance"], t, until) else 1 for t, _ in pairs)
 
 
+def fitted_prior(card):
+    """The Gaussian mixtures in a card as arrays for sample_codes; None stands for N(0, 1)."""
+    if card["prior"] is None:
+        return None
+    arrays = {}
+    for key, part in card["prior"].items():
+        dtype, stored = ("float16", "<f2") if key == "scales" else ("float32", "<f4")
+        arrays[key] = np.frombuffer(base64.b64decode(part[dtype]), stored).reshape(part["shape"])
+    return arrays
+
+
 def decode_codes(model, codes, classes, batch_size=100):
     """uint8 images of codes float32 (N, D) of a VAE or GAN; classes: from class_weights."""
 
@@ -634,17 +645,6 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
     return codes
 
 
-def fitted_prior(card):
-    """The Gaussian mixtures in a card as arrays for sample_codes; None stands for N(0, 1)."""
-    if card["prior"] is None:
-        return None
-    arrays = {}
-    for key, part in card["prior"].items():
-        dtype, stored = ("float16", "<f2") if key == "scales" else ("float32", "<f4")
-        arrays[key] = np.frombuffer(base64.b64decode(part[dtype]), stored).reshape(part["shape"])
-    return arrays
-
-
 def file_stem(class_name):
     """'T-shirt/top' -> 't-shirt-top': safe in a file name, and understood by parse_classes."""
     return "".join(c if c.isalnum() else "-" for c in class_name.lower())
@@ -742,10 +742,11 @@ def check(model):
         inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
         expected = np.array(exported["output"], np.float32)
         found = run_session(session, **inputs).ravel()[: len(expected)]
-        difference = f"{name}'s outputs differ by {np.abs(found - expected).max():.1e} from"
-        if not np.abs(found - expected).max() <= limit:
-            raise RunError(f"the check failed: {difference} those at the export, limit {limit:.0e}")
-        print(f"check passed: {difference} those at the export")
+        difference = np.abs(found - expected).max()
+        if not difference <= limit:
+            differ = f"{name}'s outputs differ by {difference:.1e} from the export's"
+            raise RunError(f"the check failed: {differ}, limit {limit:.0e}")
+        print(f"check passed: {name}'s outputs within {difference:.1e} of those at the export")
 
 
 # --- Images of a VAE or GAN -----------------------------------------------------------------------
@@ -959,7 +960,7 @@ def check_output(path, suffixes, given=()):
         raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
-def check_flags(args, classes):
+def check_combination(args, classes):
     """Raise InputError for flags that do not go together with each other or with the classes."""
     if args.interpolate == "class" and len(classes) != 2:
         raise InputError("--interpolate class is between two classes: give two, as --class 7,8")
@@ -998,7 +999,7 @@ def run(args):
         return check(model)
     names = card["class_names"]
     classes = parse_classes(args.class_, names)
-    check_flags(args, classes)
+    check_combination(args, classes)
     first, stop = shard_bounds(args, len(classes) * args.num_samples)
     stem = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{stem}.png")

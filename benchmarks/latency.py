@@ -11,15 +11,16 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import infer_onnx
 
 
-def seconds(function, *args, **kwargs):
+def seconds(function):
     start = time.perf_counter()
-    function(*args, **kwargs)
+    function()
     return time.perf_counter() - start
 
 
@@ -37,10 +38,10 @@ def measure(args):
     for batch in (1, 4, 16, 64):
         inputs = infer_onnx.part_inputs(shapes, card["probe"], len(card["class_names"]), batch)
         labels = [card["probe"]["y"]] * batch
-        evaluation = infer_onnx.run_session, model.session
-        times = [seconds(*evaluation, **inputs) for _ in range(12)]
-        ms = 1e3 * statistics.median(times[2:])
-        rate = batch / seconds(infer_onnx.sample, model, labels, batch_size=batch, **options)
+        evaluate = partial(infer_onnx.run_session, model.session, **inputs)
+        sample = partial(infer_onnx.sample, model, labels, batch_size=batch, **options)
+        ms = 1e3 * statistics.median([seconds(evaluate) for _ in range(12)][2:])
+        rate = batch / seconds(sample)
         print(f"{batch:5d}  {ms:17.2f}  {ms / batch:27.2f}  {rate:8.1f}")
 
 
