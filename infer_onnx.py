@@ -1003,9 +1003,8 @@ def run(args):
     first, stop = shard_bounds(args, len(classes) * args.num_samples)
     stem = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{stem}.png")
-    files = output.iterdir() if args.shard and output.is_dir() else []
-    shared = [file.name.lstrip(".")[:5].isdecimal() for file in files]  # with other shards
-    if not shared or not all(shared):
+    shared = args.shard and output.is_dir()  # with other shards, which may be writing to it
+    if not (shared and all(file.name.lstrip(".")[:5].isdecimal() for file in output.iterdir())):
         check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())
     start = time.perf_counter()
     images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
