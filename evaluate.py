@@ -493,7 +493,7 @@ def chunk_file(cache, setting, seed, first, stop):
         "provider": setting.model.session.get_providers()[0],
         "options": setting.options,
         "images": [seed, first, stop],
-        "code": source[source.index("# --- Sampling") : source.index("# --- Output")],
+        "code": source[source.index("# --- Denoise") : source.index("# --- Images")],
     }
     return cache / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()}.npz"
 

@@ -7,22 +7,23 @@
 #     "onnxruntime>=1.17; sys_platform == 'darwin'",
 # ]
 # ///
-"""Draw images with an exported model: numpy, pillow and onnxruntime, no torch.
+"""Sample from an exported model with numpy, pillow and onnxruntime, without torch.
 
-    python infer_onnx.py --class Sneaker                         one Sneaker
-    python infer_onnx.py --class all --num-samples 10            ten of each class
-    python infer_onnx.py --model vae --class Bag                 another model: vae, gan, ddpm, ddim, ldm, or a file
-    python infer_onnx.py --info                                  what the model file says of itself
+    python infer_onnx.py --class Sneaker                 one Sneaker
+    python infer_onnx.py --class all --num-samples 10    ten images of each class
+    python infer_onnx.py --model vae --class Bag         vae, gan, ddpm, ddim, ldm, or an .onnx file
+    python infer_onnx.py --info                          what the model file says about itself
 
-The model is the newest of runs/*/NAME.onnx (your own, made by export.py), else pretrained/NAME.onnx. The file says all
-that is needed to use it. The same seed gives the same image as in torch, whatever the batch size.
+The model is the newest runs/*/NAME.onnx (written by export.py), else pretrained/NAME.onnx. The
+file contains everything that is needed to use it. The same seed gives the same image as in torch,
+whatever the batch size.
 
-Exit codes: 0 done, 2 wrong flags, 3 wrong model file, 4 provider not to be had, 5 the run failed, 130 Ctrl-C.
+Exit codes: 0 done, 2 wrong flags, 3 model file cannot be used, 4 provider not available,
+5 run failed, 130 Ctrl-C.
 """
 
 import argparse
 import base64
-import contextlib
 import ctypes
 import difflib
 import hashlib
@@ -33,7 +34,7 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,35 +43,31 @@ import onnxruntime as ort
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-METADATA_KEY = "model_card"  # where the .onnx file holds the JSON that says how to use it
+METADATA_KEY = "model_card"  # of the .onnx metadata entry whose JSON says how to use the model
 METADATA_FORMAT = 4
-SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: field 14, metadata, of 74 bytes: the key, and a value of 64 bytes
+# Protobuf: field 14 (metadata) of 74 bytes, whose key is "sha256" and whose value has 64 bytes.
+SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
+DIFFUSION_OPTIONS = ("steps", "guidance", "guidance_limit")  # of `sample`; defaults in the card
 KIND_KEYS = {
-    "diffusion": (
-        "null_label",
-        "alpha_bars",
-        "prediction",
-        "steps",
-        "guidance",
-        "guidance_limit",
-        "guidance_fixed",
-    ),
-    "codes": ("latent_dim", "prior"),  # an image for a code: VAE and GAN
+    "diffusion": ("null_label", "alpha_bars", "prediction", "guidance_fixed", *DIFFUSION_OPTIONS),
+    "codes": ("latent_dim", "prior"),  # decodes a latent code: VAE and GAN
 }
 SOLVERS = ("ddim", "dpm++")
-# The flags that a model has a use for, besides those that all share.
+# Flags that only some models take.
 MODEL_FLAGS = {
-    "ddim": ("steps", "guidance", "guidance_limit", "solver", "eta"),
-    "ddpm": ("steps", "guidance", "guidance_limit", "variance"),
-    "ldm": ("steps", "guidance", "guidance_limit", "solver", "eta"),
+    "ddim": (*DIFFUSION_OPTIONS, "solver", "eta"),
+    "ddpm": (*DIFFUSION_OPTIONS, "variance"),
+    "ldm": (*DIFFUSION_OPTIONS, "solver", "eta"),
     "vae": ("truncation", "prior", "interpolate", "reconstruct", "between"),
     "gan": ("truncation", "interpolate"),
 }
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message is one line that says what, and what would be right."""
+    """Wrong input from the user; the message is one line: what is wrong, what would be right."""
 
 
 class ModelError(Exception):
@@ -78,97 +75,90 @@ class ModelError(Exception):
 
 
 class ProviderError(Exception):
-    """The provider asked for is not to be had."""
+    """The requested execution provider is not available."""
 
 
 class RunError(Exception):
     """The model ran and failed."""
 
 
-# --- Model ------------------------------------------------------------------------------------------------------
+EXIT_CODES = {
+    InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5,
+}  # fmt: skip
+
+
+# --- Model ----------------------------------------------------------------------------------------
 
 
 def find_model(name):
-    """A path as it is; a name as the newest runs/*/NAME.onnx, else pretrained/NAME.onnx or NAME.onnx.
+    """The path of a model: a path as it is, else the newest runs/*/NAME.onnx, else a shipped file.
 
     Raises ModelError if there is none of these.
     """
     if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
-    runs = sorted(
-        Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    shipped = [
-        folder / f"{name}.onnx"
-        for folder in (Path(__file__).parent / "pretrained", Path("pretrained"), Path())
-    ]
-    for path in [*runs, *shipped]:
+    runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime)
+    folders = (Path(__file__).parent / "pretrained", Path("pretrained"), Path())
+    for path in [*reversed(runs), *(folder / f"{name}.onnx" for folder in folders)]:
         if path.is_file():
             return path
-    raise ModelError(
-        f"no model {name!r} in runs/ or pretrained/: name a file with --model, or make one with export.py"
-    )
+    raise ModelError(f"no model {name!r} in runs/ or pretrained/: run export.py, or name a file")
 
 
 @dataclass
 class Model:
-    """A model file, read and checked, with the parts that it names: an encoder (VAE) or a decoder (LDM)."""
+    """A model file, read and checked, and its parts: a VAE's encoder or an LDM's decoder."""
 
     session: ort.InferenceSession
     parts: dict  # name -> session
-    card: dict  # what the file says of itself
+    card: dict  # the metadata that says how to use the model
     sha256: str
     trouble: str | None  # why CUDA is not used
 
     @property
+    def provider(self):
+        return self.session.get_providers()[0]
+
+    @property
     def where(self):
-        """The provider it runs on, and why that is not CUDA."""
-        return self.session.get_providers()[0] + (
-            f"; not on CUDA: {self.trouble}" if self.trouble else ""
-        )
+        """The provider in use, and the reason if that is not CUDA."""
+        return f"{self.provider}; not on CUDA: {self.trouble}" if self.trouble else self.provider
 
 
 def load_model(path, provider="auto", threads=0, tf32=True):
-    """Read and check a model file and its parts beside it. Returns a Model.
+    """Read and check a model file and the files of its parts beside it. Returns a Model.
 
-    provider: auto (CUDA if it can run, else CPU), cuda (or ProviderError) or cpu.  Raises ModelError.
+    provider: auto (CUDA where it works, else CPU), cuda (else ProviderError) or cpu;
+    threads: of the CPU, 0 for one per core;  tf32: whether CUDA may use TF32.  Raises ModelError.
     """
     path = Path(path)
     trouble = None if provider == "cpu" else cuda_trouble()
-    content = read_model(path)
-    session = open_session(path, content, threads)
-    card = read_card(session, path)
-    contents = {"": content}
+    contents = {"": read_model(path)}
+    sessions = {"": open_session(path, contents[""], threads)}
+    card = read_card(sessions[""], path)
     for name, part in card["parts"].items():
-        beside = path.with_name(Path(part["file"]).name)
-        contents[name] = read_model(beside)
+        part_path = path.with_name(Path(part["file"]).name)
+        contents[name] = read_model(part_path)
         if hashlib.sha256(contents[name]).hexdigest() != part["sha256"]:
-            raise ModelError(f"{beside} is not the {name} of {path}: export both again")
-    sessions = {name: open_session(path, contents[name], threads) for name in card["parts"]} | {
-        "": session
-    }
-    if provider != "cpu" and trouble is None:
+            raise ModelError(f"{part_path} is not the {name} of {path}: export both again")
+        sessions[name] = open_session(part_path, contents[name], threads)
+    if provider != "cpu" and not trouble:
         try:
-            on_cuda = {
-                name: open_session(path, content, threads, tf32)
-                for name, content in contents.items()
-            }
-            if on_cuda[""].get_providers()[0] == "CUDAExecutionProvider":  # not a matter of course
+            on_cuda = {k: open_session(path, v, threads, CUDA, tf32) for k, v in contents.items()}
+            if on_cuda[""].get_providers()[0] == CUDA:  # onnxruntime may fall back to the CPU
                 sessions = on_cuda
             else:
                 trouble = "onnxruntime could not load its CUDA provider"
-        except (
-            ModelError
-        ) as error:  # the model is sound, so this is CUDA's: memory, a busy device, ...
+        except ModelError as error:  # the CPU loaded the same file: CUDA is at fault
             trouble = f"CUDA did not start: {one_line(error.__cause__)}"
     if provider == "cuda" and trouble:
         raise ProviderError(f"no CUDA: {trouble}")
-    session = sessions.pop("")
-    return Model(session, sessions, card, hashlib.sha256(content).hexdigest(), trouble)
+    sha256 = hashlib.sha256(contents[""]).hexdigest()
+    return Model(sessions.pop(""), sessions, card, sha256, trouble)
 
 
 def read_model(path):
-    """The bytes of a model file; ModelError where they cannot be ONNX."""
+    """The bytes of a model file. Raises ModelError unless they are as export.py wrote them."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -176,64 +166,52 @@ def read_model(path):
     if content.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull")
     if content.startswith(b"PK"):
-        raise ModelError(
-            f"{path} is a checkpoint or another archive, not ONNX: export it with export.py"
-        )
+        raise ModelError(f"{path} is a checkpoint or an archive: export it with export.py")
     if content != sealed(content[: -len(SEAL) - 64]):
-        raise ModelError(
-            f"{path} is damaged, or not a file that export.py wrote: export it again, or fetch it again"
-        )
+        raise ModelError(f"{path} is damaged, or not a file that export.py wrote: export it again")
     return content
 
 
 def sealed(content):
-    """The bytes of an ONNX model with their SHA-256 after them, which is one more entry of the metadata.
+    """The bytes of an ONNX model, followed by one more metadata entry: their SHA-256.
 
-    onnxruntime sees no damage to the weights: a single bit would silently draw other pictures.
+    onnxruntime does not detect corrupted weights: one wrong bit would change the images silently.
     """
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
-def open_session(path, content, threads, tf32=None):
-    """A session of onnxruntime, on the CPU; on CUDA if tf32 says how."""
+def open_session(path, content, threads, provider=CPU, tf32=True):
+    """An onnxruntime session for the bytes of a model. Raises ModelError naming the path."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # an error is ours to report, in one line
+    options.log_severity_level = 4  # errors are reported by this script, in one line
     options.intra_op_num_threads = threads
-    cuda = (
-        "CUDAExecutionProvider",
-        {"use_tf32": str(int(bool(tf32))), "cudnn_conv_algo_search": "HEURISTIC"},
-    )
-    providers = ["CPUExecutionProvider"] if tf32 is None else [cuda, "CPUExecutionProvider"]
+    cuda_options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
+    providers = [(CUDA, cuda_options), CPU] if provider == CUDA else [CPU]
     try:
         return ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # onnxruntime raises its own kinds, one for every way to be broken
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise ModelError(
             f"{path} is not an ONNX model that onnxruntime can load: {one_line(error)}"
         ) from error
 
 
 def read_card(session, path):
-    """The JSON in the model's metadata. Raises ModelError if there is none, or a newer or a broken one."""
+    """The model card, JSON in the metadata. Raises ModelError if it is absent, broken or newer."""
     try:
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if text is None:
             raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
         card = json.loads(text)
         version = card["format"]
-        missing = [
-            key for key in (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ())) if key not in card
-        ]
+        keys = (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ()))
+        missing = [key for key in keys if key not in card]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} has broken metadata: {one_line(error)}") from error
     if version != METADATA_FORMAT:
-        raise ModelError(
-            f"{path} has metadata format {version}, this infer_onnx.py reads {METADATA_FORMAT}: "
-            + (
-                "update infer_onnx.py"
-                if isinstance(version, int) and version > METADATA_FORMAT
-                else "export it again"
-            )
-        )
+        newer = isinstance(version, int) and version > METADATA_FORMAT
+        remedy = "update infer_onnx.py" if newer else "export it again"
+        reads = f"this infer_onnx.py reads {METADATA_FORMAT}"
+        raise ModelError(f"{path} has metadata format {version}, {reads}: {remedy}")
     if missing:
         raise ModelError(f"{path}: no {missing[0]} in its metadata")
     if card["kind"] not in KIND_KEYS or card["model"] not in MODEL_FLAGS:
@@ -241,57 +219,54 @@ def read_card(session, path):
     return card
 
 
-def cuda_trouble():
-    """Why the CUDA provider cannot run here, in words; None if nothing speaks against it.
+# --- Denoise --------------------------------------------------------------------------------------
 
-    onnxruntime does not say: it lists the provider on any machine, and a session falls back to the CPU in silence.
-    """
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        return "this onnxruntime is a build without CUDA (onnxruntime-gpu has it, on Linux and Windows)"
-    windows = os.name == "nt"
+
+def run_session(session, **feed):
+    """The first output of a session for named inputs. Raises RunError if it fails."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver"
-    count, version = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        return "the NVIDIA driver finds no GPU"
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    needed = int(str(getattr(ort, "cuda_version", "") or "12").split(".")[0])
-    if version.value // 1000 < needed:
-        return f"the NVIDIA driver is for CUDA {version.value // 1000}, onnxruntime needs CUDA {needed}"
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; so do we
-            ort.preload_dlls()
-    libraries = [
-        ("cublasLt", needed),
-        ("cudart", needed),
-        ("cudnn", 9),
-        *([] if windows else [("curand", 10)]),
-    ]
-    for library, number in libraries:
-        file = f"{library}64_{number}.dll" if windows else f"lib{library}.so.{number}"
-        try:
-            ctypes.CDLL(file)
-        except OSError:
-            return f'{file} is not installed (pip install "onnxruntime-gpu[cuda,cudnn]" brings it)'
-    return None
+        return session.run(None, feed)[0]
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        reason = one_line(error)
+        raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {reason}") from error
 
 
-def one_line(error):
-    """The first line of an error's text, for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def denoiser(session, y, guidance, null_label, until=math.inf):
+    """denoise(x_t, t) -> network output, with classifier-free guidance (Ho & Salimans 2022).
+
+    output = output_u + guidance * (output_c - output_u), where u is without a class and c is with
+    class y, int64 (B,);  until: guidance above 1 applies at t < until only, else it is 1.
+    """
+    null = np.full_like(y, null_label)
+
+    def network(x_t, t, labels):
+        return run_session(session, x_t=x_t, t=np.full(len(labels), t, np.int64), y=labels)
+
+    def denoise(x_t, t):
+        if not is_guided(guidance, t, until):
+            return network(x_t, t, null if guidance == 0 else y)
+        outputs = network(np.concatenate([x_t, x_t]), t, np.concatenate([null, y]))
+        output_u, output_c = np.split(outputs, 2)
+        return output_u + guidance * (output_c - output_u)
+
+    return denoise
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------
-# The equations are those of ddim.py and ddpm.py word for word: they take arrays of either kind.
+def is_guided(guidance, t, until):
+    """Whether step t needs the network both with a class and without it."""
+    return guidance not in (0, 1) and (guidance < 1 or t < until)
+
+
+# --- Walk -----------------------------------------------------------------------------------------
+# The same functions as in ddim.py and ddpm.py: they work on NumPy arrays and on torch tensors.
 
 
 def time_pairs(num_timesteps, steps):
-    """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer together near the image.
+    """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
-    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest still free: DDIM's appendix D.2 has the exponents 1
-    and 2; benchmarks/trials.py compares them.  Raises ValueError unless 1 <= steps <= T.
+    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free.  DDIM's
+    appendix D.2 has the exponents 1 and 2; benchmarks/trials.py compares them.
+    Raises ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -299,18 +274,23 @@ def time_pairs(num_timesteps, steps):
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def implied(output, x_t, prediction, alpha_bar_t, clip=False):
+def predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t, clip=False):
     """x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps: DDPM eq. (15), DDIM eq. (9);  v: x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v.  With clip,
-    x_0_hat is limited to [-1, 1] and eps_hat is derived again, so that both still make up x_t.
+    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
+    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
+    With clip, x_0_hat is limited to [-1, 1] and eps_hat is derived again: both still make up x_t.
+
     output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
     """
-    signal_t, noise_t = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
+    signal_t = alpha_bar_t**0.5
+    noise_t = (1 - alpha_bar_t) ** 0.5
     if prediction == "eps":
-        x_0_hat, eps_hat = (x_t - noise_t * output) / signal_t, output
+        x_0_hat = (x_t - noise_t * output) / signal_t
+        eps_hat = output
     else:
-        x_0_hat, eps_hat = signal_t * x_t - noise_t * output, signal_t * output + noise_t * x_t
+        x_0_hat = signal_t * x_t - noise_t * output
+        eps_hat = signal_t * output + noise_t * x_t
     if clip:
         x_0_hat = x_0_hat.clip(-1, 1)
         eps_hat = (x_t - signal_t * x_0_hat) / noise_t
@@ -318,67 +298,78 @@ def implied(output, x_t, prediction, alpha_bar_t, clip=False):
 
 
 def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None):
-    """One reverse step, DDIM eq. (12), with sigma_t of eq. (16): eta = 0 is deterministic, 1 is DDPM-like.
+    """One reverse step, DDIM eq. (12), with sigma_t of eq. (16).
 
-    x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers;  noise: like x_0_hat where eta > 0.
+    eta: 0 is deterministic, 1 as noisy as DDPM;  noise: like x_0_hat, used where eta > 0;
+    x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.
     """
     sigma_t = (
         eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
     )
-    x_prev = (
-        alpha_bar_prev**0.5 * x_0_hat + max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5 * eps_hat
-    )
+    direction = max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5
+    x_prev = alpha_bar_prev**0.5 * x_0_hat + direction * eps_hat
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
-def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
-    """What ddim_step takes in place of x_0_hat and eps_hat to be of second order: DPM-Solver++(2M).
-
-    Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat - x_0_last), where h and
-    h_last are this step and the one before in lambda = log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of
-    DDIM eq. (12) with D and the noise that makes up x_t with it.  All alpha_bar below 1: numbers.
-    """
-    last, now, then = (
-        math.log(a / (1 - a)) / 2 for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev)
-    )
-    D = x_0_hat + (then - now) / (now - last) / 2 * (x_0_hat - x_0_last)
-    return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
-
-
 def ddim_sample(
-    denoise,
-    x_T,
-    alpha_bars,
-    pairs,
-    prediction,
-    eta=0.0,
-    clip=True,
-    draw=None,
-    trace=None,
-    solver="ddim",
+    denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, noise=None, trace=None
 ):
-    """Walk from noise to images.
+    """Walk from noise to images by DDIM eq. (12).
 
-    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
-    x_T, called once a step if eta > 0;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0);
-    solver: ddim, or dpm++ with eta = 0, else ValueError.  Returns x_0 like x_T, in [-1, 1] with clip.
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
+    noise: () -> standard normal noise like x_T, called once a step where eta > 0;
+    trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
+    Returns x_0, like x_T, in [-1, 1] with clip.
     """
-    if solver != "ddim" and (solver != "dpm++" or eta > 0):
-        raise ValueError(f"solver {solver!r} with eta {eta}: it must be ddim, or dpm++ with eta 0")
-    x_t, last = x_T, None
+    x_t = x_T
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
-        x_0_hat, eps_hat = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
-        now = x_0_hat, alpha_bar_t
-        if solver == "dpm++" and last and t_prev >= 0:  # the first step and the last are DDIM's
-            x_0_hat, eps_hat = dpm_extrapolate(x_t, *now, alpha_bar_prev, *last)
-        last = now
-        x_t = ddim_step(
-            x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, draw() if eta > 0 else None
-        )
+        step_noise = noise() if eta > 0 else None
+        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, step_noise)
+    if trace is not None:
+        trace.append((-1, x_t, x_t))
+    return x_t
+
+
+def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
+    """D and its noise: what ddim_step takes for x_0_hat and eps_hat to be of second order.
+
+    Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat -
+    x_0_last), where h and h_last are this step and the one before, measured in lambda =
+    log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of DDIM eq. (12) with D, and with the
+    noise that makes up x_t together with D.
+
+    x_t, x_0_hat, x_0_last: (B, C, H, W);  all alpha_bar: numbers in (0, 1).
+    """
+    lambda_last = math.log(alpha_bar_last / (1 - alpha_bar_last)) / 2
+    lambda_t = math.log(alpha_bar_t / (1 - alpha_bar_t)) / 2
+    lambda_prev = math.log(alpha_bar_prev / (1 - alpha_bar_prev)) / 2
+    D = x_0_hat + (lambda_prev - lambda_t) / (lambda_t - lambda_last) / 2 * (x_0_hat - x_0_last)
+    return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
+
+
+def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None):
+    """Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
+
+    The first step and the last are those of DDIM.  Arguments and result as in ddim_sample.
+    """
+    x_t = x_T
+    last = None  # x_0_hat and alpha_bar of the step before
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        D, D_eps = x_0_hat, eps_hat
+        if last is not None and t_prev >= 0:
+            D, D_eps = dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, *last)
+        last = x_0_hat, alpha_bar_t
+        x_t = ddim_step(D, D_eps, alpha_bar_t, alpha_bar_prev)
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -387,292 +378,217 @@ def ddim_sample(
 def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
     """Mean and variance of q(x_prev | x_t, x_0 = x_0_hat).
 
-    DDPM eq. (7) for the mean; the variance is that of the same equation (small), or beta_t (large), section 3.2.  With
-    skipped steps beta_t = 1 - alpha_bar_t / alpha_bar_prev, Nichol & Dhariwal section 4.
-    x_0_hat, x_t: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.  Returns (like x_t, a number).
+    DDPM eq. (7) for the mean; the variance is that of the same equation (small), or beta_t (large),
+    section 3.2.  With skipped steps beta_t = 1 - alpha_bar_t / alpha_bar_prev, Nichol & Dhariwal
+    section 4.
+
+    x_0_hat, x_t: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.
+    Returns (like x_t, a number).
     """
     alpha_t = alpha_bar_t / alpha_bar_prev
     beta_t = 1 - alpha_t
     mean = alpha_bar_prev**0.5 * beta_t / (1 - alpha_bar_t) * x_0_hat
     mean = mean + alpha_t**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
-    return mean, beta_t if variance == "large" else (1 - alpha_bar_prev) / (
-        1 - alpha_bar_t
-    ) * beta_t
+    if variance == "large":
+        return mean, beta_t
+    return mean, (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
 
 
 def ddpm_sample(
-    denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, draw=None, trace=None
+    denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, noise=None, trace=None
 ):
     """Walk from noise to images: DDPM algorithm 2.
 
-    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  draw: () -> noise like
-    x_T, called on every step but the last;  trace: a list that gets (t, x_t, x_0_hat) of every step and (-1, x_0, x_0).
-    Returns x_0 like x_T, in [-1, 1] with clip.
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
+    noise: () -> standard normal noise like x_T, called on every step but the last;
+    trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
+    Returns x_0, like x_T, in [-1, 1] with clip.
     """
     x_t = x_T
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
-        x_0_hat, _ = implied(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        x_0_hat, _ = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
         mean, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
-        x_t = mean + sigma_squared**0.5 * draw() if t_prev >= 0 else mean
+        x_t = mean + sigma_squared**0.5 * noise() if t_prev >= 0 else mean
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
 
 
-def draw_codes(prior, labels, streams, latent_dim, truncation=None):
-    """One latent code for each image: float32 (N, D).
+# --- Picture --------------------------------------------------------------------------------------
 
-    prior: None for N(0, 1), else of each class y a mixture: component k with the probability weights[y, k], then
-    means[y, k] + L @ noise, scales[y, k] being the lower triangle of L, row by row;  labels: list of int;  streams: as
-    draw_noise takes them;  truncation: redraw noise beyond +- so much (BigGAN, Brock et al. 2018, section 3.1).
+
+def sample(
+    model, labels, *, steps=None, guidance=None, guidance_limit=None, solver="ddim", eta=0.0,
+    variance="small", truncation=None, prior="fitted", seed=0, first=0, batch_size=100,
+):  # fmt: skip
+    """Sample one image for each label: uint8 (N, C, 32, 32); image i has noise (seed, first + i).
+
+    model: from load_model;  labels: list of int, indices into the class names of the card;
+    steps, guidance, guidance_limit: of diffusion models, default from the card;
+    solver, eta: of ddim and ldm;  variance: of ddpm;  truncation: of vae and gan;  prior: of vae.
+    Raises ValueError for other labels or solvers, RunError if the network fails or its output is
+    not finite.
     """
-    codes = draw_noise(streams, (latent_dim,))
-    while truncation and (beyond := np.abs(codes) > truncation).any():
-        rows = np.flatnonzero(beyond.any(axis=1))  # or the others' streams would go on with them
-        again = draw_noise([streams[i] for i in rows], (latent_dim,))
-        codes[rows] = np.where(beyond[rows], again, codes[rows])
-    if prior is not None:
-        factor, lower = np.zeros((latent_dim, latent_dim), np.float32), np.tril_indices(latent_dim)
-        for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
-            k = int((stream.random() >= np.cumsum(prior["weights"][y])[:-1]).sum())
-            factor[lower] = prior["scales"][y][k]
-            codes[i] = prior["means"][y][k] + factor @ codes[i]
-    return codes
+    card = model.card
+    num_classes = len(card["class_names"])
+    if not labels or not all(0 <= y < num_classes for y in labels):
+        # Without this check CUDA would read beyond the table of class embeddings.
+        raise ValueError(f"labels {labels} must be one or more of 0..{num_classes - 1}")
+    if card["kind"] == "codes":
+        mixture = fitted_prior(card) if prior == "fitted" else None
+        streams = noise_streams(seed, range(first, first + len(labels)))
+        codes = sample_codes(mixture, labels, streams, card["latent_dim"], truncation)
+        return decode_codes(model, codes, class_weights(labels, num_classes), batch_size)
+    if solver not in SOLVERS or (solver == "dpm++" and eta > 0):
+        raise ValueError(f"solver {solver!r} with eta {eta}: it must be ddim, or dpm++ with eta 0")
+    alpha_bars = np.array(card["alpha_bars"], np.float64)
+    options = diffusion_options(card, steps, guidance, guidance_limit)
+    pairs = time_pairs(len(alpha_bars), options["steps"])
+    until = len(alpha_bars) * options["guidance_limit"]
+    latent_shape = card.get("latent_shape")  # of an LDM
+    clip = not latent_shape
+
+    def walk(indices):
+        streams = noise_streams(seed, [first + i for i in indices])
+
+        def noise():
+            return next_noise(streams, latent_shape or card["image_shape"])
+
+        y = np.array([labels[i] for i in indices], np.int64)
+        denoise = denoiser(model.session, y, options["guidance"], card["null_label"], until)
+        arguments = (denoise, noise(), alpha_bars, pairs, card["prediction"])
+        if card["model"] == "ddpm":
+            x_0 = ddpm_sample(*arguments, variance=variance, clip=clip, noise=noise)
+        elif solver == "dpm++":
+            x_0 = dpm_sample(*arguments, clip=clip)
+        else:
+            x_0 = ddim_sample(*arguments, eta=eta, clip=clip, noise=noise)
+        if not latent_shape:
+            return x_0
+        mean = np.array(card["latent_mean"], np.float32).reshape(-1, 1, 1)
+        std = np.array(card["latent_std"], np.float32).reshape(-1, 1, 1)
+        return run_session(model.parts["decoder"], z=x_0 * std + mean)
+
+    return in_batches(model, walk, len(labels), batch_size)
+
+
+def diffusion_options(card, steps=None, guidance=None, guidance_limit=None):
+    """{"steps", "guidance", "guidance_limit"}: where one is None, the model's default."""
+    given = {"steps": steps, "guidance": guidance, "guidance_limit": guidance_limit}
+    return {key: card[key] if value is None else value for key, value in given.items()}
+
+
+def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
+    """Network evaluations per image, with options as in `sample`: a guided step takes two."""
+    if card["kind"] == "codes":
+        return 1
+    num_timesteps = len(card["alpha_bars"])
+    options = diffusion_options(card, steps, guidance, guidance_limit)
+    until = num_timesteps * options["guidance_limit"]
+    pairs = time_pairs(num_timesteps, options["steps"])
+    return sum(2 if is_guided(options["guidance"], t, until) else 1 for t, _ in pairs)
 
 
 def fitted_prior(card):
-    """The mixture of each class in a card, as arrays for draw_codes; None is N(0, 1)."""
+    """The Gaussian mixtures in a card as arrays for sample_codes; None stands for N(0, 1)."""
     if card["prior"] is None:
         return None
     arrays = {}
     for key, part in card["prior"].items():
-        dtype, form = ("float16", "<f2") if key == "scales" else ("float32", "<f4")
-        arrays[key] = np.frombuffer(base64.b64decode(part[dtype]), form).reshape(part["shape"])
+        dtype, stored = ("float16", "<f2") if key == "scales" else ("float32", "<f4")
+        arrays[key] = np.frombuffer(base64.b64decode(part[dtype]), stored).reshape(part["shape"])
     return arrays
 
 
-def run_session(session, **feed):
-    """The first output of a session for named inputs; RunError if it fails."""
-    try:
-        return session.run(None, feed)[0]
-    except Exception as error:  # onnxruntime's own kinds; memory is the usual one
-        raise RunError(
-            f"onnxruntime failed, a smaller --batch-size may help: {one_line(error)}"
-        ) from error
+def decode_codes(model, codes, classes, batch_size=100):
+    """uint8 images of codes float32 (N, D) of a VAE or GAN; classes: from class_weights."""
 
+    def decode(indices):
+        return run_session(model.session, z=codes[indices], classes=classes[indices])
 
-def denoiser(session, y, guidance, null_label, until=math.inf):
-    """denoise(x_t, t) -> network output, with classifier-free guidance as in ddim.py's `guided`. y: int64 (B,)."""
-    null = np.full_like(y, null_label)
-
-    def run(x_t, t, labels):
-        return run_session(session, x_t=x_t, t=np.full(len(labels), t, np.int64), y=labels)
-
-    def denoise(x_t, t):
-        if guidance in (0, 1) or (guidance > 1 and t >= until):
-            return run(x_t, t, y if guidance else null)
-        output_u, output_c = np.split(
-            run(np.concatenate([x_t, x_t]), t, np.concatenate([null, y])), 2
-        )
-        return output_u + guidance * (output_c - output_u)
-
-    return denoise
-
-
-def as_bytes(images):
-    """Images in [-1, 1] -> uint8 0..255; RunError if they are no finite numbers."""
-    if not np.isfinite(images).all():
-        raise RunError("the network gave numbers that are not finite")
-    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-
-
-def in_batches(model, draw, count, batch_size):
-    """uint8 images, `count` of them, of draw(indices); on CUDA in batches of one size, since cuDNN tunes for each."""
-    on_cuda, images = model.session.get_providers()[0] == "CUDAExecutionProvider", []
-    for first in range(0, count, batch_size):
-        indices = list(range(first, min(first + batch_size, count)))
-        size = len(indices)
-        if on_cuda and first > 0:
-            indices += indices[-1:] * (batch_size - size)
-        images.append(as_bytes(draw(indices)[:size]))
-        if count > batch_size and sys.stderr.isatty():
-            print(f"\r{first + size} of {count} images", end="", file=sys.stderr, flush=True)
-    if count > batch_size and sys.stderr.isatty():
-        print(file=sys.stderr)
-    return np.concatenate(images)
-
-
-def sample(
-    model, labels, *, steps=None, guidance=None, guidance_limit=None, solver="ddim", eta=0.0, variance="small",
-    truncation=None, prior="fitted", seed=0, first=0, batch_size=100,
-):  # fmt: skip
-    """Draw one image for each label: uint8 (N, C, 32, 32). Image i depends on (seed, first + i), not on the batch.
-
-    model: from load_model;  labels: list of int, classes of its card;  steps, guidance, guidance_limit: of diffusion
-    models, else the card's;  solver, eta: for ddim and ldm;  variance: for ddpm;  truncation: for vae and gan;
-    prior: for vae.
-    Raises ValueError for other labels or solvers, RunError if the network fails or gives no finite numbers.
-    """
-    card = model.card
-    if not labels or not all(
-        0 <= y < len(card["class_names"]) for y in labels
-    ):  # CUDA would read past the table
-        raise ValueError(
-            f"labels {labels} must be one or more of 0..{len(card['class_names']) - 1}"
-        )
-    if card["kind"] == "codes":
-        mixture = fitted_prior(card) if prior == "fitted" else None
-        streams = noise_streams(seed, range(first, first + len(labels)))
-        codes = draw_codes(mixture, labels, streams, card["latent_dim"], truncation)
-        return decode_codes(
-            model, codes, class_weights(labels, len(card["class_names"])), batch_size
-        )
-    guidance = card["guidance"] if guidance is None else guidance
-    alpha_bars = np.array(card["alpha_bars"], np.float64)
-    until = len(alpha_bars) * (card["guidance_limit"] if guidance_limit is None else guidance_limit)
-    pairs = time_pairs(len(alpha_bars), card["steps"] if steps is None else steps)
-    latent = card.get("latent_shape")
-    walk, options = ddim_sample, {"eta": eta, "solver": solver}
-    if card["model"] == "ddpm":
-        walk, options = ddpm_sample, {"variance": variance}
-
-    def drawn(indices):
-        streams = noise_streams(seed, [first + i for i in indices])
-
-        def draw():
-            return draw_noise(streams, latent or card["image_shape"])
-
-        y = np.array([labels[i] for i in indices], np.int64)
-        denoise = denoiser(model.session, y, guidance, card["null_label"], until)
-        x_0 = walk(
-            denoise,
-            draw(),
-            alpha_bars,
-            pairs,
-            card["prediction"],
-            clip=not latent,
-            draw=draw,
-            **options,
-        )
-        if not latent:
-            return x_0
-        mean, std = (
-            np.array(card[key], np.float32).reshape(-1, 1, 1)
-            for key in ("latent_mean", "latent_std")
-        )
-        return run_session(model.parts["decoder"], z=x_0 * std + mean)
-
-    return in_batches(model, drawn, len(labels), batch_size)
+    return in_batches(model, decode, len(codes), batch_size)
 
 
 def class_weights(labels, num_classes):
-    """What a decoder takes for classes: float32 (N, num_classes), 1 for the label."""
+    """Class input of VAE and GAN: float32 (N, num_classes), 1 for the label and 0 elsewhere."""
     return np.eye(num_classes, dtype=np.float32)[labels]
 
 
-def decode_codes(model, codes, classes, batch_size=100):
-    """uint8 images of codes float32 (N, D) and class weights float32 (N, classes)."""
-    return in_batches(
-        model,
-        lambda i: run_session(model.session, z=codes[i], classes=classes[i]),
-        len(codes),
-        batch_size,
-    )
+def in_batches(model, images_of, count, batch_size):
+    """uint8 images 0 ... count - 1, batch by batch from images_of(indices), in [-1, 1].
 
-
-def on_the_way(model, ends, labels, count, keep_length, batch_size):
-    """uint8 images on the way from one code to another and from one class to another, `count` of them.
-
-    ends: codes float32 (2, D);  labels: two classes;  keep_length: lengthen codes as a straight line shortens noise.
+    On CUDA the last batch is filled up, since cuDNN tunes itself anew for every batch size.
     """
-    weight = np.linspace(0, 1, count, dtype=np.float32)[:, None]
-    classes = class_weights(labels, len(model.card["class_names"]))
-    codes, lengths = line(*ends, weight), [np.linalg.norm(z) for z in ends]
-    if keep_length:
-        codes = codes / np.linalg.norm(codes, axis=1, keepdims=True) * line(*lengths, weight)
-    return decode_codes(model, codes.astype(np.float32), line(*classes, weight), batch_size)
+    images = []
+    for start in range(0, count, batch_size):
+        indices = list(range(start, min(start + batch_size, count)))
+        size = len(indices)
+        if model.provider == CUDA and start > 0:
+            indices += indices[-1:] * (batch_size - size)
+        images.append(as_bytes(images_of(indices)[:size]))
+        if count > batch_size and sys.stderr.isatty():
+            end = "" if start + size < count else "\n"
+            print(f"\r{start + size} of {count} images", end=end, file=sys.stderr, flush=True)
+    return np.concatenate(images)
 
 
-def line(a, b, weight):
-    return a + weight * (b - a)
+def as_bytes(images):
+    """Images in [-1, 1] -> uint8 0..255. Clips; raises RunError if they are not finite."""
+    if not np.isfinite(images).all():
+        raise RunError("the output of the network is not finite")
+    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
-# --- Noise and classes, as in common.py -------------------------------------------------------------------------
+def to_picture(images, columns):
+    """uint8 (N, C, H, W) -> one PIL picture: a grid like torchvision's, enlarged up to 8 times."""
+    n, c, h, w = images.shape
+    gap = 2 if n > 1 else 0
+    rows = math.ceil(n / columns)
+    grid = np.zeros((rows * (h + gap) + gap, columns * (w + gap) + gap, c), np.uint8)
+    for i, image in enumerate(images):
+        top = i // columns * (h + gap) + gap
+        left = i % columns * (w + gap) + gap
+        grid[top : top + h, left : left + w] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
+    scale = max(1, min(8, 1000 // picture.width))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def noise_streams(seed, indices):
-    """One NumPy generator per image, keyed by (seed, image index).
+def write_images(images, labels, class_names, path, columns, texts, first=0):
+    """Write uint8 images to a .png (a grid), an .npz (x, y, class_names) or a folder of PNGs.
 
-    Image i starts from the same noise whatever the batch, the device or the runtime (torch or ONNX Runtime).
+    texts: {key: value} for the metadata of every PNG;  first: number of the first file in a folder.
     """
-    return [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+    if path.suffix == ".npz":
+        arrays = {"x": images, "y": np.array(labels), "class_names": np.array(class_names)}
+        with written_whole(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    elif path.suffix == ".png":
+        names = ", ".join(class_names[y] for y in dict.fromkeys(labels))
+        save_png(to_picture(images, columns), path, {**texts, "class": names})
+    else:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
+            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+            file = path / f"{i:05d}_{file_stem(class_names[label])}.png"
+            save_png(picture, file, {**texts, "class": class_names[label], "image": i})
 
 
-def draw_noise(streams, shape):
-    """The next standard normal array of every stream: float32 (len(streams), *shape)."""
-    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
-
-
-def check_output(path, endings, given=()):
-    """Refuse an output that could not be written, before the work is done.
-
-    endings: of its name; "" is a folder;  given: names of images, or None, which it may not replace.
-    """
-    if path.suffix not in endings:
-        names = " or ".join(ending for ending in endings if ending)
-        raise InputError(
-            f"--output {path}: the name must end in {names}" + ", or be a folder" * ("" in endings)
-        )
-    if path.is_dir() and (path.suffix or any(path.iterdir())):
-        raise InputError(f"--output {path} is a folder that holds files: name another")
-    if path.is_file() and not path.suffix:
-        raise InputError(
-            f"--output {path} is a file, where a folder for pictures would go: name another"
-        )
-    if path.resolve() in [Path(name).resolve() for name in given if name]:
-        raise InputError(f"{path} is an image that is given: name another --output")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
-
-
-def file_stem(class_name):
-    """'T-shirt/top' -> 't-shirt-top': safe in a file name, and one that parse_classes understands."""
-    return "".join(c if c.isalnum() else "-" for c in class_name.lower())
-
-
-def parse_classes(text, class_names):
-    """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices. Raises InputError naming close matches."""
-    if text.strip().lower() == "all":
-        return list(range(len(class_names)))
-    lower = [file_stem(name) for name in class_names]
-    indices = []
-    for part in (p.strip() for p in text.split(",")):
-        if file_stem(part) in lower:
-            indices.append(lower.index(file_stem(part)))
-        elif part.isascii() and part.isdecimal() and len(part) < 6 and int(part) < len(class_names):
-            indices.append(int(part))
-        else:
-            close = difflib.get_close_matches(file_stem(part), lower, n=3) or lower[:10]
-            names = ", ".join(class_names[lower.index(c)] for c in close)
-            raise InputError(
-                f"no class {part!r}: did you mean {names}? (or 0..{len(class_names) - 1}, or all)"
-            )
-    return indices
-
-
-# --- Output -----------------------------------------------------------------------------------------------------
+def save_png(picture, path, texts):
+    """Write a PIL picture as PNG, with {key: value} texts in its metadata."""
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, str(value))
+    with written_whole(path) as scratch:
+        picture.save(scratch, format="png", pnginfo=info)
 
 
 @contextmanager
 def written_whole(path):
-    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds, delete it if not."""
+    """Yield a temporary path beside `path`, which replaces `path` only if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -685,48 +601,227 @@ def written_whole(path):
         scratch.unlink(missing_ok=True)
 
 
-def to_picture(images, columns):
-    """uint8 (N, C, H, W) -> one PIL picture like torchvision's grid, `columns` wide, up to 8 times the size."""
-    n, c, h, w = images.shape
-    gap = 2 if n > 1 else 0
-    grid = np.zeros((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap, c), np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
-        grid[top : top + h, left : left + w] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
-    scale = max(1, min(8, 1000 // picture.width))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+# --- Noise, codes and classes ---------------------------------------------------------------------
+# The same functions as in the model scripts and the files that they share.
 
 
-def save(images, labels, class_names, path, columns, texts, first=0):
-    """Write uint8 images to a .png (grid), an .npz (x, y) or a folder of PNGs, numbered from `first` on.
+def noise_streams(seed, indices):
+    """One NumPy generator per image, keyed by (seed, image index).
 
-    texts: {key: value}, go into every PNG.
+    Image i starts from the same noise whatever the batch, the device or the runtime (torch or
+    ONNX Runtime).
     """
-    if path.suffix == ".npz":
-        with written_whole(path) as scratch, scratch.open("wb") as file:
-            np.savez_compressed(
-                file, x=images, y=np.array(labels), class_names=np.array(class_names)
-            )
-        return
-    info = PngInfo()
-    for key, value in texts.items():
-        info.add_text(key, str(value))
-    if path.suffix == ".png":
-        info.add_text("class", ", ".join(class_names[y] for y in dict.fromkeys(labels)))
-        with written_whole(path) as scratch:
-            to_picture(images, columns).save(scratch, format="png", pnginfo=info)
-        return
-    for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
-        own = PngInfo()
-        for key, value in (*texts.items(), ("class", class_names[label]), ("image", i)):
-            own.add_text(key, str(value))
-        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-        with written_whole(path / f"{i:05d}_{file_stem(class_names[label])}.png") as scratch:
-            picture.save(scratch, format="png", pnginfo=own)
+    return [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+def next_noise(streams, shape):
+    """The next standard normal array of every stream: float32 (len(streams), *shape)."""
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
+def sample_codes(prior, labels, streams, latent_dim, truncation=None):
+    """One latent code per label: float32 (N, D).
+
+    prior: None for N(0, 1), else a Gaussian mixture for each class y: component k has probability
+    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
+    by row;  labels: list of int;  streams: from noise_streams;  truncation: noise beyond
+    +-truncation is sampled again (BigGAN, Brock et al. 2018, section 3.1).
+    """
+    codes = next_noise(streams, (latent_dim,))
+    limit = truncation or math.inf
+    while (beyond := np.abs(codes) > limit).any():
+        rows = np.flatnonzero(beyond.any(axis=1))  # other streams stay: images are independent
+        again = next_noise([streams[i] for i in rows], (latent_dim,))
+        codes[rows] = np.where(beyond[rows], again, codes[rows])
+    if prior is None:
+        return codes
+    L = np.zeros((latent_dim, latent_dim), np.float32)
+    lower = np.tril_indices(latent_dim)
+    for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
+        thresholds = np.cumsum(prior["weights"][y])[:-1]
+        k = int((stream.random() >= thresholds).sum())
+        L[lower] = prior["scales"][y][k]
+        codes[i] = prior["means"][y][k] + L @ codes[i]
+    return codes
+
+
+def file_stem(class_name):
+    """'T-shirt/top' -> 't-shirt-top': safe in a file name, and understood by parse_classes."""
+    return "".join(c if c.isalnum() else "-" for c in class_name.lower())
+
+
+def parse_classes(text, class_names):
+    """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices.
+
+    Raises InputError, which suggests similar names.
+    """
+    if text.strip().lower() == "all":
+        return list(range(len(class_names)))
+    stems = [file_stem(name) for name in class_names]
+    indices = []
+    for part in text.split(","):
+        part = part.strip()
+        stem = file_stem(part)
+        if stem in stems:
+            indices.append(stems.index(stem))
+        elif part.isascii() and part.isdecimal() and len(part) < 6 and int(part) < len(stems):
+            indices.append(int(part))
+        else:
+            similar = difflib.get_close_matches(stem, stems, n=3) or stems[:10]
+            names = ", ".join(class_names[stems.index(s)] for s in similar)
+            last = len(stems) - 1
+            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{last}, or all)")
+    return indices
+
+
+# --- Diagnosis ------------------------------------------------------------------------------------
+
+
+def cuda_trouble():
+    """The reason why the CUDA provider cannot run on this machine; None if there is none.
+
+    onnxruntime lists the provider on any machine, and falls back to the CPU silently.
+    """
+    if CUDA not in ort.get_available_providers():
+        return "this is onnxruntime without CUDA (onnxruntime-gpu has it, on Linux and Windows)"
+    windows = os.name == "nt"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver"
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "the NVIDIA driver finds no GPU"
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    supported = version.value // 1000
+    needed = int(str(getattr(ort, "cuda_version", "") or "12").split(".")[0])
+    if supported < needed:
+        return f"the NVIDIA driver is for CUDA {supported}, onnxruntime needs CUDA {needed}"
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):  # it prints what is missing, as we do below
+            ort.preload_dlls()
+    libraries = {"cublasLt": needed, "cudart": needed, "cudnn": 9}
+    if not windows:
+        libraries["curand"] = 10
+    for library, major in libraries.items():
+        file = f"{library}64_{major}.dll" if windows else f"lib{library}.so.{major}"
+        try:
+            ctypes.CDLL(file)
+        except OSError:
+            return f"{file} is not installed: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    return None
+
+
+def part_inputs(shapes, probe, num_classes, count=1):
+    """Inputs {name: array} to check a network with: noise, and the class and timestep of the probe.
+
+    shapes: {name: shape without the batch};  probe: {"seed", "y", and "t" of diffusion models}.
+    """
+    inputs = {}
+    for name, shape in shapes.items():
+        if name in ("t", "y"):
+            inputs[name] = np.full(count, probe[name], np.int64)
+        elif name == "classes":
+            inputs[name] = class_weights([probe["y"]] * count, num_classes)
+        else:
+            inputs[name] = next_noise(noise_streams(probe["seed"], range(count)), shape)
+    return inputs
+
+
+def check(model):
+    """Compare the outputs of the network and its parts with those at export. Raises RunError."""
+    card = model.card
+    networks = {card["model"]: (model.session, card["probe"])}
+    networks |= {name: (model.parts[name], part) for name, part in card["parts"].items()}
+    limit = 1e-4 if model.provider == CPU else 1e-2  # CUDA: TF32
+    for name, (session, exported) in networks.items():
+        if "output" not in exported:
+            raise RunError(f"the {name} was exported before exports were checked: export it again")
+        shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
+        inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
+        expected = np.array(exported["output"], np.float32)
+        found = run_session(session, **inputs).ravel()[: len(expected)]
+        difference = np.abs(found - expected).max()
+        if not difference <= limit:
+            differ = f"{name}'s outputs differ by {difference:.1e} from the export's"
+            raise RunError(f"the check failed: {differ}, limit {limit:.0e}")
+        print(f"check passed: {name}'s outputs within {difference:.1e} of those at the export")
+
+
+# --- Images of a VAE or GAN -----------------------------------------------------------------------
+
+
+def read_image(path, image_shape):
+    """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):  # pillow would silently clip these to white
+                raise ValueError("more than 8 bits a channel")
+            picture = picture.convert("L" if image_shape[0] == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable image ({one_line(error)})") from error
+    if picture.size == (28, 28):
+        picture = ImageOps.expand(picture, 2)
+    elif picture.size != (32, 32):
+        picture = picture.resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = np.array(picture).reshape(32, 32, -1).transpose(2, 0, 1)
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def decode_between(model, ends, labels, count, batch_size):
+    """`count` uint8 images on the line from one code to another, and from one class to another.
+
+    ends: codes float32 (2, D);  labels: two classes.
+    """
+    weight = np.linspace(0, 1, count, dtype=np.float32)[:, None]
+
+    def line(a, b):
+        return a + weight * (b - a)
+
+    codes = line(*ends)
+    if model.card["model"] == "gan":  # its codes are noise, which a straight line would shorten
+        lengths = line(*(np.linalg.norm(z) for z in ends))
+        codes = codes / np.linalg.norm(codes, axis=1, keepdims=True) * lengths
+    classes = line(*class_weights(labels, len(model.card["class_names"])))
+    return decode_codes(model, codes.astype(np.float32), classes, batch_size)
+
+
+def images_of_flags(model, args, classes, options, first, stop):
+    """What the flags ask for: uint8 images, their labels, and the columns of their grid.
+
+    options: of `sample`;  first, stop: the images of this --shard.
+    """
+    card, count, size = model.card, args.num_samples, args.batch_size
+    if args.reconstruct or args.between:
+        paths = args.reconstruct or args.between
+        x = np.stack([read_image(path, card["image_shape"]) for path in paths])
+        weights = class_weights(classes * len(x), len(card["class_names"]))
+        batches = [slice(i, i + size) for i in range(0, len(x), size)]
+        encoder = model.parts["encoder"]
+        codes = [run_session(encoder, x=x[batch], classes=weights[batch]) for batch in batches]
+        codes = np.concatenate(codes)
+        if args.between:
+            images = decode_between(model, codes, classes * 2, count, size)
+            return images, classes * count, count
+        images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, size)])
+        return images, classes * len(images), len(x)
+    if args.interpolate:
+        prior = fitted_prior(card) if options.get("prior", "fitted") == "fitted" else None
+        to_class = args.interpolate == "class"  # with the same noise, else two noises of each class
+        pairs = [classes] if to_class else [[y, y] for y in classes]
+        images = []
+        for pair in pairs:
+            streams = noise_streams(args.seed, [0, 0] if to_class else [0, 1])
+            ends = sample_codes(prior, pair, streams, card["latent_dim"], args.truncation)
+            images.append(decode_between(model, ends, pair, count, size))
+        return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
+    labels = [y for y in classes for _ in range(count)][first:stop]
+    images = sample(model, labels, seed=args.seed, first=first, batch_size=size, **options)
+    return images, labels, count if 1 < count <= 20 else min(10, len(labels))
+
+
+# --- Command line ---------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -742,13 +837,12 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            limits = f"{'above' if above else 'from'} {low}" + (
-                f" to {high}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a {'whole ' * (kind is int)}number {limits}"
-            )
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            noun = "whole number" if kind is int else "number"
+            limits = f"above {low}" if above else f"from {low}"
+            if high < math.inf:
+                limits += f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {limits}")
         return value
 
     return parse
@@ -761,353 +855,189 @@ def shard(text):
     return number(int, 1, parts)(part), parts
 
 
+# fmt: off
+def add_model_flags(parser):
+    """Add the flags that choose a model, where it runs and how it samples."""
+    add = parser.add_argument
+    add("--model", default="ddim",
+        help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
+    add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
+        help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
+    add("--threads", type=number(int, 0, 1024), default=0,
+        help="threads on the CPU, 0 for one per core (0)")
+    add("--no-tf32", dest="tf32", action="store_false",
+        help="on CUDA, multiply in full float32 instead of TF32: slower (off)")
+    add("--steps", type=number(int, 1),
+        help="number of sampling steps, 1 to T (the model's default)")
+    add("--guidance", type=number(float, 0),
+        help="classifier-free guidance weight, 0 or more: 0 ignores the class, 1 is plain "
+             "conditional sampling, above 1 is guided (the model's default)")
+    add("--guidance-limit", type=number(float, 0, 1),
+        help="guide only at t below this fraction of T, 0 to 1 (the model's default)")
+    add("--solver", choices=SOLVERS,
+        help="of ddim and ldm: dpm++ is DPM-Solver++(2M), of second order, for few steps (ddim)")
+    add("--eta", type=number(float, 0, 1),
+        help="of ddim and ldm: noise of each step, from 0, deterministic, to 1, as in DDPM (0)")
+    add("--variance", choices=("small", "large"),
+        help="of ddpm: variance of each step: small is the posterior's, large is beta_t (small)")
+    add("--truncation", type=number(float, 0.1),
+        help="of vae and gan: sample noise beyond +- this value again, 0.1 or more (no limit)")
+    add("--prior", choices=("fitted", "normal"),
+        help="of vae: sample codes from the mixture fitted to each class, or from N(0, 1) (fitted)")
+
+
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="infer_onnx.py", description=__doc__, formatter_class=raw, allow_abbrev=False
-    )
+    parser = Parser(prog="infer_onnx.py", description=__doc__, formatter_class=raw,
+                    allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--class",
-        dest="class_",
-        metavar="NAME",
-        default="all",
-        help="name or index, several with commas, or all (all)",
-    )
-    add(
-        "--num-samples",
-        type=number(int, 1, 1_000_000),
-        default=1,
-        help="images of each class, or frames (1)",
-    )
-    add(
-        "--steps", type=number(int, 1), help="steps of the sampler, at most T (the model's default)"
-    )
-    add(
-        "--guidance",
-        type=number(float, 0),
-        help="0 no class, 1 plain class, above 1 guided (the model's default)",
-    )
-    add(
-        "--guidance-limit",
-        type=number(float, 0, 1),
-        help="guide at t below this share of T (the model's default)",
-    )
-    add(
-        "--solver",
-        choices=SOLVERS,
-        help="of ddim and ldm: dpm++ is of second order, for few steps (ddim)",
-    )
-    add(
-        "--eta",
-        type=number(float, 0, 1),
-        help="of ddim and ldm: 0 deterministic ... 1 as noisy as DDPM (0)",
-    )
-    add(
-        "--variance", choices=("small", "large"), help="of ddpm: the posterior's, or beta_t (small)"
-    )
-    add(
-        "--truncation",
-        type=number(float, 0.1),
-        help="of vae and gan: redraw noise beyond +- this (not)",
-    )
-    add("--prior", choices=("fitted", "normal"), help="of vae: where codes are drawn from (fitted)")
-    add(
-        "--interpolate",
-        choices=("noise", "class"),
-        help="of vae and gan: between two noises of a class, or two classes",
-    )
-    add(
-        "--reconstruct",
-        metavar="FILE",
-        nargs="+",
-        help="of vae: images (with --class), and as decoded from their codes",
-    )
-    add(
-        "--between",
-        metavar="FILE",
-        nargs=2,
-        help="of vae: from one image to the other, in --num-samples frames",
-    )
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (0)")
-    add("--batch-size", type=number(int, 1), default=100, help="images at a time (100)")
-    add(
-        "--shard",
-        type=shard,
-        metavar="I/N",
-        help="the I-th of N parts of the images, for several machines",
-    )
-    add(
-        "--model",
-        default="ddim",
-        help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)",
-    )
-    add("--output", type=Path, help="a .png grid, an .npz, or a folder for PNGs (CLASS.png)")
-    add(
-        "--provider",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="cuda is that or an error (auto)",
-    )
-    add("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0 is one per core (0)")
-    add(
-        "--no-tf32",
-        dest="tf32",
-        action="store_false",
-        help="on CUDA: full float32 products, slower",
-    )
-    add("--info", action="store_true", help="print what the model file says of itself")
-    add(
-        "--check",
-        action="store_true",
-        help="compare the network here with what it gave where it was exported",
-    )
-    add(
-        "--benchmark",
-        action="store_true",
-        help="time network evaluations and images at several batch sizes",
-    )
+    add("--class", dest="class_", metavar="NAME", default="all",
+        help="class name or index, several separated by commas, or all (all)")
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1,
+        help="number of images of each class, or of frames between two images (1)")
+    add_model_flags(parser)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--interpolate", choices=("noise", "class"),
+        help="of vae and gan: --num-samples frames between two noises of a class, or two classes")
+    group.add_argument("--reconstruct", metavar="FILE", nargs="+",
+        help="of vae: these images of one --class, and the images decoded from their codes")
+    group.add_argument("--between", metavar="FILE", nargs=2,
+        help="of vae: --num-samples frames between two images of one --class")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (0)")
+    add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
+    add("--output", type=Path, help="a .png (grid), an .npz, or a folder for PNGs (CLASS.png)")
+    add("--shard", type=shard, metavar="I/N",
+        help="only the I-th of N parts of the images, to share work between machines (all)")
+    add("--info", action="store_true", help="print what the model file says about itself (off)")
+    add("--check", action="store_true",
+        help="compare the outputs of the network on this machine with those at its export (off)")
+    add("--benchmark", action="store_true", help=argparse.SUPPRESS)  # moved to benchmarks/
     return parser
+# fmt: on
 
 
-def read_image(path, image_shape):
-    """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized."""
+def sampling_options(args, card):
+    """The options of `sample` from the flags, with the model's defaults. Raises InputError."""
+    for_some = set().union(*MODEL_FLAGS.values())
+    for flag, value in vars(args).items():
+        if value is not None and flag in for_some and flag not in MODEL_FLAGS[card["model"]]:
+            name = flag.replace("_", "-")
+            raise InputError(f"--{name} is not for {card['model']} models: leave it out")
+    if args.solver == "dpm++" and args.eta:
+        raise InputError("--solver dpm++ needs the deterministic sampler, --eta 0")
+    flags = ("solver", "eta", "variance", "truncation", "prior")
+    options = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+    if card["kind"] == "codes":
+        return options
+    options |= diffusion_options(card, args.steps, args.guidance, args.guidance_limit)
+    num_timesteps = len(card["alpha_bars"])
+    if options["steps"] > num_timesteps:
+        raise InputError(f"--steps {options['steps']} is more than the {num_timesteps} of training")
+    if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
+        raise InputError(f"this model supports no other --guidance than {card['guidance']}")
+    return options
+
+
+def check_output(path, suffixes, given=()):
+    """Raise InputError for an output that could not be written, before the work is done.
+
+    suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
+    """
+    if path.suffix not in suffixes:
+        names = " or ".join(suffix for suffix in suffixes if suffix)
+        folder = ", or be a folder" if "" in suffixes else ""
+        raise InputError(f"--output {path}: the name must end in {names}{folder}")
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise InputError(f"--output {path} is a folder that holds files: name another")
+    if path.is_file() and not path.suffix:
+        raise InputError(f"--output {path} is a file, not a folder for images: name another")
+    if path.resolve() in [Path(name).resolve() for name in given if name]:
+        raise InputError(f"{path} is an image that is given: name another --output")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(
-                ("I", "F")
-            ):  # pillow would clip these to white without a word
-                raise ValueError("more than 8 bits a channel")
-            picture = picture.convert("L" if image_shape[0] == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable image ({one_line(error)})") from error
-    if picture.size == (28, 28):
-        picture = ImageOps.expand(picture, 2)
-    elif picture.size != (32, 32):
-        picture = picture.resize((32, 32), Image.Resampling.BILINEAR)
-    pixels = np.array(picture).reshape(32, 32, -1).transpose(2, 0, 1)
-    return pixels.astype(np.float32) / 127.5 - 1
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
-def evaluation(model, count):
-    """A function that evaluates the network once, for `count` images: noise and class of the card's probe."""
-    card = model.card
-    probe, classes = card["probe"], len(card["class_names"])
-    if card["kind"] == "codes":
-        z = draw_noise(noise_streams(probe["seed"], range(count)), [card["latent_dim"]])
-        return lambda: run_session(
-            model.session, z=z, classes=class_weights([probe["y"]] * count, classes)
-        )
-    x_t = draw_noise(
-        noise_streams(probe["seed"], range(count)), card.get("latent_shape", card["image_shape"])
-    )
-    denoise = denoiser(model.session, np.full(count, probe["y"], np.int64), 1, card["null_label"])
-    return lambda: denoise(x_t, probe["t"])
+def check_combination(args, classes):
+    """Raise InputError for flags that do not go together with each other or with the classes."""
+    if args.interpolate == "class" and len(classes) != 2:
+        raise InputError("--interpolate class is between two classes: give two, as --class 7,8")
+    if (args.interpolate or args.between) and args.num_samples < 2:
+        raise InputError("frames between two images need --num-samples 2 or more")
+    if (args.reconstruct or args.between) and len(classes) != 1:
+        raise InputError("--reconstruct and --between need one --class, that of the images")
 
 
-def part_inputs(shapes, probe, classes):
-    """What a part is checked with: noise of the shapes {input: shape}, and the class of the card's probe."""
-    inputs = {
-        name: draw_noise(noise_streams(probe["seed"], [0]), shape) for name, shape in shapes.items()
-    }
-    return inputs | {
-        name: class_weights([probe["y"]], classes) for name in inputs.keys() & {"classes"}
-    }
-
-
-def check(model):
-    """Run the network, and its parts, on the card's probe; RunError if an output is not what it was at the export."""
-    card = model.card
-    outputs = {card["model"]: (evaluation(model, 1)(), card["probe"]["output"])}
-    for name, session in model.parts.items():
-        if "output" not in card["parts"][name]:
-            raise RunError(f"the {name} was exported before it could be checked: export it again")
-        shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
-        inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
-        outputs[name] = run_session(session, **inputs), card["parts"][name]["output"]
-    limit = (
-        1e-4 if model.session.get_providers()[0] == "CPUExecutionProvider" else 1e-2
-    )  # CUDA: TF32
-    for name, (found, expected) in outputs.items():
-        difference = float(
-            np.abs(found.ravel()[: len(expected)] - np.array(expected, np.float32)).max()
-        )
-        if not difference <= limit:
-            raise RunError(
-                f"the check failed: {name}'s outputs differ by {difference:.1e} from the export's, limit {limit:.0e}"
-            )
-        print(f"check passed: {name}'s outputs within {difference:.1e} of those at the export")
-
-
-def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
-    """Evaluations of the network for an image, with options as sample takes them: a guided step takes two."""
-    if card["kind"] == "codes":
-        return 1
-    guidance = card["guidance"] if guidance is None else guidance
-    until = len(card["alpha_bars"]) * (
-        card["guidance_limit"] if guidance_limit is None else guidance_limit
-    )
-    pairs = time_pairs(len(card["alpha_bars"]), card["steps"] if steps is None else steps)
-    return len(pairs) + sum(
-        guidance not in (0, 1) and (guidance < 1 or t < until) for t, _ in pairs
-    )
-
-
-def benchmark(model, options):
-    """Print, at several batch sizes, the median time of a network evaluation and the images drawn in a second."""
-    passes = evaluations(model.card, **options)
-    print(
-        f"batch  ms per evaluation  ms per evaluation and image  images/s drawn ({passes} evaluations each)"
-    )
-    for batch in (1, 4, 16, 64):
-        evaluate, times = evaluation(model, batch), []
-        for _ in range(12):
-            start = time.perf_counter()
-            evaluate()
-            times.append(time.perf_counter() - start)
-        median = sorted(times[2:])[5]  # the first two warm up
-        start = time.perf_counter()
-        sample(model, [model.card["probe"]["y"]] * batch, batch_size=batch, **options)
-        drawn = batch / (time.perf_counter() - start)
-        print(f"{batch:5d}  {median * 1e3:17.2f}  {median * 1e3 / batch:27.2f}  {drawn:14.1f}")
-
-
-def draw_images(model, args, classes, options, first, stop):
-    """What the flags ask for: (uint8 images, their labels, columns of the grid).  first, stop: of the samples."""
-    card, count = model.card, args.num_samples
-    if args.reconstruct or args.between:
-        if len(classes) != 1:
-            raise InputError("--reconstruct and --between need one --class, that of the images")
-        x = np.stack(
-            [read_image(path, card["image_shape"]) for path in args.reconstruct or args.between]
-        )
-        weights = class_weights(classes * len(x), len(card["class_names"]))
-        rows = [slice(i, i + args.batch_size) for i in range(0, len(x), args.batch_size)]
-        codes = np.concatenate(
-            [run_session(model.parts["encoder"], x=x[i], classes=weights[i]) for i in rows]
-        )
-        if args.between:
-            return (
-                on_the_way(model, codes, classes * 2, count, False, args.batch_size),
-                classes * count,
-                count,
-            )
-        images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, args.batch_size)])
-        return images, classes * len(images), len(x)
-    if args.interpolate:
-        same = args.interpolate == "noise"
-        pairs, images = [[y, y] for y in classes] if same else [classes], []
-        mixture = fitted_prior(card) if options.get("prior", "fitted") == "fitted" else None
-        for pair in pairs:
-            streams = noise_streams(args.seed, [0, 1] if same else [0, 0])
-            codes = draw_codes(mixture, pair, streams, card["latent_dim"], args.truncation)
-            images.append(
-                on_the_way(model, codes, pair, count, card["model"] == "gan", args.batch_size)
-            )
-        return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
-    labels = [y for y in classes for _ in range(count)][first:stop]
-    images = sample(
-        model, labels, seed=args.seed, first=first, batch_size=args.batch_size, **options
-    )
-    return images, labels, count if 1 < count <= 20 else min(10, len(labels))
+def shard_bounds(args, count):
+    """first and stop of the --shard of `count` images. Raises InputError."""
+    part, parts = args.shard or (1, 1)
+    first = count * (part - 1) // parts
+    stop = count * part // parts
+    no_samples = args.interpolate or args.reconstruct or args.between
+    if args.shard and (no_samples or first == stop or not args.output or args.output.suffix):
+        raise InputError("--shard needs an --output that is a folder, and as many images as parts")
+    return first, stop
 
 
 def run(args):
+    if args.benchmark:
+        raise InputError(f"--benchmark is now: python benchmarks/latency.py --model {args.model}")
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
-    card, name = model.card, model.card["model"]
-    names = card["class_names"]
+    card = model.card
     if args.info:
-        short = {
-            k: v if k not in ("alpha_bars", "probe", "prior") else "..." for k, v in card.items()
-        }
-        short["parts"] = {name: {**part, "output": "..."} for name, part in card["parts"].items()}
-        print(json.dumps({"file": str(path), "sha256": model.sha256, **short}, indent=1))
+        brief = {key: "..." for key in ("alpha_bars", "probe", "prior") if key in card}
+        brief["parts"] = {k: {**part, "output": "..."} for k, part in card["parts"].items()}
+        about = {"file": str(path), "sha256": model.sha256, **card, **brief}
+        print(json.dumps(about, indent=1))
         return
-    for flag in dict.fromkeys(flag for flags in MODEL_FLAGS.values() for flag in flags):
-        if flag not in MODEL_FLAGS[name] and getattr(args, flag) is not None:
-            raise InputError(f"--{flag.replace('_', '-')} is not for {name} models: leave it out")
-    options = {
-        flag: getattr(args, flag) for flag in ("solver", "eta", "variance", "truncation", "prior")
-    }
-    options = {flag: value for flag, value in options.items() if value is not None}
-    if args.solver == "dpm++" and args.eta:
-        raise InputError("--solver dpm++ needs the deterministic sampler, --eta 0")
-    if card["kind"] == "diffusion":
-        own = ("steps", "guidance", "guidance_limit")
-        options |= {k: card[k] if getattr(args, k) is None else getattr(args, k) for k in own}
-        if options["steps"] > len(card["alpha_bars"]):
-            raise InputError(
-                f"--steps {options['steps']} is more than the {len(card['alpha_bars'])} of the training"
-            )
-        if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
-            raise InputError(f"this model knows no other --guidance than {card['guidance']}")
+    options = sampling_options(args, card)
     print(f"running on {model.where}")
     if args.check:
         return check(model)
-    if args.benchmark:
-        return benchmark(model, options)
+    names = card["class_names"]
     classes = parse_classes(args.class_, names)
-    special = [flag for flag in ("interpolate", "reconstruct", "between") if getattr(args, flag)]
-    if len(special) > 1:
-        raise InputError(f"--{special[0]} and --{special[1]} are one at a time")
-    if args.interpolate == "class" and len(classes) != 2:
-        raise InputError(
-            "--interpolate class goes from one class to another: give two, as in --class Sneaker,Bag"
-        )
-    if (args.interpolate or args.between) and args.num_samples < 2:
-        raise InputError("frames from one picture to another need --num-samples 2 or more")
-    (part, parts), count = args.shard or (1, 1), len(classes) * args.num_samples
-    first, stop = count * (part - 1) // parts, count * part // parts
-    if args.shard and (special or first == stop or not args.output or args.output.suffix):
-        raise InputError("--shard needs an --output that is a folder, and as many images as parts")
-    what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
-    output = args.output or Path(f"{what}.png")
-    if not (
-        args.shard
-        and output.is_dir()
-        and all(path.name.lstrip(".")[:5].isdecimal() for path in output.iterdir())
-    ):
-        check_output(
-            output, [".png", ".npz", ""], args.reconstruct or args.between or ()
-        )  # shards share a folder
+    check_combination(args, classes)
+    first, stop = shard_bounds(args, len(classes) * args.num_samples)
+    stem = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
+    output = args.output or Path(f"{stem}.png")
+    shared = args.shard and output.is_dir()  # with other shards, which may be writing to it
+    if not (shared and all(file.name.lstrip(".")[:5].isdecimal() for file in output.iterdir())):
+        check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())
     start = time.perf_counter()
-    images, labels, columns = draw_images(model, args, classes, options, first, stop)
+    images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start
-    texts = {
-        "model": name,
-        "model_sha256": model.sha256,
-        **options,
-        "seed": args.seed,
-        "Software": "infer_onnx.py",
-    }
-    save(images, labels, names, output, columns, texts, first)
-    said = ", ".join(
-        f"{key.replace('_', ' ')} {value}" for key, value in {**options, "seed": args.seed}.items()
-    )
-    print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {said}, model {path}")
+    options["seed"] = args.seed
+    texts = {"model": card["model"], "model_sha256": model.sha256, **options}
+    texts["Software"] = "infer_onnx.py"
+    write_images(images, labels, names, output, columns, texts, first)
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
+    print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {settings}, model {path}")
 
 
-def main(argv=None):
+def one_line(error):
+    """The first line of an error's text, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def run_command(parser, command, argv=None):
+    """Call command(flags); an error ends the program with one line and its exit code."""
     ort.set_default_logger_severity(4)
-    parser = build_parser()
     args = parser.parse_args(argv)
-    codes = {
-        InputError: 2,
-        ModelError: 3,
-        ProviderError: 4,
-        RunError: 5,
-        MemoryError: 5,
-        OSError: 5,
-    }
     try:
-        run(args)
-    except tuple(codes) as error:
-        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        command(args)
+    except tuple(EXIT_CODES) as error:
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
     return 0
+
+
+def main(argv=None):
+    return run_command(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -508,7 +508,7 @@ def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypat
     changed = (
         Path(infer_onnx.__file__)
         .read_text()
-        .replace("# --- Sampling", "# --- Sampling\n# otherwise", 1)
+        .replace("# --- Denoise", "# --- Denoise\n# otherwise", 1)
     )
     Path("edited.py").write_text(changed)
     monkeypatch.setattr(infer_onnx, "__file__", "edited.py")

@@ -1,4 +1,4 @@
-"""export.py and infer_onnx.py: the same pictures without torch, honest providers, every bad file with its exit code."""
+"""export.py and infer_onnx.py: equal pictures without torch, providers, exit codes of bad files."""
 
 import ctypes
 import errno
@@ -25,25 +25,26 @@ import infer_onnx
 import vae
 
 SHIPPED = ROOT / "pretrained" / "ddim.onnx"
-# A Python in which torch, torchvision and whatever else is not in requirements-infer.txt cannot be imported.
+# A Python that can import nothing but what is in requirements-infer.txt.
 WITHOUT_TORCH = """
 import runpy, sys
-for name in ("torch", "torchvision", "onnx", "onnxscript", "tqdm", "scipy", "sklearn", "common", "ddim", "vae"):
+blocked = "torch torchvision onnx onnxscript tqdm scipy sklearn common ddim vae"
+for name in blocked.split():
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def infer(*argv, cwd):
-    """infer_onnx.py in a process of its own, without torch."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "infer_onnx.py"), *map(str, argv)]
+def infer(*argv, cwd, script="infer_onnx.py"):
+    """infer_onnx.py, or a script that uses it, in a process of its own, without torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / script), *map(str, argv)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_run):
-    """The tiny run of ddim.py, exported for real; returns the path of the .onnx file, in the run's folder."""
+    """The .onnx file of ddim.py's tiny run, really exported, in the folder of the run."""
     assert export.main(["ddim", "--checkpoint", str(tiny_run)]) == 0
     return tiny_run / "ddim.onnx"
 
@@ -74,7 +75,7 @@ def torch_network(name, run_dir):
     return script, checkpoint, script.ema_network(checkpoint, torch.device("cpu"))
 
 
-# --- Export -----------------------------------------------------------------------------------------------------
+# --- Export ---------------------------------------------------------------------------------------
 
 
 def test_the_file_is_one_small_portable_graph(exported):
@@ -125,10 +126,13 @@ def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
 @pytest.mark.parametrize(
     ("steps", "guidance", "limit", "eta", "solver"),
     [
-        (20, 1.5, 1, 0.0, "ddim"), (7, 1, 1, 0.0, "dpm++"), (5, 0, 0.5, 0.6, "ddim"), (4, 3.0, 0.5, 1.0, "ddim"),
+        (20, 1.5, 1, 0.0, "ddim"),
+        (7, 1, 1, 0.0, "dpm++"),
+        (5, 0, 0.5, 0.6, "ddim"),
+        (4, 3.0, 0.5, 1.0, "ddim"),
         (8, 2, 0.3, 0.0, "dpm++"),
     ],
-)  # fmt: skip
+)
 def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit, eta, solver):
     checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
@@ -239,28 +243,9 @@ def test_no_clip_reaches_the_sampler(name, tiny_runs, in_tmp, monkeypatch):
 
 
 def test_a_model_of_another_kind_is_drawn_without_torch(in_tmp, data_dir):
-    """In colour, predicting noise, with few steps and a linear schedule, its labels never hidden."""
-    kind = [
-        "--channels",
-        "3",
-        "--prediction",
-        "eps",
-        "--schedule",
-        "linear",
-        "--num-timesteps",
-        "10",
-    ]
-    flags = [
-        "--train",
-        "--epochs",
-        "1",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS["ddim"],
-        *kind,
-        "--label-dropout",
-        "0",
-    ]
+    """In colour, predicting noise, with few steps, a linear schedule and no label dropout."""
+    kind = "--channels 3 --prediction eps --schedule linear --num-timesteps 10 --label-dropout 0"
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"], *kind.split()]
     assert ddim.main(flags) == export.main(["ddim"]) == 0
     card = infer_onnx.load_model("runs/ddim/ddim.onnx", "cpu").card
     assert card["steps"] == 10 and card["guidance"] == 1 and card["guidance_fixed"]
@@ -359,18 +344,19 @@ def test_reconstructions_and_the_way_between_images_equal_those_of_torch(
     assert len(found) == 5
 
 
-@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ldm"])
-def test_every_model_is_drawn_and_checked_without_torch(exports, tmp_path, name):
+@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
+def test_every_model_is_drawn_checked_and_timed_without_torch(exports, tmp_path, name):
     at = ["--model", exports(name)]
     done = infer(*at, "--class", "su", "--num-samples", "2", "--output", "x.png", cwd=tmp_path)
-    assert done.returncode == 0 and Image.open(tmp_path / "x.png").text["model"] == name, (
-        done.stderr
-    )
-    assert "check passed" in infer(*at, "--check", cwd=tmp_path).stdout
-    assert len(infer(*at, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "x.png").text["model"] == name
+    assert f"check passed: {name}'s outputs" in infer(*at, "--check", cwd=tmp_path).stdout
+    timed = infer(*at, cwd=tmp_path, script="benchmarks/latency.py")
+    assert len(timed.stdout.splitlines()) == 6, timed.stderr
     info = json.loads(infer(*at, "--info", cwd=tmp_path).stdout)
-    assert info["model"] == name and info["training"]["step"] > 0
+    assert info["model"] == name and info["training"]["step"] > 0 and len(info["sha256"]) == 64
     assert len(info["class_names"]) == 10 and info["parameters"] > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
 @pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
@@ -485,7 +471,7 @@ def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys
     [
         (["--interpolate", "noise"], "need --num-samples 2"),
         (["--interpolate", "class", "--num-samples", "3"], "give two"),
-        (["--reconstruct", "a.png", "--interpolate", "noise"], "one at a time"),
+        (["--reconstruct", "a.png", "--interpolate", "noise"], "not allowed with"),
         (["--reconstruct", "a.png"], "need one --class"),
         (
             ["--reconstruct", "a.png", "--class", "o", "--output", "./a.png"],
@@ -650,7 +636,7 @@ def test_export_refuses_bad_input(in_tmp, capsys, flags, message):
     assert message in error and error.count("\n") == 1
 
 
-# --- Without torch ----------------------------------------------------------------------------------------------
+# --- Without torch --------------------------------------------------------------------------------
 
 
 def test_shipped_model_draws_a_sneaker_without_torch(tmp_path):
@@ -680,18 +666,8 @@ def test_own_export_is_preferred(exported, tmp_path):
 
 
 def test_outputs(exported, tmp_path):
-    at = [
-        "--model",
-        exported,
-        "--steps",
-        "2",
-        "--class",
-        "o,ki",
-        "--num-samples",
-        "3",
-        "--seed",
-        "4",
-    ]
+    flags = "--steps 2 --class o,ki --num-samples 3 --seed 4"
+    at = ["--model", exported, *flags.split()]
     for output in ("x.png", "x.npz", "folder"):
         assert infer(*at, "--output", output, cwd=tmp_path).returncode == 0
     arrays = np.load(tmp_path / "x.npz")
@@ -712,17 +688,7 @@ def test_outputs(exported, tmp_path):
         )
 
 
-def test_info_check_and_benchmark(exported, tmp_path):
-    info = json.loads(infer("--model", exported, "--info", cwd=tmp_path).stdout)
-    assert info["model"] == "ddim" and info["parameters"] > 1000 and len(info["sha256"]) == 64
-    assert (
-        "check passed: ddim's outputs" in infer("--model", exported, "--check", cwd=tmp_path).stdout
-    )
-    assert len(infer("--model", exported, "--benchmark", cwd=tmp_path).stdout.splitlines()) == 6
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- Exit codes -------------------------------------------------------------------------------------------------
+# --- Exit codes -----------------------------------------------------------------------------------
 
 
 def with_card(exported, path, change):
@@ -773,7 +739,7 @@ def make_bad_file(kind, exported, tiny_run, path):
                 "sealed nonsense": infer_onnx.sealed(b"nonsense"),
                 "random": np.random.default_rng(0).bytes(5000),
                 "a checkpoint": (tiny_run / "ddim.pt").read_bytes(),
-                "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+                "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
             }[kind]
         )
 
@@ -847,6 +813,7 @@ def main_code(argv, capsys):
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
         (["--provider", "tpu"], "invalid choice"),
         (["--nonsense"], "unrecognized"),
+        (["--benchmark"], "is now: python benchmarks/latency.py --model"),
     ],
 )
 def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):
@@ -888,7 +855,7 @@ def test_memory_and_disk_faults_exit_with_5(exported, in_tmp, capsys, monkeypatc
         def fail(*_, fault=fault, **__):
             raise fault
 
-        monkeypatch.setattr(infer_onnx, "draw_noise", fail)
+        monkeypatch.setattr(infer_onnx, "next_noise", fail)
         assert main_code(["--model", exported], capsys)[0] == 5
 
 
@@ -896,12 +863,12 @@ def test_ctrl_c_exits_with_130(exported, in_tmp, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer_onnx, "draw_noise", stop)
+    monkeypatch.setattr(infer_onnx, "next_noise", stop)
     with pytest.raises(SystemExit, match="130"):
         infer_onnx.main(["--model", str(exported)])
 
 
-# --- Providers --------------------------------------------------------------------------------------------------
+# --- Providers ------------------------------------------------------------------------------------
 
 
 class Driver:
@@ -964,7 +931,7 @@ def test_cuda_asked_for_and_not_there_exits_with_4(exported, in_tmp, capsys, mon
 
 
 class CudaSession:
-    """Stands in for onnxruntime's session where there is no GPU: computes on the CPU, says what it is told to."""
+    """An onnxruntime session that computes on the CPU and reports the provider it is told to."""
 
     says, fails, made, batches = "CUDAExecutionProvider", None, [], []
 
@@ -1001,19 +968,8 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize(("flags", "tf32"), [([], "1"), (["--no-tf32"], "0")])
 def test_cuda_is_used_where_it_works(exported, in_tmp, capsys, cuda, flags, tf32):
-    flags = [
-        *flags,
-        "--class",
-        "o",
-        "--num-samples",
-        "5",
-        "--batch-size",
-        "2",
-        "--guidance",
-        "1",
-        "--steps",
-        "1",
-    ]
+    sampling = "--class o --num-samples 5 --batch-size 2 --guidance 1 --steps 1"
+    flags = [*flags, *sampling.split()]
     assert infer_onnx.main(["--model", str(exported), *flags, "--output", "cuda.npz"]) == 0
     assert "running on CUDAExecutionProvider\n" in capsys.readouterr().out
     (name, options), last = cuda.made[-1]
@@ -1048,7 +1004,7 @@ def test_cuda_that_does_not_start_is_said_and_never_hidden(
     assert main_code(["--model", "x.onnx"], capsys)[0] == 3  # a broken file is not CUDA's fault
 
 
-# --- Around -----------------------------------------------------------------------------------------------------
+# --- Around ---------------------------------------------------------------------------------------
 
 
 def test_inline_metadata_equals_the_requirements():
