@@ -1,0 +1,790 @@
+"""What a training run needs besides its paper: flags, devices, checkpoints, a log, image files.
+
+A train loop names ten things of a Run and can be understood without opening this file: steps,
+progress, seed, batch, shard, mean, watch, log, save, end.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from common import IDX_SETS, InputError, epoch_batches, file_stem, load_data, to_uint8
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FORMAT = 2  # of the checkpoint file
+LOG_EVERY = 50  # steps
+# The flags of every script that may change when a run is resumed.
+RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")
+# Flags that the scripts had once: the command of explore.py that has taken their place.
+MOVED = {
+    "--interpolate": "interpolate",
+    "--invert": "invert",
+    "--reconstruct": "reconstruct",
+    "--between": "between",
+    "--map": "map",
+    "--walk": "walk",
+    "--filmstrip": "filmstrip",
+}
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line; argparse would print the usage before it
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: int or float in [low, high], or in (low, high] with above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            noun = "whole number" if kind is int else "number"
+            limits = f"above {low}" if above else f"from {low}"
+            if high < math.inf:
+                limits += f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {limits}")
+        return value
+
+    return parse
+
+
+def whole_numbers(text):
+    """An argparse type: '32,96' -> (32, 96), at most five: 32 pixels are halved that often."""
+    numbers = tuple(number(int, 1, 65536)(part) for part in text.split(","))
+    if len(numbers) > 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than five numbers")
+    return numbers
+
+
+def run_parser(name, doc, batch_size=64):
+    """A parser with the flags that all model scripts share; each script adds its own."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=f"{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
+    on_off = argparse.BooleanOptionalAction
+    # fmt: off
+    add = parser.add_argument
+    add("--train", action="store_true", help="train a model; without it, sample from one")
+    add("--resume", action="store_true",
+        help="resume training, the newest run or that of --run-dir; no other flag is needed")
+    add("--run-dir", type=Path,
+        help="folder of the training run (runs/NAME, or runs/NAME-2, ... where that is taken)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="device to compute on; auto is CUDA or MPS where available, else the CPU (auto)")
+    add("--deterministic", action=on_off, default=False,
+        help="train with bit-identical results on CUDA too, where that is slower (off)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="seed of initial weights, data order and noise, 0 or more (0)")
+    add("--batch-size", type=number(int, 1), default=batch_size,
+        help=f"images in a training step, or sampled at a time, 1 or more ({batch_size})")
+    add = parser.add_argument_group("length of training, one of the two").add_argument
+    add("--epochs", type=number(float, 0, above=True),
+        help="length in passes over the data, fractions allowed (20)")
+    add("--minutes", type=number(float, 0, above=True),
+        help="length in minutes of wall time, also when resumed; the learning rate ends at 0")
+    add("--save-every", type=number(float, 0), default=3.0,
+        help="minutes between checkpoints, each with a grid of samples (3)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="fashion-mnist",
+        help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x and y")
+    add("--data-dir",
+        help="folder with the files of a named set (data/, Debian's folder, else a download)")
+    add("--channels", type=int, choices=(1, 3), default=1,
+        help="channels of the images, 1 for grey or 3 for colour (1)")
+    add = parser.add_argument_group("what to sample").add_argument
+    add("--class", dest="class_", metavar="NAME", default="all",
+        help="class names or indices, separated by commas, or all (all)")
+    add("--num-samples", type=number(int, 1, 1_000_000), default=1,
+        help="number of images of each class, 1 to 1,000,000 (1)")
+    add("--checkpoint", type=Path,
+        help="a .pt file or a run's folder to sample from (newest run, else the shipped weights)")
+    add("--output", type=Path,
+        help="a .png for a grid, an .npz for arrays, or a folder for PNGs (NAME_CLASS.png)")
+    # fmt: on
+    return parser
+
+
+def optimisation_flags(parser, lr):
+    """Add the flags of the optimiser and of the EMA; returns the group's add_argument."""
+    on_off = argparse.BooleanOptionalAction
+    # fmt: off
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=number(float, 0, above=True), default=lr,
+        help=f"learning rate after the warm-up, above 0 ({lr:g})")
+    add("--warmup", type=number(int, 0), default=200,
+        help="steps of linear warm-up of the learning rate, 0 or more (200)")
+    add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08,
+        help="EMA length as a fraction of the run, above 0 to 0.5 (0.08)")
+    add("--bf16", action=on_off,
+        help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    # fmt: on
+    return add
+
+
+def parse_run(parser, argv, names, fixed):
+    """The flags, and with --resume the checkpoint, whose flags count where none are given.
+
+    names: stems of the checkpoint files that can be resumed;  fixed: flags that a resumed run
+    cannot change.  Returns (args, checkpoint or None).  Raises InputError for flags that do not go
+    together.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for flag in (text.split("=")[0] for text in argv):
+        if flag in MOVED:
+            script = Path(parser.prog).stem
+            raise InputError(f"{flag} is now: python explore.py {MOVED[flag]} {script}")
+    args = parser.parse_args(argv)
+    training = args.train or args.resume
+    if args.epochs and args.minutes:
+        raise InputError("give --epochs or --minutes, not both")
+    if args.checkpoint and training:
+        raise InputError("--checkpoint is to sample from; use --resume --run-dir FOLDER to train")
+    if not training and (args.run_dir or args.epochs or args.minutes):
+        raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
+    if not training and "LOCAL_RANK" in os.environ:
+        raise InputError("torchrun is for --train and --resume: sample with python")
+    if not args.resume:
+        if not args.minutes:
+            args.epochs = args.epochs or 20.0
+        return args, None
+    path = find_checkpoint(names, args.run_dir)
+    checkpoint = load_checkpoint(path, names)
+    config = checkpoint["config"]
+    if "optimizer" not in checkpoint:
+        raise InputError(f"{path} has weights to sample with, but no training state to resume")
+    defaults = dict(config)
+    if args.epochs or args.minutes:  # a new length takes the place of the old one
+        defaults |= {"epochs": None, "minutes": None}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)  # again: what is typed wins over the checkpoint
+    args.run_dir = path.parent
+    for key in fixed:
+        if getattr(args, key) != config[key]:
+            flag = key.replace("_", "-")
+            raise InputError(f"--{flag} is {config[key]} and cannot change in a run")
+    return args, checkpoint
+
+
+@contextmanager
+def errors_in_one_line(parser):
+    """End the program with one line: exit code 2 for wrong input, 130 for Ctrl-C."""
+    try:
+        yield
+    except (InputError, argparse.ArgumentTypeError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (MemoryError, RuntimeError) as error:
+        if of_lost_process(error):
+            parser.exit(2, f"{parser.prog}: error: another process has ended; see torchrun\n")
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out_of_memory and "allocate memory" not in str(error):  # on a CPU: RuntimeError
+            raise
+        hint = "lower --batch-size; what was saved is kept"
+        parser.exit(2, f"{parser.prog}: error: out of memory: {hint}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # or its threads may abort the process at exit
+
+
+# --- Devices, processes, optimisation -------------------------------------------------------------
+
+
+def pick_device(name):
+    """'auto' -> the best device available; InputError if the one asked for is not."""
+    available = {
+        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
+    }  # fmt: skip
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name} is not available on this machine: use --device auto")
+    torch.set_flush_denormal(True)  # CPUs are many times slower on numbers next to zero
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; on a CPU it costs a third of the speed
+    return torch.device(name)
+
+
+def training_device(args):
+    """The device to train on; in a process that torchrun started, also joins the other processes.
+
+    Each process takes its shard of every batch.  Rank 0 alone prints, logs and saves.
+    Raises InputError.
+    """
+    device = pick_device(args.device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "mps":
+        raise InputError("torchrun is for CPUs and CUDA: use --device cpu")
+    if device.type == "cuda":
+        index = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
+        if index >= count:
+            raise InputError(f"more processes than GPUs: --nproc-per-node must be at most {count}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    world = dist.get_world_size()
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} is no multiple of the {world} processes")
+    if dist.get_rank():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
+    return device
+
+
+def of_lost_process(error):
+    """Whether a RuntimeError says that another process has ended; gloo has no type of its own."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def parallel(model):
+    """The model as it is trained: with several processes, their gradients are averaged."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def autocast(device, bf16):
+    """The context of a forward pass; weights, losses and the optimiser stay float32.
+
+    bf16: whether it is in bfloat16; None: on CPUs that compute in it (AMX or AVX512-BF16), since
+    others emulate it slowly.
+    """
+    if bf16 is None and device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        bf16 = has.get("amx_bf16") or has.get("avx512_bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
+
+
+def learning_rate(args, step, progress):
+    """--lr after a linear warm-up, annealed to 0 along half a cosine as progress goes to 1."""
+    warmup = min(1.0, (step + 1) / (args.warmup + 1))
+    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def power_ema(length):
+    """Average weights over the last `length` of the run so far: w_n <- d * w_n-1 + (1 - d) * w.
+
+    d = (1 - 1/n)^(1/length - 1), the power function EMA of Karras et al. 2024 (arXiv:2312.02696;
+    gamma = 1/length - 2): the mean age of what is averaged is length * n steps.  It starts as a
+    copy and needs neither a warm-up nor the length of the run.
+    """
+
+    def average(ema_weights, weights, num_averaged):
+        decay = (1 - 1 / (num_averaged.item() + 1)) ** (1 / length - 1)
+        get_ema_multi_avg_fn(decay)(ema_weights, weights, num_averaged)
+
+    return average
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the weights between a network's first and last layer, AdamW for all else.
+
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): the momentum of a weight matrix
+    is made orthogonal, so that it learns in all directions alike; scaled as by Liu et al. 2025
+    (arXiv:2502.16982), so that a learning rate for AdamW suits both.  A convolution's weight is the
+    matrix (out, in * kh * kw).  torch's own Muon takes matrices alone, always in bfloat16, which is
+    slow on CPUs that emulate it.
+
+    named_parameters: those of a UNet;  the rest as in AdamW.
+    """
+
+    def __init__(self, named_parameters, lr, weight_decay, fused):
+        rest = dict(named_parameters)
+        outer = ("stem", "head", "embedding")
+        inner = [k for k, p in rest.items() if p.ndim > 1 and not k.startswith(outer)]
+        groups = [{"params": [rest.pop(name) for name in inner]}, {"params": [*rest.values()]}]
+        super().__init__(groups, lr, weight_decay=weight_decay, fused=fused)
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        lr = group["lr"]
+        for weight in group["params"]:
+            if weight not in self.state:  # AdamW looks for a step where it finds a state
+                self.state[weight] = {"momentum": torch.zeros_like(weight), "step": torch.zeros(())}
+            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.05)
+            update = orthogonal(weight.grad.lerp(momentum, 0.95).flatten(1))  # as in Nesterov's
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(update.view_as(weight), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+            weight.grad = None  # so that AdamW skips it
+        super().step()
+
+
+def orthogonal(matrix):
+    """About U V^T of a matrix U S V^T: five Newton-Schulz steps (Jordan et al. 2024)."""
+    wide = len(matrix) <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)  # enough on a GPU
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def find_checkpoint(names, asked=None, shipped=()):
+    """The file asked for, or the one in that folder; else the newest run's, else a shipped one.
+
+    names, shipped: stems of the files.  Raises InputError if there is none.
+    """
+    if asked and Path(asked).is_dir():
+        places = [Path(asked) / f"{name}.pt" for name in dict.fromkeys([*names, *shipped])]
+    elif asked:
+        places = [Path(asked)]
+    else:
+        places = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
+        places.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        places += [Path(__file__).parent / f"pretrained/{name}.pt" for name in shipped]
+    for path in places:
+        if path.is_file():
+            return path
+    wanted = " or ".join(map(str, places)) or f"runs/*/{names[0]}.pt"
+    raise InputError(f"there is no {wanted}: train first, with --train")
+
+
+def load_checkpoint(path, names):
+    """Read a checkpoint of one of the scripts `names`; InputError says what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not detect corrupted weights
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        name = checkpoint["model"]
+        version = checkpoint["format"]
+    except Exception as error:  # readers of foreign or broken files fail in many ways
+        wanted = " or ".join(names)
+        raise InputError(f"{path} is not a checkpoint of {wanted}, or not a whole one") from error
+    if name not in names:
+        raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
+    if version != FORMAT:
+        raise InputError(f"{path} has checkpoint format {version}; these scripts read {FORMAT}")
+    if missing := {"config", "network", "class_names", "ema", "step", "seconds"} - set(checkpoint):
+        missing = ", ".join(sorted(missing))
+        raise InputError(f"{path} is not a whole checkpoint: it lacks {missing}")
+    return checkpoint
+
+
+def load_run_data(args, checkpoint=None):
+    """The training data that the flags name; InputError if a resumed run had other classes."""
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first_here:
+        dist.barrier()  # one process of each machine may have to download
+    data = load_data(args.data, args.data_dir, args.channels)
+    if first_here and dist.is_initialized():
+        dist.barrier()
+    print(data)
+    if checkpoint and data.class_names != checkpoint["class_names"]:
+        before = checkpoint["class_names"]
+        raise InputError(f"the data has the classes {data.class_names}, the run {before}")
+    return data
+
+
+# --- Run ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signals_caught():
+    """Yield a list that collects the first Ctrl-C or SIGTERM; the second ends the program."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def new_folder(name):
+    """Make runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that does not exist."""
+    for i in itertools.count(1):
+        folder = Path("runs", name if i == 1 else f"{name}-{i}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+class Run:
+    """A training run: its folder, step and clock; the training itself is the script's.
+
+        run = Run(name, args, len(images), checkpoint)
+        with run:                         # the folder is locked, errors say how to resume
+            for step in run.steps(save):  # until the length asked for is over, or a signal comes
+                ...
+        return run.end()
+
+    name: of the script;  args: its flags;  num_images: in the data;  checkpoint: to resume;
+    part: what is trained, if not all of it;  folder: that of an earlier part;  fraction: of
+    --epochs or --minutes that this part takes.  `progress` is the fraction of it that is over.
+    """
+
+    def __init__(self, name, args, num_images, checkpoint=None, part="", folder=None, fraction=1.0):
+        self.name = name
+        self.part = part
+        self.args = args
+        self.num_images = num_images
+        self.fraction = fraction
+        self.stem = part or name
+        self.log_file = f"{part}_log.jsonl" if part else "log.jsonl"
+        self.steps_per_epoch = len(epoch_batches(num_images, args.batch_size, args.seed, 0))
+        self.resumed = checkpoint is not None
+        self.step = self.first_step = checkpoint["step"] if checkpoint else 0
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.signals = []
+        self.stopped = False  # by a signal
+        self.in_step = False  # between the start of a step and its end
+        self.text = ""  # shown beside the bar
+        if folder is None:
+            folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
+        self.folder = folder
+        self.start = self.last_save = time.monotonic()
+        earlier = checkpoint["seconds"] if checkpoint else 0
+        self.clock = self.start - earlier  # as if it had never been interrupted
+        self.progress = 0.0
+
+    def __str__(self):
+        return str(self.folder)
+
+    def _new_folder(self, asked):
+        """Make the folder asked for, if it holds no run, else runs/NAME, runs/NAME-2, ...."""
+        box = [asked]
+        if self.rank == 0 and asked:
+            files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}
+            if any((asked / file).exists() for file in files):
+                raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
+            asked.mkdir(parents=True, exist_ok=True)
+        elif self.rank == 0:
+            box = [new_folder(self.name)]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def __enter__(self):
+        self._guard = self._guarded()
+        self._guard.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._guard.__exit__(*error)
+
+    @contextmanager
+    def _guarded(self):
+        """The folder belongs to this process, signals are caught, the bar is shown.
+
+        Raises InputError where the folder is another process's, where files cannot be written, and
+        where other processes have ended.
+        """
+        shown = tqdm(
+            total=1.0, initial=min(self.fraction_done(), 1.0), disable=self.rank > 0,
+            bar_format="{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a file needs fewer lines
+        )  # fmt: skip
+        resume = self._command("--resume --run-dir")
+        kept = f"what {self.folder} holds is kept. Resume with:  {resume}"
+        try:
+            with self._locked_folder(), signals_caught() as self.signals, shown as self.bar:
+                yield
+        except OSError as error:
+            raise InputError(f"cannot write ({error}); {kept}") from error
+        except RuntimeError as error:
+            if not of_lost_process(error):
+                raise
+            raise InputError(f"another process has ended, see torchrun; {kept}") from error
+
+    @contextmanager
+    def _locked_folder(self):
+        """Keep other runs out of the folder, where the system can; drop log lines after `step`.
+
+        A run that was killed has logged more than it has saved, perhaps half a line.
+        """
+        if self.rank:
+            yield
+            return
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{self.folder} is in use by a running training process: stop that, or wait"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            path = self.folder / self.log_file
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]
+                with written_whole(path) as scratch:
+                    scratch.write_text("".join(f"{line}\n" for line in lines))
+            yield
+
+    def _is_logged(self, line):
+        try:
+            return json.loads(line)["step"] <= self.step
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    def steps(self, save, finish=None):
+        """Yield the index of each step, until the length asked for is over or a signal comes.
+
+        save: called by rank 0 when a new run begins, every --save-every minutes, and at the end;
+        finish: called by rank 0 after that, unless a signal stopped the run.
+        """
+        if self.rank == 0 and not self.resumed:
+            save()  # from now on there is a run to resume
+        while not self._is_over():
+            self.in_step = True
+            yield self.step
+            self.in_step = False
+            self.step += 1
+            self._show()
+            if self._save_due():
+                save()
+        if self.rank == 0:
+            save()
+            if finish and not self.stopped:
+                finish()
+
+    def _is_over(self):
+        """Whether the run ends here, agreed by all processes, whose clocks and signals differ."""
+        self.progress = self.fraction_done()
+        self.stopped = bool(self.signals)
+        if self.world > 1:  # a signal after this counts in the next step
+            both = torch.tensor([self.progress, self.stopped], dtype=torch.float64)
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+            self.progress = both[0].item()
+            self.stopped = bool(both[1])
+        return self.stopped or self.progress >= 1
+
+    def fraction_done(self):
+        """The fraction of --epochs or --minutes that is over, from 0 on."""
+        if self.args.epochs:
+            total = math.ceil(round(self.args.epochs * self.fraction * self.steps_per_epoch, 6))
+            return self.step / total
+        return self._seconds() / 60 / (self.args.minutes * self.fraction)
+
+    def _seconds(self):
+        return time.monotonic() - self.clock
+
+    def _epoch(self):
+        return (self.step + self.in_step) / self.steps_per_epoch
+
+    def seed(self, generator):
+        """Make what a step draws depend on (seed, step) alone, so that no generator is saved."""
+        sequence = np.random.SeedSequence([self.args.seed, self.step])
+        generator.manual_seed(int(sequence.generate_state(1)[0]))
+
+    def batch(self):
+        """The indices of this step's images: int64 (B,), a function of (seed, step) alone."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        return epoch_batches(self.num_images, self.args.batch_size, self.args.seed, epoch)[i]
+
+    def shard(self, *batch):
+        """This process's rows of each tensor of a batch; without torchrun, all of them."""
+        return [part[self.rank :: self.world] for part in batch]
+
+    def mean(self, values):
+        """The mean of a tensor over the processes, each of which has that of its shard."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def watch(self, **values):
+        """Show numbers beside the bar. Raises InputError unless all are finite."""
+        self.text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not all(map(math.isfinite, values.values())):
+            raise InputError(
+                f"step {self.step}: {self.text}: not finite, stopped; what {self.folder} holds is "
+                f"kept. Resume with a lower --lr than {self.args.lr}, and look at the data"
+            )
+
+    def _show(self):
+        images = (self.step - self.first_step) * self.args.batch_size
+        speed = images / (time.monotonic() - self.start)
+        text = f"epoch {int(self._epoch())}, {self.text}, {speed:.0f} images/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(min(self.fraction_done(), 1.0) - self.bar.n)
+
+    def log(self, line):
+        """Add a line, a dict of numbers, to log.jsonl."""
+        if self.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
+        at = {"step": self.step + self.in_step, "epoch": self._epoch(), "seconds": self._seconds()}
+        with (self.folder / self.log_file).open("a") as file:
+            file.write(json.dumps({**at, **line}) + "\n")
+
+    def _save_due(self):
+        waited = time.monotonic() - self.last_save
+        return self.rank == 0 and waited >= 60 * self.args.save_every
+
+    def save(self, content, grid, columns=8):
+        """Write the checkpoint, `content` and where the run stands, and a grid of images.
+
+        grid: (N, C, H, W) in [-1, 1].  Raises InputError if it is not finite.
+        """
+        self.watch(samples=grid.abs().max().item())
+        name = f"{self.part or 'step'}_{self.step:07d}.png"
+        save_picture(image_grid(grid, columns), self.folder / "samples" / name)
+        state = {
+            "format": FORMAT, "model": self.stem, "step": self.step, "seconds": self._seconds(),
+            "images": self.step * self.args.batch_size, "torch": str(torch.__version__),
+        }  # fmt: skip
+        path = self.folder / f"{self.stem}.pt"
+        try:
+            with written_whole(path) as scratch:
+                torch.save({**state, **content}, scratch)
+        except RuntimeError as error:  # torch's type for a full disk
+            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+        self.last_save = time.monotonic()
+
+    def end(self):
+        """Say how the run ended and what comes next; returns the exit code."""
+        if self.world > 1:
+            dist.barrier()  # until rank 0 has saved
+        if self.part:
+            self._is_over()  # or a signal during that would be lost, and the next part begin
+        minutes = self._seconds() / 60
+        print(f"{self.step} steps, {self._epoch():.2f} epochs, {minutes:.1f} minutes")
+        if self.stopped:
+            resume = self._command("--resume --run-dir")
+            print(f"Stopped and saved. Resume with:\n  {resume}", flush=True)
+            return 130
+        if not self.part:
+            where = shlex.quote(self.folder.as_posix())
+            flags = f"--checkpoint {where} --class all --num-samples 10"
+            print(f"Draw samples with:\n  python {self.name}.py {flags}")
+        return 0
+
+    def _command(self, flags):
+        """The command that starts this script in the same way, with flags and the run's folder."""
+        start = "python"
+        if self.world > 1:
+            here = int(os.environ["LOCAL_WORLD_SIZE"])
+            others = " ..." if here < self.world else ""  # the user's other machines
+            start = f"torchrun --nproc-per-node {here}{others}"
+        return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
+
+
+# --- Image files ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path):
+    """Yield a temporary path beside `path`, which replaces `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def check_output(path, suffixes, given=()):
+    """Raise InputError for an output that could not be written, before the work is done.
+
+    suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
+    """
+    if path.suffix not in suffixes:
+        names = " or ".join(suffix for suffix in suffixes if suffix)
+        folder = ", or be a folder" if "" in suffixes else ""
+        raise InputError(f"--output {path}: the name must end in {names}{folder}")
+    if path.is_dir() and (path.suffix or any(path.iterdir())):
+        raise InputError(f"--output {path} is a folder that holds files: name another")
+    if path.is_file() and not path.suffix:
+        raise InputError(f"--output {path} is a file, not a folder for images: name another")
+    if path.resolve() in [Path(name).resolve() for name in given if name]:
+        raise InputError(f"{path} is an image that is given: name another --output")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
+
+
+def output_path(args, name, classes, class_names):
+    """Where samples go: --output, or NAME_CLASS.png; InputError if it could not be written."""
+    what = file_stem(class_names[classes[0]]) if len(classes) == 1 else "samples"
+    path = args.output or Path(f"{name}_{what}.png")
+    if path.suffix == ".gif":
+        raise InputError(f"a .gif is now: python explore.py gif {name} --output {path}")
+    check_output(path, [".png", ".npz", ""])
+    return path
+
+
+def image_grid(images, columns):
+    """float (N, C, H, W) in [-1, 1] -> a PIL picture, row by row, up to 8 times the size."""
+    grid = make_grid(to_uint8(images), nrow=columns, padding=2)
+    picture = TF.to_pil_image(grid[:1] if images.shape[1] == 1 else grid)  # make_grid gives RGB
+    scale = max(1, min(8, 1000 // picture.width))
+    size = (picture.width * scale, picture.height * scale)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def save_picture(picture, path):
+    """Write a PIL picture as PNG."""
+    with written_whole(path) as scratch:
+        picture.save(scratch, format="png")
+
+
+def save_images(images, labels, class_names, path, count):
+    """Write images (N, C, H, W) in [-1, 1], `count` of each class: a grid, arrays or single PNGs.
+
+    labels: int64 (N,);  path: .png, .npz (x uint8, y, class_names), or else a folder.
+    Raises InputError if the images are not finite.
+    """
+    if not images.isfinite().all():
+        raise InputError("the samples are not finite: the weights are corrupted, or diverged")
+    if path.suffix == ".png":
+        columns = count if 1 < count <= 20 else min(10, len(images))
+        save_picture(image_grid(images, columns), path)
+    elif path.suffix == ".npz":
+        pixels = to_uint8(images).numpy()
+        arrays = {"x": pixels, "y": labels.numpy(), "class_names": np.array(class_names)}
+        with written_whole(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    else:
+        for i, (image, label) in enumerate(zip(to_uint8(images), labels, strict=True)):
+            name = f"{i:05d}_{file_stem(class_names[label])}.png"
+            save_picture(TF.to_pil_image(image), path / name)
