@@ -2,13 +2,15 @@
 
 Jiaming Song, Chenlin Meng, Stefano Ermon, "Denoising Diffusion Implicit Models", 2020
 (arXiv:2010.02502).  Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the
-sampler, which skips steps.
+sampler, which skips steps: here uneven ones from t = T-1 on (Lin et al. 2023, arXiv:2305.08891).
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside it.  The paper writes alpha_bar as
+plain alpha.
 
-    q_sample             x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps   DDPM (4)
-    image_losses         || target - model(x_t, t, y) ||^2,  target = eps or v         DDPM (14)
-    predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   (9)
+    predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)  DDIM (9)
     ddim_step            x_prev = sqrt(alpha_bar_prev) * x_0_hat
-                           + sqrt(1 - alpha_bar_prev - sigma_t^2) * eps_hat + sigma_t * noise (12)
+                         + sqrt(1 - alpha_bar_prev - sigma_t^2) * eps_hat + sigma_t * noise     (12)
+    q_sample             x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps        DDPM (4)
+    image_losses         || target - model(x_t, t, y) ||^2,  target = eps or v                  (14)
 
     python ddim.py --train --epochs 50     train on Fashion-MNIST
     python ddim.py --train --minutes 1     see it run
@@ -18,9 +20,7 @@ Differs from the paper: class labels with classifier-free guidance (Ho & Saliman
 arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
 v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t, an EMA over a fraction of the
 run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat
-limited to [-1, 1] (--no-clip), a smaller network, uneven steps from t = T-1 on (Lin et al. 2023,
-arXiv:2305.08891), DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095).  The paper writes alpha_bar as
-plain alpha.
+limited to [-1, 1] (--no-clip), and a smaller network.
 """
 
 import argparse
@@ -184,30 +184,6 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
-def ddim_sample(
-    denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, noise=None, trace=None
-):
-    """Walk from noise to images by DDIM eq. (12).
-
-    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T, called once a step where eta > 0;
-    trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
-    Returns x_0, like x_T, in [-1, 1] with clip.
-    """
-    x_t = x_T
-    for t, t_prev in pairs:
-        alpha_bar_t = alpha_bars[t].item()
-        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
-        x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
-        if trace is not None:
-            trace.append((t, x_t, x_0_hat))
-        step_noise = noise() if eta > 0 else None
-        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, step_noise)
-    if trace is not None:
-        trace.append((-1, x_t, x_t))
-    return x_t
-
-
 def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
     """D and its noise: what ddim_step takes for x_0_hat and eps_hat to be of second order.
 
@@ -236,13 +212,40 @@ def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=Non
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
-        if trace is not None:
-            trace.append((t, x_t, x_0_hat))
         D, D_eps = x_0_hat, eps_hat
         if last is not None and t_prev >= 0:
             D, D_eps = dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, *last)
         last = x_0_hat, alpha_bar_t
-        x_t = ddim_step(D, D_eps, alpha_bar_t, alpha_bar_prev)
+        x_prev = ddim_step(D, D_eps, alpha_bar_t, alpha_bar_prev)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        x_t = x_prev
+    if trace is not None:
+        trace.append((-1, x_t, x_t))
+    return x_t
+
+
+def ddim_sample(
+    denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, noise=None, trace=None
+):
+    """Walk from noise to images.
+
+    denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
+    noise: () -> standard normal noise like x_T;
+    trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
+    Returns x_0, like x_T, in [-1, 1] with clip.
+    """
+    x_t = x_T
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        # DDIM eq. (12): noise enters where eta > 0
+        step_noise = noise() if eta > 0 else None
+        x_prev = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, step_noise)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        x_t = x_prev
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -256,8 +259,8 @@ def sample(
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  config: the checkpoint's;
-    labels: int64 (N,);  guidance_limit: a fraction of T;  solver: ddim, or dpm++ with eta 0;
-    trace: as in ddim_sample, where N <= batch_size.
+    labels: int64 (N,);  guidance_limit: a fraction of T;  the rest: as in the functions above, and
+    --help;  trace: where N <= batch_size.
     """
     device = next(model.parameters()).device
     shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
@@ -274,10 +277,12 @@ def sample(
         until = guidance_limit * config["num_timesteps"]
         denoise = guided(model, labels[part].to(device), guidance, until)
         walk = denoise, noise(), alpha_bars, pairs, config["prediction"]
-        if solver == "dpm++":
-            x_0 = dpm_sample(*walk, clip, trace)
-        else:
+        if solver == "ddim":
             x_0 = ddim_sample(*walk, eta, clip, noise, trace)
+        elif eta > 0:
+            raise InputError(f"--eta {eta} is for --solver ddim: {solver} is deterministic")
+        else:
+            x_0 = dpm_sample(*walk, clip, trace)
         images.append(x_0.cpu())
     return torch.cat(images)
 
@@ -495,8 +500,6 @@ def draw(args):
     guidance = default_guidance(config) if args.guidance is None else args.guidance
     steps = min(STEPS, config["num_timesteps"]) if args.steps is None else args.steps
     check_sampling(config, steps, guidance)
-    if args.eta > 0 and args.solver == "dpm++":
-        raise InputError("--solver dpm++ is deterministic: it needs --eta 0")
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     images = sample(
         model=ema_network(checkpoint, pick_device(args.device)), config=config, labels=labels,

@@ -1,26 +1,26 @@
 """DDPM: denoising diffusion probabilistic models, class-conditional, in one file (with common.py).
 
 Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", 2020
-(arXiv:2006.11239).
+(arXiv:2006.11239).  Its sampler may skip steps here, uneven ones (Nichol & Dhariwal 2021,
+arXiv:2102.09672).
 
-    q_sample             x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps   DDPM (4)
-    image_losses         || target - model(x_t, t, y) ||^2,  target = eps or v         DDPM (14)
-    predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)  (15)
+    predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t) DDPM (15)
     posterior            mean = sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t) * x_0_hat
                            + sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * x_t
-                         variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t        (7)
-    ddpm_sample          x_prev = mean + sqrt(variance) * noise, but no noise at the end
-                                                                               DDPM algorithm 2
+                         variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t            (7)
+    ddpm_sample          x_prev = mean + sqrt(variance) * noise                          algorithm 2
+    q_sample             x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps        DDPM (4)
+    image_losses         || target - model(x_t, t, y) ||^2,  target = eps or v                  (14)
 
     python ddpm.py --train --epochs 50     train on Fashion-MNIST
     python ddpm.py --train --minutes 1     see it run
     python ddpm.py --class Sneaker         draw a Sneaker with the newest weights
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022,
-arXiv:2207.12598) at low t, a cosine schedule and skipped steps (Nichol & Dhariwal 2021,
-arXiv:2102.09672; here uneven), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t,
-an EMA over a fraction of the run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed
-rate, gradient clipping, x_0_hat limited to [-1, 1] (--no-clip), and a smaller network.
+arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
+v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t, an EMA over a fraction of the
+run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat
+limited to [-1, 1] (--no-clip), and a smaller network.
 """
 
 import argparse
@@ -192,10 +192,10 @@ def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
 def ddpm_sample(
     denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, noise=None, trace=None
 ):
-    """Walk from noise to images: DDPM algorithm 2.
+    """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T, called on every step but the last;
+    noise: () -> standard normal noise like x_T;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -204,10 +204,12 @@ def ddpm_sample(
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, _ = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        # DDPM algorithm 2: noise enters every step but the last
+        mean, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
+        x_prev = mean + sigma_squared**0.5 * noise() if t_prev >= 0 else mean
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
-        mean, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
-        x_t = mean + sigma_squared**0.5 * noise() if t_prev >= 0 else mean
+        x_t = x_prev
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -221,8 +223,8 @@ def sample(
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  config: the checkpoint's;
-    labels: int64 (N,);  guidance_limit: a fraction of T;  variance: as in posterior;
-    trace: as in ddpm_sample, where N <= batch_size.
+    labels: int64 (N,);  guidance_limit: a fraction of T;  the rest: as in the functions above, and
+    --help;  trace: where N <= batch_size.
     """
     device = next(model.parameters()).device
     shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)

@@ -314,10 +314,10 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
 def ddim_sample(
     denoise, x_T, alpha_bars, pairs, prediction, eta=0.0, clip=True, noise=None, trace=None
 ):
-    """Walk from noise to images by DDIM eq. (12).
+    """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T, called once a step where eta > 0;
+    noise: () -> standard normal noise like x_T;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -326,10 +326,12 @@ def ddim_sample(
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        # DDIM eq. (12): noise enters where eta > 0
+        step_noise = noise() if eta > 0 else None
+        x_prev = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, step_noise)
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
-        step_noise = noise() if eta > 0 else None
-        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta, step_noise)
+        x_t = x_prev
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -363,13 +365,14 @@ def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=Non
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, eps_hat = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
-        if trace is not None:
-            trace.append((t, x_t, x_0_hat))
         D, D_eps = x_0_hat, eps_hat
         if last is not None and t_prev >= 0:
             D, D_eps = dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, *last)
         last = x_0_hat, alpha_bar_t
-        x_t = ddim_step(D, D_eps, alpha_bar_t, alpha_bar_prev)
+        x_prev = ddim_step(D, D_eps, alpha_bar_t, alpha_bar_prev)
+        if trace is not None:
+            trace.append((t, x_t, x_0_hat))
+        x_t = x_prev
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
@@ -397,10 +400,10 @@ def posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance="small"):
 def ddpm_sample(
     denoise, x_T, alpha_bars, pairs, prediction, variance="small", clip=True, noise=None, trace=None
 ):
-    """Walk from noise to images: DDPM algorithm 2.
+    """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T, called on every step but the last;
+    noise: () -> standard normal noise like x_T;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -409,10 +412,12 @@ def ddpm_sample(
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
         x_0_hat, _ = predict_x_0_and_eps(denoise(x_t, t), x_t, prediction, alpha_bar_t, clip)
+        # DDPM algorithm 2: noise enters every step but the last
+        mean, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
+        x_prev = mean + sigma_squared**0.5 * noise() if t_prev >= 0 else mean
         if trace is not None:
             trace.append((t, x_t, x_0_hat))
-        mean, sigma_squared = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev, variance)
-        x_t = mean + sigma_squared**0.5 * noise() if t_prev >= 0 else mean
+        x_t = x_prev
     if trace is not None:
         trace.append((-1, x_t, x_t))
     return x_t
