@@ -23,6 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
+import metrics
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
@@ -181,7 +183,7 @@ def try_spacing(trial, count=1000):
         model, evaluate.balanced_labels(0, count), steps=steps, solver=solver
     )
     drawn = evaluate.extract(session, images)[0]
-    ffid = evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(drawn))
+    ffid = metrics.frechet_distance(*metrics.moments(features), *metrics.moments(drawn))
     return trial | {"n": count, "ffid": ffid}
 
 
@@ -201,7 +203,7 @@ def table(trials):
             for solver, steps in WALKS
             if (keys := [f"{solver} {steps} {exponent}" for exponent in EXPONENTS])
         ]
-        text += evaluate.as_table(["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)], rows)
+        text += report.as_table(["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)], rows)
     head = [
         "change",
         "verdict",
@@ -242,7 +244,7 @@ def table(trials):
             ]
             lines.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
             found[flags] = ffid, trial["spread"]
-        text += evaluate.as_table(head, lines)
+        text += report.as_table(head, lines)
     text += "/ without: F-FID over that of the longest row above that the change starts with.  taken: by the script's\n"
     text += "defaults; no gain: not 5 % better, or not by both spreads; better: but another row is better still, or\n"
     text += "longer runs are not, or were not made.  Compare within a table: the machine was faster in some.\n"
