@@ -45,7 +45,7 @@ from metrics import (
     K, as_pixels, class_scores, copy_ratios, frechet_distance, manifold_scores, moments, nearest,
     neighbour_radii,
 )  # fmt: skip
-from report import FEW, plot_map, plot_results, table, write_picture, write_text
+from report import DIAGRAMS, FEW, plot_map, plot_results, table, write_picture, write_text
 
 try:
     from tqdm import tqdm
@@ -66,13 +66,14 @@ QUERIES = 2000  # images whose nearest neighbours are looked for, pixel by pixel
 CHUNK = 1000  # images in a file of the cache
 BATCH = 100  # images generated at a time
 TIMED_BATCHES = (1, 4, 16, 64, 100)
-TIMED_REPEATS = 5  # at each batch size, or fewer:
-TIMED_SECONDS = 3.0  # no repeat starts later than this
+TIMED_REPEATS = 5  # at most, at each batch size
+TIMED_SECONDS = 3.0  # no repeat starts later
 CAS_EPOCHS = 3
 CARD_KEY = "extractor_card"  # where an extractor's .onnx file holds the JSON that describes it
 CARD_FORMAT = 1
 # Part of the key of cached samples.  Raise it whenever infer_onnx.sample gives other images for the
-# same model, options, seed and index: a change of the samplers, of the noise or of the rounding.
+# same model, options, seed and index: other samplers, noise or rounding, or a new default.  Where
+# the pictures in tests/golden have to be made anew, this has to be raised.
 CACHE_VERSION = 1
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -215,9 +216,7 @@ def load_extractor(path, data, test, threads):
         features, logits = extract(session, test[0])
         accuracy = float((logits.argmax(1) == test[1]).mean())
         if abs(accuracy - said) > 0.002:
-            raise InputError(
-                f"{path}: accuracy {accuracy:.4f} on the test images, it says {said:.4f}"
-            )
+            raise InputError(f"{path} has test accuracy {accuracy:.4f}, but says {said:.4f}")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not an extractor of benchmarks/extractor.py") from error
     sha256 = hashlib.sha256(content).hexdigest()
@@ -340,13 +339,13 @@ def find_settings(args, class_names):
 
 
 def sampling_options(args, name, card):
-    """The options of each setting of a model; prints which of the flags it cannot follow."""
+    """The options of each setting of a model; prints which flags it cannot follow."""
     if card["kind"] == "codes":
         return [{}]
     trained = len(card["alpha_bars"])
     if args.steps and max(args.steps) > trained:
-        asked = f"--steps {max(args.steps)} is more than the {trained} of the training"
-        print(f"{name}: {asked}, {trained} are taken")
+        excess = f"--steps {max(args.steps)} is more than the {trained} of its training"
+        print(f"{name}: {excess}, {trained} are used")
     steps = dict.fromkeys(min(count, trained) for count in args.steps or [card["steps"]])
     guidances = args.guidance or [card["guidance"]]
     if args.guidance and card["guidance_fixed"]:
@@ -355,7 +354,7 @@ def sampling_options(args, name, card):
     solvers = args.solver
     if "solver" not in infer_onnx.MODEL_FLAGS[card["model"]] and solvers != ["ddim"]:
         solvers = ["ddim"]
-        print(f"{name} has a sampler of its own: --solver is ignored")
+        print(f"{name} has only one sampler: --solver is ignored")
     limits = args.guidance_limit or [card["guidance_limit"]]
     found = []
     for solver, limit, guidance, count in itertools.product(solvers, limits, guidances, steps):
@@ -430,8 +429,8 @@ def sample_shard(cache, parts):
     with sampling_bar(cache, parts) as bar:
         for part in parts:
             sample_chunk(cache, *part, bar)
-    print(f"{len(parts)} files of samples in {cache}: add those of the other shards, then run")
-    print("the same command without --shard")
+    print(f"{len(parts)} files of samples are in {cache}")
+    print("add those of the other shards, then run the same command without --shard")
 
 
 def latency(setting):
@@ -515,7 +514,8 @@ class MovedToExtractor(argparse.Action):
     """A flag of earlier versions: an error that names the command that replaces it."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} has moved to python benchmarks/extractor.py")
+        moved = f"{option_string} has moved to python benchmarks/extractor.py"
+        parser.exit(2, f"{parser.prog}: error: {moved}\n")
 
 
 def build_parser():
@@ -526,23 +526,23 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("models", nargs="*", metavar="MODEL",
-        help=f"{', '.join(NAMES)} or .onnx files (default: every one of these that is found)")
+        help=f"models to score: {', '.join(NAMES)}, or .onnx files (default: all that are found)")
     add("--num-samples", type=number(int, 20, 1_000_000), default=10_000,
-        help="samples of each seed, all classes together, 20 to 1000000 (default 10000)")
+        help="number of samples of each seed, a multiple of 10, 20 to 1000000 (default 10000)")
     add("--seeds", type=number(int, 1, 100), default=1,
         help="number of sampling seeds, 1 to 100; the spread over them is reported (default 1)")
     add("--steps", type=several(number(int, 1)), metavar="S,...",
-        help="of diffusion models: numbers of sampling steps, 1 to T (default: the model's)")
+        help="numbers of sampling steps of diffusion models, 1 to T (default: the model's)")
     add("--guidance", type=several(number(float, 0)), metavar="W,...",
-        help="of diffusion models: 0 no class, 1 plain, above 1 guided (default: the model's)")
+        help="diffusion guidance: 0 no class, 1 plain class, above 1 guided (default: the model's)")
     add("--guidance-limit", type=several(number(float, 0, 1)), metavar="F,...",
         help="guide only at t below these fractions of T, 0 to 1 (default: the model's)")
     add("--solver", type=several(solver), default=["ddim"], metavar="NAME,...",
-        help="of ddim and ldm: ddim, dpm++ or both (default ddim)")
+        help="solvers of ddim and ldm: ddim, dpm++ or both (default ddim)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist",
         help="data set of the real images (default fashion-mnist)")
     add("--data-dir", metavar="FOLDER",
-        help="folder of its IDX files (default: data/, else Debian's folder)")
+        help="folder of the real images' IDX files (default: data/, else Debian's folder)")
     add("--output", type=Path, default=Path("results"), metavar="FOLDER",
         help="folder for scores, pictures and the cache of samples (default results)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
@@ -550,7 +550,7 @@ def build_parser():
     add("--threads", type=number(int, 0, 1024), default=0,
         help="number of CPU threads, 0 to 1024; 0 is one per core (default 0)")
     add("--shard", type=infer_onnx.shard, metavar="I/N",
-        help="only generate part I of N of the samples, for several machines")
+        help="only generate part I of N of the samples, for several machines (default: all)")
     add("--no-timing", dest="timing", action="store_false", help="do not measure latency")
     add("--tsne", action="store_true",
         help="also plot t-SNE maps of real and generated features (needs scikit-learn)")
@@ -558,7 +558,7 @@ def build_parser():
         help="also train a classifier on as many samples as there are training images and score "
         "it on the test images (needs torch)")
     add("--extractors", type=Path, default=Path(__file__).parent / "pretrained", metavar="FOLDER",
-        help="folder of the extractors (default: pretrained)")
+        help="folder of the extractors' .onnx files (default: pretrained)")
     add("--train-extractor", "--epochs", nargs="?", action=MovedToExtractor, help=argparse.SUPPRESS)
     # fmt: on
     return parser
@@ -676,8 +676,8 @@ def score_models(args):
     sizes = [n] * args.seeds
     if args.cas:
         sizes[0] = max(n, len(train[0]))
-    sets = [(setting, seed, size) for setting in settings for seed, size in enumerate(sizes)]
-    parts = [(setting, seed, *chunk) for setting, seed, size in sets for chunk in chunks(size)]
+    wanted = [(setting, seed, size) for setting in settings for seed, size in enumerate(sizes)]
+    parts = [(setting, seed, *chunk) for setting, seed, size in wanted for chunk in chunks(size)]
     if args.shard:
         part, of = args.shard
         sample_shard(cache, parts[part - 1 :: of])
@@ -705,6 +705,8 @@ def score_models(args):
     write_text(json.dumps(results, indent=1) + "\n", args.output / "results.json")
     write_text(table(results), args.output / "table.md")
     write_side_by_side(args.output / "side_by_side.png", settings)
+    for name in DIAGRAMS:  # no old ones beside new scores, also where none can be drawn
+        (args.output / name).unlink(missing_ok=True)
     try:
         plot_results(results, args.output)
         for setting in settings if args.tsne else ():
@@ -717,6 +719,7 @@ def score_models(args):
 
 def run_in_one_line(parser, command, args, stopped=""):
     """Run command(args); an error becomes one line and an exit code, Ctrl-C 130."""
+    ort.set_default_logger_severity(4)
     codes = {
         InputError: 2,
         ImportError: 2,
@@ -737,7 +740,6 @@ def run_in_one_line(parser, command, args, stopped=""):
 
 
 def main(argv=None):
-    ort.set_default_logger_severity(4)
     parser = build_parser()
     args = parser.parse_args(argv)
     stopped = "; samples are cached, the same command resumes"

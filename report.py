@@ -18,6 +18,7 @@ from PIL import Image
 
 from infer_onnx import Parser, one_line, written_whole
 
+DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
 FEW = 2000  # with fewer samples than this, a table marks its scores
 # Columns of the table: (name of the score, heading, format).
 SCORES = (
@@ -209,12 +210,7 @@ def plot_map(path, title, real, samples, class_names):
 
 
 def plot_results(results, folder):
-    """The diagrams of results.json: F-FID against latency and steps; classes of the samples.
-
-    Those that are there already are deleted first, also where matplotlib is missing (ImportError).
-    """
-    for name in ("quality_latency.png", "steps.png", "classes.png"):
-        (folder / name).unlink(missing_ok=True)
+    """The diagrams of results.json: F-FID against latency and steps; classes of the samples."""
     by_time = {}
     by_steps = {}
     for row in results["rows"]:

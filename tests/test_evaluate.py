@@ -30,7 +30,6 @@ import report
 from benchmarks import extractor
 
 CLASSES = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
-DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")
 # A Python in which nothing can be imported but what evaluate.py needs to score.
 WITHOUT = ["torch", "torchvision", "onnx", "onnxscript", "scipy", "sklearn", "tqdm", "matplotlib"]
 WITHOUT_TORCH = f"""
@@ -416,7 +415,7 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stdout.splitlines() if line.startswith("no diagrams")]
     assert "matplotlib" in line and line.endswith("pip install matplotlib")
-    assert not any((in_tmp / f"results/{name}").exists() for name in DIAGRAMS)
+    assert not any((in_tmp / f"results/{name}").exists() for name in report.DIAGRAMS)
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
         ("ddim", 2, 3), ("ddim", 3, 5), ("gan", None, 1),  # the first step is not guided
@@ -444,7 +443,7 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     (in_tmp / "results/table.md").unlink()
     assert report.main([]) == 0
     assert (in_tmp / "results/table.md").read_text() == text
-    for name in DIAGRAMS:
+    for name in report.DIAGRAMS:
         assert Image.open(in_tmp / f"results/{name}").size == (1030, 560)
 
 
@@ -454,6 +453,7 @@ def test_a_report_of_nothing_is_one_line(in_tmp, capsys, monkeypatch):
     results = json.loads((ROOT / "results/results.json").read_text())
     Path("whole").mkdir()
     Path("whole/results.json").write_text(json.dumps(results))
+    Path("whole/steps.png").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for folder, message in (
         ("none", "results.json"),
@@ -464,6 +464,7 @@ def test_a_report_of_nothing_is_one_line(in_tmp, capsys, monkeypatch):
             report.main([folder])
         error = capsys.readouterr().err
         assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+    assert Path("whole/steps.png").exists()
 
 
 @pytest.fixture
@@ -780,9 +781,17 @@ def test_extractors_are_trained_and_used(workplace, in_tmp, monkeypatch, capsys)
     assert Image.open("results/tsne_gan.png").size == (1030, 560)
 
 
-def test_an_extractor_of_no_data_is_one_line(in_tmp, capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "mnist", "--data-dir", "nowhere"], "no train-images"),
+        (["--data", "cifar"], "argument --data"),
+        *((["--epochs", value], "argument --epochs") for value in ("0", "1001", "1.5", "x", "")),
+    ],
+)
+def test_an_extractor_that_cannot_be_trained_is_one_line(in_tmp, capsys, argv, message):
     with pytest.raises(SystemExit) as caught:
-        extractor.main(["--data", "mnist", "--data-dir", "nowhere"])
+        extractor.main(argv)
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("extractor.py: error: no train-images")
+    assert caught.value.code == 2 and error.startswith(f"extractor.py: error: {message}")
     assert error.count("\n") == 1
