@@ -23,8 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
-import metrics
-import report
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
@@ -183,7 +182,7 @@ def try_spacing(trial, count=1000):
         model, evaluate.balanced_labels(0, count), steps=steps, solver=solver
     )
     drawn = evaluate.extract(session, images)[0]
-    ffid = metrics.frechet_distance(*metrics.moments(features), *metrics.moments(drawn))
+    ffid = evaluate.frechet_distance(*evaluate.moments(features), *evaluate.moments(drawn))
     return trial | {"n": count, "ffid": ffid}
 
 

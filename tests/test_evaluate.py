@@ -1,4 +1,4 @@
-"""evaluate.py, metrics.py, report.py and benchmarks/extractor.py.
+"""evaluate.py, benchmarks/report.py and benchmarks/extractor.py.
 
 Every score against cases worked out by hand, bad samples that must score worse, whole runs without
 torch.
@@ -25,9 +25,7 @@ from PIL import Image, ImageFilter
 import evaluate
 import export
 import infer_onnx
-import metrics
-import report
-from benchmarks import extractor
+from benchmarks import extractor, report
 
 CLASSES = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
 # A Python in which nothing can be imported but what evaluate.py needs to score.
@@ -105,21 +103,21 @@ def sets(extractors):
 def test_frechet_distance_is_the_closed_formula():
     # Of commuting covariances: |mean_a - mean_b|^2 + sum (sqrt(a) - sqrt(b))^2.
     a, b = np.diag([4.0, 9.0, 0.0]), np.diag([1.0, 16.0, 25.0])
-    distance = metrics.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b)
+    distance = evaluate.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b)
     assert distance == pytest.approx(25 + 1 + 1 + 25)
     # Of others: by the eigenvalues of the plain product.
     rng = np.random.default_rng(0)
     a, b = (x @ x.T for x in rng.normal(size=(2, 6, 6)))
     root = np.sqrt(np.linalg.eigvals(a @ b).real).sum()
     expected = np.trace(a) + np.trace(b) - 2 * root
-    assert metrics.frechet_distance(np.ones(6), a, np.ones(6), b) == pytest.approx(expected)
-    assert metrics.frechet_distance(np.ones(6), a, np.ones(6), a) == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), b) == pytest.approx(expected)
+    assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), a) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_distance_of_drawn_gaussians():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(20_000, 2)), rng.normal(size=(20_000, 2)) * [2, 3] + [1, 0]
-    assert metrics.frechet_distance(*metrics.moments(a), *metrics.moments(b)) == pytest.approx(
+    assert evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b)) == pytest.approx(
         1 + 1 + 4, rel=0.03
     )
 
@@ -127,12 +125,12 @@ def test_frechet_distance_of_drawn_gaussians():
 def test_manifold_scores_of_points_on_a_line():
     lines = ([0, 1, 2, 10, 30], [0.5, 5, 40, 41, 100, 101])
     real, fake = (np.array([[x, 0] for x in xs], np.float32) for xs in lines)
-    radii = metrics.neighbour_radii(real, 1)
+    radii = evaluate.neighbour_radii(real, 1)
     assert radii.tolist() == [1, 1, 1, 64, 400]  # squared
     # Of the fakes, 0.5 is in the balls of 0 and 1, 5 in that of 10, 40 and 41 in that of 30, the
     # others in none: all reals but 2 have one. The balls of 0.5 and 5 reach 4.5 and hold 0, 1 and
     # 2; no other holds a real.
-    scores = metrics.manifold_scores(real, radii, fake, 1)
+    scores = evaluate.manifold_scores(real, radii, fake, 1)
     assert scores == pytest.approx(
         {"precision": 4 / 6, "recall": 3 / 5, "density": 5 / 6, "coverage": 4 / 5}
     )
@@ -142,25 +140,25 @@ def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(2, 70, 5)).astype(np.float32)
     squares = ((real[:, None] - fake[None]) ** 2).sum(axis=2)
-    assert np.allclose(metrics.squared_distances(real, fake), squares, atol=1e-4)
-    whole = metrics.manifold_scores(real, metrics.neighbour_radii(real), fake)
+    assert np.allclose(evaluate.squared_distances(real, fake), squares, atol=1e-4)
+    whole = evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake)
     monkeypatch.setattr(
-        metrics, "in_blocks", lambda rows: [slice(i, min(i + 9, rows)) for i in range(0, rows, 9)]
+        evaluate, "in_blocks", lambda rows: [slice(i, min(i + 9, rows)) for i in range(0, rows, 9)]
     )
-    assert metrics.manifold_scores(real, metrics.neighbour_radii(real), fake) == whole
-    found, indices = metrics.nearest(real, fake)
+    assert evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake) == whole
+    found, indices = evaluate.nearest(real, fake)
     assert np.array_equal(indices, squares.argmin(axis=1)) and np.allclose(
         found, squares.min(axis=1), atol=1e-4
     )
 
 
 def test_class_scores_by_hand():
-    even = metrics.class_scores(np.arange(20) % 10, np.arange(20) % 10)
+    even = evaluate.class_scores(np.arange(20) % 10, np.arange(20) % 10)
     assert even.pop("accuracy_by_class") == [1.0] * 10
     assert even == {"label_accuracy": 1.0, "entropy": pytest.approx(1), "histogram": [0.1] * 10}
-    two = metrics.class_scores(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2]))
+    two = evaluate.class_scores(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2]))
     assert two["label_accuracy"] == 0.5 and two["entropy"] == pytest.approx(np.log10(2))
-    one = metrics.class_scores(np.array([3, 3]), None)
+    one = evaluate.class_scores(np.array([3, 3]), None)
     assert one["label_accuracy"] is None and one["entropy"] == 0 and one["histogram"][3] == 1
 
 
@@ -240,7 +238,7 @@ def test_shuffled_labels_are_seen(sets):
 
 def test_copies_are_found_also_if_they_are_few(sets):
     (train, _), _, (images, labels), reference = sets
-    real = metrics.copy_ratios(reference.held_out, reference.train, reference.others)
+    real = evaluate.copy_ratios(reference.held_out, reference.train, reference.others)
     assert 0.8 < np.median(real) < 1.2
     assert evaluate.score_images(reference, train, labels)["copy_ratio"] < 0.02
     some = np.concatenate([train[:40], images[40:]])
@@ -510,7 +508,7 @@ def test_diagrams_leave_pyplot_alone():
     code = """
 import json, sys
 from pathlib import Path
-import report
+from benchmarks import report
 report.plot_results(json.loads(Path(sys.argv[1]).read_text()), Path())
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """

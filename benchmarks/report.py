@@ -1,9 +1,9 @@
 """Show results.json, which evaluate.py writes: a table in Markdown and diagrams.
 
-    python report.py                  write results/table.md and the diagrams there anew
-    python report.py results/steps    those of another folder; nothing is sampled or scored
+    python benchmarks/report.py                  write results/table.md and the diagrams there anew
+    python benchmarks/report.py results/steps    those of another folder
 
-Diagrams need matplotlib, which nothing else does.
+Nothing is sampled or scored. Diagrams need matplotlib, which nothing else does.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from infer_onnx import Parser, one_line, written_whole
 
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
