@@ -68,6 +68,25 @@ def as_table(head, lines):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)) + "\n\n"
 
 
+def overview(*several):
+    """README's table: the first floor and the rows of several results.json; times at batch 1."""
+    head = ["model", "F-FID", "recall", "label accuracy", "network evaluations", "ms / image"]
+    lines = []
+    for row in (several[0]["floor"], *(row for results in several for row in results["rows"])):
+        ffid, recall, accuracy = (
+            row["scores"][name]["mean"] for name in ("ffid", "recall", "label_accuracy")
+        )
+        cells = [row["title"], f"{ffid:.3g}", f"{recall:.3f}", f"{accuracy:.3f}"]
+        if row is several[0]["floor"]:
+            cells += ["–", "–", "–"]
+        else:
+            times = row["latency"]
+            one = f"{times['batch']['1']:.1f}" if times else "–"
+            cells += [str(row["evaluations"]), one, f"{row['training_minutes']:.0f}"]
+        lines.append(cells)
+    return as_table([*head, "training minutes"], lines)
+
+
 def disagreements(rows):
     """Pairs of rows whose order by F-FID the second extractor reverses: "BETTER before WORSE"."""
     pairs = []
