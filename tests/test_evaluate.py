@@ -504,7 +504,7 @@ def test_diagrams_show_the_scores(curves):
     assert sorted(x for points in lines.values() for x, _ in points) == sorted(times)
 
 
-def test_diagrams_leave_pyplot_alone():
+def test_diagrams_leave_pyplot_alone(in_tmp):
     code = """
 import json, sys
 from pathlib import Path
