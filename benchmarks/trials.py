@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
@@ -201,7 +202,7 @@ def table(trials):
             for solver, steps in WALKS
             if (keys := [f"{solver} {steps} {exponent}" for exponent in EXPONENTS])
         ]
-        text += evaluate.as_table(["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)], rows)
+        text += report.as_table(["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)], rows)
     head = [
         "change",
         "verdict",
@@ -242,7 +243,7 @@ def table(trials):
             ]
             lines.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
             found[flags] = ffid, trial["spread"]
-        text += evaluate.as_table(head, lines)
+        text += report.as_table(head, lines)
     text += "/ without: F-FID over that of the longest row above that the change starts with.  taken: by the script's\n"
     text += "defaults; no gain: not 5 % better, or not by both spreads; better: but another row is better still, or\n"
     text += "longer runs are not, or were not made.  Compare within a table: the machine was faster in some.\n"

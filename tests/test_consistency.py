@@ -106,12 +106,16 @@ def test_common_imports_no_script_and_infer_onnx_no_torch():
     assert set(imports(SOURCES["infer_onnx"])) <= WITHOUT_TORCH
 
 
-def test_evaluate_imports_torch_in_one_function():
-    inside = {"train_extractor": {"torch", "onnx", "common", "export"}, "draw_tsne": {"sklearn"}}
-    for node in ast.parse(SOURCES["evaluate"]).body:
-        allowed = (
-            WITHOUT_TORCH | {"infer_onnx", "tqdm"} | inside.get(getattr(node, "name", ""), set())
-        )
+def test_evaluate_and_report_import_torch_and_matplotlib_only_where_they_need_them():
+    inside = {
+        "write_tsne": {"sklearn"},
+        "new_diagram": {"matplotlib"},
+        "plot_curves": {"matplotlib"},
+    }
+    shared = WITHOUT_TORCH | {"infer_onnx", "benchmarks", "tqdm"}
+    report = (ROOT / "benchmarks/report.py").read_text()
+    for node in [*ast.parse(SOURCES["evaluate"]).body, *ast.parse(report).body]:
+        allowed = shared | inside.get(getattr(node, "name", ""), set())
         assert set(imports(ast.unparse(node))) <= allowed
 
 

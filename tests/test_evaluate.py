@@ -1,4 +1,8 @@
-"""evaluate.py: every score against cases worked out by hand, bad samples that must score worse, runs without torch."""
+"""evaluate.py, benchmarks/report.py and benchmarks/extractor.py.
+
+Every score against cases worked out by hand, bad samples that must score worse, whole runs without
+torch.
+"""
 
 import hashlib
 import itertools
@@ -21,12 +25,14 @@ from PIL import Image, ImageFilter
 import evaluate
 import export
 import infer_onnx
+from benchmarks import extractor, report
 
 CLASSES = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
 # A Python in which nothing can be imported but what evaluate.py needs to score.
-WITHOUT_TORCH = """
+WITHOUT = ["torch", "torchvision", "onnx", "onnxscript", "scipy", "sklearn", "tqdm", "matplotlib"]
+WITHOUT_TORCH = f"""
 import runpy, sys
-for name in ("torch", "torchvision", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib", "common", "export"):
+for name in {[*WITHOUT, "common", "export"]}:
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
@@ -35,7 +41,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def write_extractor(path, seed, accuracy=1.0, data="kmnist"):
-    """An extractor of conftest.small_set: 16 random projections, and logits that look for the bar of each class."""
+    """An extractor of conftest.small_set: 16 random projections, a logit for each class's bar."""
     rng = np.random.default_rng(seed)
     bars = np.zeros((28, 28, 10), np.float32)
     for y in range(10):
@@ -82,7 +88,7 @@ def padded(images):
 
 @pytest.fixture(scope="module")
 def sets(extractors):
-    """400 training, 400 test images and 400 more of the same kind: (images, labels) each, and what they score with."""
+    """400 training images, 400 test images, 400 more: (images, labels) each; and the Reference."""
     train, test, more = (
         (padded(x), y.astype(np.int64)) for x, y in (small_set(40, seed) for seed in range(3))
     )
@@ -91,21 +97,17 @@ def sets(extractors):
     return train, test, more, evaluate.make_reference(loaded, train, test)
 
 
-# --- Scores against known answers -------------------------------------------------------------------------------
+# --- Scores against known answers -----------------------------------------------------------------
 
 
 def test_frechet_distance_is_the_closed_formula():
-    a, b = (
-        np.diag([4.0, 9.0, 0.0]),
-        np.diag([1.0, 16.0, 25.0]),
-    )  # of commuting covariances: sum (sqrt(a) - sqrt(b))^2
-    assert evaluate.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b) == pytest.approx(
-        25 + 1 + 1 + 25
-    )
+    # Of commuting covariances: |mean_a - mean_b|^2 + sum (sqrt(a) - sqrt(b))^2.
+    a, b = np.diag([4.0, 9.0, 0.0]), np.diag([1.0, 16.0, 25.0])
+    distance = evaluate.frechet_distance(np.zeros(3), a, np.array([3.0, 0, 4]), b)
+    assert distance == pytest.approx(25 + 1 + 1 + 25)
+    # Of others: by the eigenvalues of the plain product.
     rng = np.random.default_rng(0)
-    a, b = (
-        x @ x.T for x in rng.normal(size=(2, 6, 6))
-    )  # of others: by the eigenvalues of the plain product
+    a, b = (x @ x.T for x in rng.normal(size=(2, 6, 6)))
     root = np.sqrt(np.linalg.eigvals(a @ b).real).sum()
     expected = np.trace(a) + np.trace(b) - 2 * root
     assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), b) == pytest.approx(expected)
@@ -125,8 +127,9 @@ def test_manifold_scores_of_points_on_a_line():
     real, fake = (np.array([[x, 0] for x in xs], np.float32) for xs in lines)
     radii = evaluate.neighbour_radii(real, 1)
     assert radii.tolist() == [1, 1, 1, 64, 400]  # squared
-    # Of the fakes, 0.5 is in the balls of 0 and 1, 5 in that of 10, 40 and 41 in that of 30, the others in none: all
-    # reals but 2 have one. The balls of 0.5 and 5 reach 4.5 and hold 0, 1 and 2; no other holds a real.
+    # Of the fakes, 0.5 is in the balls of 0 and 1, 5 in that of 10, 40 and 41 in that of 30, the
+    # others in none: all reals but 2 have one. The balls of 0.5 and 5 reach 4.5 and hold 0, 1 and
+    # 2; no other holds a real.
     scores = evaluate.manifold_scores(real, radii, fake, 1)
     assert scores == pytest.approx(
         {"precision": 4 / 6, "recall": 3 / 5, "density": 5 / 6, "coverage": 4 / 5}
@@ -167,19 +170,16 @@ def test_spread_is_that_of_the_seeds():
     assert scores["histogram"] == [0.5, 0.5] and scores["cas"]["spread"] is None
 
 
-# --- Scores that must move --------------------------------------------------------------------------------------
+# --- Scores that must move ------------------------------------------------------------------------
 
 
 def test_a_set_against_itself_is_perfect(sets):
     _, (images, labels), _, reference = sets
     scores = evaluate.score_images(reference, images, labels)
-    assert scores["ffid"] == pytest.approx(0, abs=1e-6) and scores["ffid2"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert [scores["ffid"], scores["ffid2"]] == pytest.approx([0, 0], abs=1e-6)
     assert all(scores[name] == 1 for name in ("precision", "recall", "coverage", "label_accuracy"))
-    assert scores["density"] == pytest.approx(
-        1, abs=0.01
-    )  # rounding puts some neighbours on either side of an edge
+    # Rounding puts some neighbours on either side of an edge.
+    assert scores["density"] == pytest.approx(1, abs=0.01)
 
 
 def test_the_order_of_samples_is_nothing(sets):
@@ -282,7 +282,7 @@ def test_the_floor_is_of_training_images_but_for_what_they_cannot_say(sets):
     assert floor["scores"]["ffid"]["values"][1] == direct["ffid"]
 
 
-# --- Data and extractors ----------------------------------------------------------------------------------------
+# --- Data and extractors --------------------------------------------------------------------------
 
 
 def test_data_is_found_padded_and_balanced(tmp_path, monkeypatch):
@@ -346,13 +346,13 @@ def test_an_extractor_that_is_not_what_it_says_is_refused(sets, tmp_path):
         ("a", "says 0.93"),
         ("b", "of mnist"),
         ("c", "not an extractor"),
-        ("d", "--train-extractor"),
+        ("d", "benchmarks/extractor.py --data kmnist"),
     ):
         with pytest.raises(infer_onnx.InputError, match=message):
             evaluate.load_extractor(tmp_path / f"{name}.onnx", "kmnist", test, 1)
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------
+# --- Whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +377,7 @@ def models(tiny_runs, tmp_path_factory):
 
 @pytest.fixture
 def workplace(models, extractors, data_dir, in_tmp, monkeypatch):
-    """A current folder in which the tiny models are found by name; returns the flags of a short run there."""
+    """A current folder that has the tiny models in runs/; returns flags of a short run there."""
     shutil.copytree(models, in_tmp / "runs/tiny")
     monkeypatch.setattr(evaluate, "CHUNK", 20)
     monkeypatch.setattr(evaluate, "BATCH", 10)
@@ -403,22 +403,17 @@ def failure(argv, capsys):
 
 
 def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp):
+    """Without tqdm and matplotlib, too; report.py then adds the diagrams that were not drawn."""
+    (in_tmp / "results").mkdir()
+    (in_tmp / "results/steps.png").write_bytes(b"of an earlier run")
     flags = [flag for flag in workplace if flag != "--no-timing"]
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT_TORCH,
-        str(ROOT / "evaluate.py"),
-        "ddim",
-        "gan",
-        "--steps",
-        "2,3",
-        *flags,
-    ]
-    done = subprocess.run(
-        [*command, "--seeds", "2"], capture_output=True, text=True, timeout=120, env=os.environ
-    )
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "evaluate.py"), "ddim", "gan"]
+    command += ["--steps", "2,3", "--seeds", "2", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("no diagrams")]
+    assert "matplotlib" in line and line.endswith("pip install matplotlib")
+    assert not any((in_tmp / f"results/{name}").exists() for name in report.DIAGRAMS)
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
         ("ddim", 2, 3), ("ddim", 3, 5), ("gan", None, 1),  # the first step is not guided
@@ -438,21 +433,88 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
         r["scores"]["ffid"]["mean"] for r in results["rows"]
     )
     text = (in_tmp / "results/table.md").read_text()
-    assert (
-        text == evaluate.table(results)
-        and "60 (!)" in text
-        and results["extractors"][1]["sha256"] in text
-    )
-    for name in (
-        "quality_latency",
-        "steps",
-        "classes",
-        "side_by_side",
-        "samples_gan",
-        "nearest_gan",
-    ):
+    assert text == report.table(results) and "60 (!)" in text
+    assert results["extractors"][1]["sha256"] in text
+    for name in ("side_by_side", "samples_gan", "nearest_gan"):
         assert Image.open(in_tmp / f"results/{name}.png").width > 100
     assert len(list((in_tmp / "results").glob("samples_ddim*.png"))) == 2
+    (in_tmp / "results/table.md").unlink()
+    assert report.main([]) == 0
+    assert (in_tmp / "results/table.md").read_text() == text
+    for name in report.DIAGRAMS:
+        assert Image.open(in_tmp / f"results/{name}").size == (1030, 560)
+
+
+def test_a_report_of_nothing_is_one_line(in_tmp, capsys, monkeypatch):
+    Path("broken").mkdir()
+    Path("broken/results.json").write_text('{"rows": [')
+    results = json.loads((ROOT / "results/results.json").read_text())
+    Path("whole").mkdir()
+    Path("whole/results.json").write_text(json.dumps(results))
+    Path("whole/steps.png").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for folder, message in (
+        ("none", "results.json"),
+        ("broken", "Expecting value"),
+        ("whole", "pip install matplotlib"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            report.main([folder])
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+    assert Path("whole/steps.png").exists()
+
+
+@pytest.fixture
+def curves(in_tmp, monkeypatch):
+    """A function of results: {file: {name of a line: [(x, F-FID), ...]}} that report.py plots."""
+    plotted = {}
+    write_diagram = report.write_diagram
+
+    def look(figure, path):
+        axes = figure.axes[0]
+        assert path.name == "classes.png" or axes.get_xscale() == axes.get_yscale() == "log"
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        plotted[path.name] = lines
+        write_diagram(figure, path)
+
+    def plot(results):
+        plotted.clear()
+        report.plot_results(results, in_tmp)
+        return dict(plotted)
+
+    monkeypatch.setattr(report, "write_diagram", look)
+    return plot
+
+
+def test_diagrams_show_the_scores(curves):
+    """Those of the shipped tables: a curve for each model and solver, a point for each row."""
+    results = json.loads((ROOT / "results/steps/results.json").read_text())
+    plotted = curves(results)
+    assert set(plotted) == {"steps.png", "classes.png"}  # there are no times
+    scores = [(row["steps"], row["scores"]["ffid"]["mean"]) for row in results["rows"]]
+    lines = plotted["steps.png"]
+    assert {y for _, y in lines.pop("real images")} == {results["floor"]["scores"]["ffid"]["mean"]}
+    assert set(lines) == {"ddim, guidance 1.6", "ddim, guidance 1.6, solver dpm++"}
+    assert sorted(map(tuple, itertools.chain(*lines.values()))) == sorted(scores)
+    results = json.loads((ROOT / "results/results.json").read_text())
+    times = [row["latency"]["batch"][row["latency"]["best"]] for row in results["rows"]]
+    lines = curves(results)["quality_latency.png"]
+    del lines["real images"]
+    assert sorted(x for points in lines.values() for x, _ in points) == sorted(times)
+
+
+def test_diagrams_leave_pyplot_alone(in_tmp):
+    code = """
+import json, sys
+from pathlib import Path
+from benchmarks import report
+report.plot_results(json.loads(Path(sys.argv[1]).read_text()), Path())
+assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    file = str(ROOT / "results/results.json")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, file], check=True, env=environment)
 
 
 def test_samples_are_those_of_infer_onnx(workplace, in_tmp):
@@ -493,29 +555,35 @@ def test_drawn_samples_are_not_drawn_again(workplace, in_tmp, monkeypatch, capsy
 
 def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypatch):
     model = infer_onnx.load_model(in_tmp / "runs/tiny/ddim.onnx", "cpu", 1)
-    other = replace(model, sha256="0")
-    files = [
-        evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, m, options), seed, first, stop)
-        for m, options, seed, first, stop in [
-            (model, {"steps": 2}, 0, 0, 20), (other, {"steps": 2}, 0, 0, 20), (model, {"steps": 3}, 0, 0, 20),
-            (model, {"steps": 2}, 1, 0, 20), (model, {"steps": 2}, 0, 20, 40), (model, {"steps": 2}, 0, 0, 19),
-        ]
-    ]  # fmt: skip
-    cuda = replace(model, session=SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"]))
-    files.append(
-        evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, cuda, {"steps": 2}), 0, 0, 20)
-    )
-    changed = (
-        Path(infer_onnx.__file__)
-        .read_text()
-        .replace("# --- Denoise", "# --- Denoise\n# otherwise", 1)
-    )
-    Path("edited.py").write_text(changed)
-    monkeypatch.setattr(infer_onnx, "__file__", "edited.py")
-    files.append(
-        evaluate.chunk_file(in_tmp, evaluate.Setting("ddim", None, model, {"steps": 2}), 0, 0, 20)
-    )
-    assert len(set(files)) == 8
+    cuda = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+    given = {
+        "model": model, "options": {"steps": 2, "guidance": 1.5}, "seed": 0, "first": 0, "stop": 20,
+    }  # fmt: skip
+    changes = [
+        {"model": replace(model, sha256="0")},
+        {"model": replace(model, session=cuda)},
+        {"options": {"steps": 3, "guidance": 1.5}},
+        {"options": {"steps": 2, "guidance": 1.6}},
+        {"options": {"steps": 2, "guidance": 1.5, "guidance_limit": 0.5}},
+        {"options": {"steps": 2, "guidance": 1.5, "solver": "dpm++"}},
+        {"seed": 1},
+        {"first": 10},
+        {"stop": 19},
+    ]
+
+    def file_of(model, options, seed, first, stop, name="ddim"):
+        setting = evaluate.Setting(name, Path(name), model, options)
+        return evaluate.chunk_file(in_tmp, setting, seed, first, stop)
+
+    files = [file_of(**given), *(file_of(**{**given, **change}) for change in changes)]
+    monkeypatch.setattr(evaluate, "CACHE_VERSION", evaluate.CACHE_VERSION + 1)
+    files.append(file_of(**given))
+    assert len(set(files)) == len(changes) + 2
+    swapped = {"guidance": 1.5, "steps": 2}
+    assert file_of(**{**given, "options": swapped}, name="renamed") == files[-1]
+
+
+def test_a_file_of_the_cache_that_is_broken_is_none(in_tmp):
     for content in ({"y": np.zeros(3)}, {"x": np.zeros((3, 1, 32, 32), np.uint8)}):
         np.savez("wrong.npz", **content)
         assert evaluate.read_chunk(in_tmp / "wrong.npz", 20) is None
@@ -531,7 +599,7 @@ def test_without_a_class_there_is_no_label_accuracy(workplace, in_tmp):
 def test_pictures_have_a_row_for_each_class(sets, in_tmp):
     values = np.arange(100, dtype=np.uint8)[:, None, None, None]
     images = np.broadcast_to(values, (100, 1, 32, 32)).copy()
-    evaluate.draw_sets(in_tmp, evaluate.Setting("gan", None, None, {}), images, sets[3])
+    evaluate.write_samples(in_tmp, "gan", images, sets[3])
     picture = np.array(Image.open("samples_gan.png"))
     scale = picture.shape[0] // 342
     assert (
@@ -564,9 +632,8 @@ def test_a_stopped_run_goes_on(workplace, in_tmp, monkeypatch, capsys):
 
     monkeypatch.setattr(infer_onnx, "sample", stop_at_the_fourth)
     code, error = failure(["gan", *workplace], capsys)
-    assert (
-        code == 130 and "goes on" in error and len(list((in_tmp / "results/cache").iterdir())) == 1
-    )
+    assert code == 130 and "the same command resumes" in error
+    assert len(list((in_tmp / "results/cache").iterdir())) == 1
     assert evaluate.main(["gan", *workplace]) == 0
     assert calls == [0, 1, 2, 3, 2, 3, 4, 5]
     monkeypatch.setattr(infer_onnx, "sample", sample)
@@ -599,14 +666,14 @@ def test_settings_follow_the_flags(workplace, capsys):
         ["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"]
     )
     settings = evaluate.find_settings(args, CLASSES)
-    assert [(s.options["guidance"], s.options["steps"], s.passes()) for s in settings] == [
+    assert [(s.options["guidance"], s.options["steps"], s.evaluations()) for s in settings] == [
         (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 9), (2, 1000, 1800),
     ]  # fmt: skip
     args = evaluate.build_parser().parse_args(
         ["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"]
     )
     settings = evaluate.find_settings(args, CLASSES)
-    assert [(s.options["guidance_limit"], s.passes()) for s in settings] == [(1, 10), (0.7, 8)]
+    assert [(s.options["guidance_limit"], s.evaluations()) for s in settings] == [(1, 10), (0.7, 8)]
     assert settings[1].title() == "ddim, steps 5, guidance 2, guidance limit 0.7"
     args = evaluate.build_parser().parse_args(
         ["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"]
@@ -636,7 +703,7 @@ def test_opposite_orders_are_said():
         {"title": name, "scores": {"ffid": {"mean": a}, "ffid2": {"mean": b}}}
         for name, a, b in (("vae", 9, 8), ("gan", 3, 1), ("ddim", 2, 5))
     ]
-    assert evaluate.disagreements(rows) == ["ddim before gan"]
+    assert report.disagreements(rows) == ["ddim before gan"]
 
 
 @pytest.mark.parametrize(
@@ -647,7 +714,9 @@ def test_opposite_orders_are_said():
         (["--data", "cifar"], "choose from"),
         (["vqgan"], "no model 'vqgan'"),
         (["--data", "mnist"], "SHA-256"),
-        (["--extractors", "nowhere"], "--train-extractor"),
+        (["--extractors", "nowhere"], "benchmarks/extractor.py"),
+        (["--train-extractor", "--epochs", "3"], "--train-extractor has moved"),
+        (["--epochs", "3"], "python benchmarks/extractor.py"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, argv, message):
@@ -656,9 +725,10 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, arg
 
 
 def test_missing_packages_are_said_before_the_work(workplace, in_tmp, capsys, monkeypatch):
-    for flag, module in (("--tsne", "sklearn"), ("--cas", "torch"), ("--train-extractor", "torch")):
+    for flag, module in (("--tsne", "sklearn"), ("--cas", "torch")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
+            patch.delitem(sys.modules, "benchmarks.extractor")
             code, error = failure([*workplace, flag], capsys)
             assert code == 2 and module in error and not (in_tmp / "results").exists()
 
@@ -683,32 +753,43 @@ def test_a_model_of_other_classes_or_a_wrong_range_is_refused(
 
 
 def test_extractors_are_trained_and_used(workplace, in_tmp, monkeypatch, capsys):
-    made = [*workplace, "--extractors", "made"]
-    assert evaluate.main([*made, "--train-extractor", "--epochs", "3"]) == 0
+    data_dir = workplace[workplace.index("--data-dir") + 1]
+    flags = ["--data", "kmnist", "--data-dir", data_dir, "--epochs", "3"]
+    for folder in ("made", "again"):
+        assert extractor.main([*flags, "--output", folder]) == 0
     out = capsys.readouterr().out
     for name in ("extractor_kmnist", "extractor2_kmnist"):
-        file = in_tmp / f"made/{name}.onnx"
-        assert hashlib.sha256(file.read_bytes()).hexdigest() in out and file.stat().st_size < 2e6
-        assert str(in_tmp).encode() not in file.read_bytes()
-    data_dir = workplace[workplace.index("--data-dir") + 1]
-    train, test = (evaluate.load_split("kmnist", data_dir, split) for split in (True, False))
-    evaluate.train_extractor(train, test, 1, 3, in_tmp / "again.onnx", "kmnist", data_dir)
-    assert (in_tmp / "again.onnx").read_bytes() == (
-        in_tmp / "made/extractor_kmnist.onnx"
-    ).read_bytes()
-    train_extractor, labels = evaluate.train_extractor, []
+        content = (in_tmp / f"made/{name}.onnx").read_bytes()
+        assert hashlib.sha256(content).hexdigest() in out and len(content) < 2e6
+        assert str(in_tmp).encode() not in content
+        assert content == (in_tmp / f"again/{name}.onnx").read_bytes()
+    train = evaluate.load_split("kmnist", data_dir, True)
+    train_classifier, labels = extractor.train_classifier, []
 
     def spy(pairs, *rest):
         labels.append(pairs[1].tolist())
-        return train_extractor(pairs, *rest)
+        return train_classifier(pairs, *rest)
 
-    monkeypatch.setattr(evaluate, "train_extractor", spy)
-    assert evaluate.main(["gan", *made, "--cas", "--tsne"]) == 0
-    assert labels == [
-        train[1].tolist(),
-        evaluate.balanced_labels(0, 60),
-    ]  # of real images, of samples
+    monkeypatch.setattr(extractor, "train_classifier", spy)
+    assert evaluate.main(["gan", *workplace, "--extractors", "made", "--cas", "--tsne"]) == 0
+    assert labels == [train[1].tolist(), evaluate.balanced_labels(0, 60)]  # real images, samples
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert results["extractors"][0]["class_names"] == CLASSES
     assert "cas" in results["rows"][0]["scores"] and "cas" in results["floor"]["scores"]
-    assert Image.open("results/tsne_gan.png").width == evaluate.WIDTH
+    assert Image.open("results/tsne_gan.png").size == (1030, 560)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "mnist", "--data-dir", "nowhere"], "no train-images"),
+        (["--data", "cifar"], "argument --data"),
+        *((["--epochs", value], "argument --epochs") for value in ("0", "1001", "1.5", "x", "")),
+    ],
+)
+def test_an_extractor_that_cannot_be_trained_is_one_line(in_tmp, capsys, argv, message):
+    with pytest.raises(SystemExit) as caught:
+        extractor.main(argv)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith(f"extractor.py: error: {message}")
+    assert error.count("\n") == 1

@@ -1,0 +1,280 @@
+"""Show results.json, which evaluate.py writes: a table in Markdown and diagrams.
+
+    python benchmarks/report.py                  write results/table.md and the diagrams there anew
+    python benchmarks/report.py results/steps    those of another folder
+
+Nothing is sampled or scored. Diagrams need matplotlib, which nothing else does.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from infer_onnx import Parser, one_line, written_whole
+
+DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
+FEW = 2000  # with fewer samples than this, a table marks its scores
+# Columns of the table: (name of the score, heading, format).
+SCORES = (
+    ("ffid", "F-FID", ".3g"),
+    ("ffid2", "F-FID, second extractor", ".3g"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("density", "density", ".3f"),
+    ("coverage", "coverage", ".3f"),
+    ("label_accuracy", "label accuracy", ".3f"),
+    ("entropy", "class entropy", ".3f"),
+    ("copy_ratio", "copy ratio", ".3f"),
+    ("copies", "copies", ".3f"),
+    ("cas", "CAS", ".3f"),
+)
+
+# --- Table ----------------------------------------------------------------------------------------
+
+
+def score_cells(row, floor):
+    """Title, N, seeds, F-FID over the floor's; each score, and its spread over several seeds."""
+    cells = []
+    for name, _, digits in SCORES:
+        score = row["scores"].get(name)
+        spread = f" ± {score['spread']:{digits}}" if score and score["spread"] else ""
+        cells.append(f"{score['mean']:{digits}}{spread}" if score else "–")
+    count = f"{row['n']:,}{' (!)' if row['marked'] else ''}"
+    multiple = row["scores"]["ffid"]["mean"] / floor["scores"]["ffid"]["mean"]
+    return [row["title"], count, str(row["seeds"]), f"{multiple:.1f}", *cells]
+
+
+def cost_cells(row):
+    """Title of a row, and what the model costs."""
+    times = row["latency"]
+    best = f"{times['batch'][times['best']]:.2f} ({times['best']})" if times else "–"
+    one = f"{times['batch']['1']:.2f}" if times else "–"
+    parameters = f"{row['parameters']:,}"
+    megabytes = f"{row['bytes'] / 1e6:.2f}"
+    minutes = f"{row['training_minutes']:.0f}"
+    return [row["title"], str(row["evaluations"]), one, best, parameters, megabytes, minutes]
+
+
+def as_table(head, lines):
+    """A Markdown table of cells that are text already."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)) + "\n\n"
+
+
+def overview(*several):
+    """README's table: the first floor and the rows of several results.json; times at batch 1."""
+    head = ["model", "F-FID", "recall", "label accuracy", "network evaluations", "ms / image"]
+    lines = []
+    for row in (several[0]["floor"], *(row for results in several for row in results["rows"])):
+        ffid, recall, accuracy = (
+            row["scores"][name]["mean"] for name in ("ffid", "recall", "label_accuracy")
+        )
+        cells = [row["title"], f"{ffid:.3g}", f"{recall:.3f}", f"{accuracy:.3f}"]
+        if row is several[0]["floor"]:
+            cells += ["–", "–", "–"]
+        else:
+            times = row["latency"]
+            one = f"{times['batch']['1']:.1f}" if times else "–"
+            cells += [str(row["evaluations"]), one, f"{row['training_minutes']:.0f}"]
+        lines.append(cells)
+    return as_table([*head, "training minutes"], lines)
+
+
+def disagreements(rows):
+    """Pairs of rows whose order by F-FID the second extractor reverses: "BETTER before WORSE"."""
+    pairs = []
+    for pair in itertools.combinations(rows, 2):
+        better, worse = sorted(pair, key=lambda row: row["scores"]["ffid"]["mean"])
+        gain, gain2 = (
+            worse["scores"][name]["mean"] - better["scores"][name]["mean"]
+            for name in ("ffid", "ffid2")
+        )
+        if gain > 0 > gain2:
+            pairs.append(f"{better['title']} before {worse['title']}")
+    return pairs
+
+
+def table(results):
+    """What results.json holds, as Markdown."""
+    protocol, machine, rows = results["protocol"], results["machine"], results["rows"]
+    floor, extractors = results["floor"], results["extractors"]
+    text = f"# Samples against {protocol['reference']:,} test images of {protocol['data']}\n\n"
+    head = ["model", "N", "seeds", "F-FID / floor", *(heading for _, heading, _ in SCORES)]
+    text += as_table(head, [score_cells(row, floor) for row in (floor, *rows)])
+    if len(extractors) > 1 and len(rows) > 1:
+        pairs = disagreements(rows)
+        listed = f": by the first, {'; '.join(pairs)}" if pairs else ""
+        count = f"{len(pairs)} of {math.comb(len(rows), 2)} pairs"
+        text += f"The extractors disagree on the order of {count}{listed}.\n\n"
+    lines = []
+    for row in rows:
+        if by_class := row["scores"].get("accuracy_by_class"):
+            lines.append([row["title"], *(f"{accuracy:.2f}" for accuracy in by_class)])
+    if lines:
+        text += "Label accuracy by class:\n\n"
+        text += as_table(["model", *extractors[0]["class_names"]], lines)
+    head = ["model", "network evaluations", "ms / image, batch 1"]
+    head += ["ms / image, best batch (its size)", "parameters", "MB", "training minutes"]
+    text += as_table(head, [cost_cells(row) for row in rows])
+    threads = f"{machine['cores']} cores, {machine['threads'] or 'as many'} threads"
+    text += f"On {machine['processor']}, {threads}, {machine['provider']}, "
+    text += f"onnxruntime {machine['onnxruntime']}; times: medians, "
+    text += "which move with the machine's load.\n\n"
+    for which, card in enumerate(extractors, 1):
+        weak = " (!) below 93 %, too weak to judge" if card["accuracy"] < 0.93 else ""
+        text += f"- Extractor {which}: {card['file']}, {card['architecture']}; test accuracy "
+        text += f"{card['accuracy']:.2%}{weak}; SHA-256 `{card['sha256']}`.\n"
+    return text + NOTES.format(few=FEW, **protocol)
+
+
+NOTES = """\
+- F-FID: Frechet distance in the first extractor's features of {data}; not comparable with a
+  published FID.
+- ±: standard deviation over the sampling seeds; a difference within it says nothing. The seeds of
+  real images are disjoint parts of the training images.
+- (!): fewer than {few:,} samples, or not as many as the {reference:,} test images. With fewer
+  samples both F-FIDs grow, coverage falls, and the others move a little: compare within this table
+  only, and with its floor.
+- real images: the floor, as many training images scored in place of samples. Its label accuracy,
+  copy ratio and copies are those of test images, since the extractor and the search for copies know
+  the training images.
+- Precision, recall, density, coverage: k = {k}, all against all.
+- Label accuracy: fraction of samples that the extractor classifies as the requested class. Class
+  entropy: of the classes that it sees; 1 is uniform.
+- Copy ratio: median over up to {queries:,} samples of the pixel distance to the nearest of
+  {train:,} training images over that to the nearest of {others:,} test images. Copies: fraction of
+  them with a ratio that only 1 % of real images fall below. A copy ratio far below that of real
+  images, or copies far above 0.01, show that training images are reproduced.
+- Network evaluations: per image. A guided step takes two; steps are guided at t below the guidance
+  limit, which is the model's unless the row names another.
+- CAS (Ravuri & Vinyals 2019, arXiv:1905.10887): accuracy on the test images of a classifier trained
+  on {train:,} samples; for real images, of the same classifier trained on the training images.
+"""
+
+# --- Diagrams -------------------------------------------------------------------------------------
+
+
+def write_picture(picture, path):
+    """Write a PNG, whole or not at all.  picture: of Pillow or matplotlib."""
+    save = picture.save if isinstance(picture, Image.Image) else picture.savefig
+    with written_whole(path) as scratch:
+        save(scratch, format="png")
+
+
+def write_text(text, path):
+    with written_whole(path) as scratch:
+        scratch.write_text(text)
+
+
+def new_diagram(title, x_label="", y_label=""):
+    """A matplotlib figure of 1030 x 560 pixels and its axes, made without pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10.3, 5.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label, axisbelow=True)
+    axes.grid(color="#eeeeee")
+    return figure, axes
+
+
+def write_diagram(figure, path):
+    figure.legend(loc="outside right upper")
+    write_picture(figure, path)
+
+
+def plot_curves(path, x_label, curves, floor):
+    """F-FID over a quantity, both logarithmic: curves {name: [(x, F-FID, text beside it), ...]}."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, axes = new_diagram("quality of samples", x_label, "F-FID (lower is better)")
+    axes.set(xscale="log", yscale="log", xmargin=0.1, ymargin=0.1)
+    for name, points in curves.items():
+        xs, ys, texts = zip(*sorted(points), strict=True)
+        [line] = axes.plot(xs, ys, "o-", label=name)
+        for x, y, text in zip(xs, ys, texts, strict=True):
+            above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(text, (x, y), color=line.get_color(), **above)
+    axes.axhline(floor, color="grey", label="real images")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    write_diagram(figure, path)
+
+
+def plot_classes(path, rows, class_names):
+    """Fraction of each class in the samples, as the extractor sees them; rows {name: fractions}."""
+    figure, axes = new_diagram("classes of the samples", y_label="fraction of samples")
+    width = 0.84 / len(rows)
+    for i, (name, fractions) in enumerate(rows.items()):
+        axes.bar(np.arange(10) + (i + 0.5) * width - 0.42, fractions, width, label=name)
+    axes.axhline(0.1, color="black", linewidth=1, label="balanced")
+    axes.set_xticks(range(10), class_names, rotation=30, ha="right", rotation_mode="anchor")
+    write_diagram(figure, path)
+
+
+def plot_map(path, title, real, samples, class_names):
+    """Points in the plane: real, grey, and samples, by class.  Both (N, 2), the classes in turn."""
+    figure, axes = new_diagram(title)
+    axes.scatter(*real.T, s=14, color="#cccccc", label="real images")
+    for y, name in enumerate(class_names):
+        colour = f"C{y}" if y != 7 else "black"  # C7 is grey
+        axes.scatter(*samples[y::10].T, s=14, color=colour, label=name)
+    write_diagram(figure, path)
+
+
+def plot_results(results, folder):
+    """The diagrams of results.json: F-FID against latency and steps; classes of the samples."""
+    by_time = {}
+    by_steps = {}
+    for row in results["rows"]:
+        name = row["title"].replace(f", steps {row['steps']}", "")
+        ffid = row["scores"]["ffid"]["mean"]
+        if times := row["latency"]:
+            text = f"{row['steps']} steps" if row["steps"] else ""
+            by_time.setdefault(name, []).append((times["batch"][times["best"]], ffid, text))
+        if row["steps"]:
+            by_steps.setdefault(name, []).append((row["steps"], ffid, ""))
+    floor = results["floor"]["scores"]["ffid"]["mean"]
+    if by_time:
+        x_label = "ms per image, at the best batch size"
+        plot_curves(folder / "quality_latency.png", x_label, by_time, floor)
+    if by_steps:
+        plot_curves(folder / "steps.png", "number of sampling steps", by_steps, floor)
+    histograms = {row["title"]: row["scores"]["histogram"] for row in results["rows"]}
+    plot_classes(folder / "classes.png", histograms, results["extractors"][0]["class_names"])
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("report.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    text = "folder that holds results.json (default results)"
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help=text)
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    folder = parser.parse_args(argv).folder
+    try:
+        results = json.loads((folder / "results.json").read_text())
+        write_text(table(results), folder / "table.md")
+        plot_results(results, folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        hint = ": pip install matplotlib" * isinstance(error, ImportError)
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}{hint}\n")
+    print(f"wrote {folder}: table.md and diagrams")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
