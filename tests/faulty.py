@@ -3,14 +3,14 @@
     python tests/faulty.py FAULT NAME FLAGS...            torchrun takes the same
 
 FAULT: none, or KIND:STEP or KIND:STEP:RANK, the step counted over all stages, the rank 0 if not given:
-    kill    SIGKILL after the step, before it is logged and saved
+    kill    SIGKILL after the step, before it is saved
     term    SIGTERM there
     half    SIGKILL in the middle of the checkpoint that follows it
     full    from there on no file can grow beyond 20,000 bytes, as on a disk that is full
     gone    the run's folder is deleted there
-    wait    a SIGTERM while the first process, which is slow, lets the others wait
-Checkpoints and log are written after every second step, pictures take two steps, and what each step took of the data is
-noted in seen_RANK.jsonl.
+    wait    a SIGTERM while rank 0, which is slow, lets the others wait
+Checkpoints and log are written after every second step, pictures take two steps, and what each
+step took of the data is noted in seen_RANK.jsonl.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
+import runs
 
 
 def main():
@@ -36,10 +36,12 @@ def main():
     here, steps = rank == os.environ.get("RANK", "0"), []
     script = importlib.import_module(name)
     script.LOG_EVERY, script.GRID_STEPS = 2, 2
-    show, own, save = common.Run.show, common.Run.own, torch.save
+    show = runs.Run._show
+    shard = runs.Run.shard
+    save = torch.save
 
-    def show_and_fail(self, bar, text):
-        show(self, bar, text)
+    def show_and_fail(self):
+        show(self)
         steps.append(self.step)
         if len(steps) != int(at):
             return
@@ -54,8 +56,8 @@ def main():
         elif here and kind == "gone":
             shutil.rmtree(self.folder)
 
-    def own_and_note(self, *batch):
-        taken = own(self, *batch)
+    def shard_and_note(self, *batch):
+        taken = shard(self, *batch)
         with Path(f"seen_{self.rank}.jsonl").open("a") as file:
             file.write(
                 json.dumps([self.stem, self.step, taken[0].tolist(), self.batch().tolist()]) + "\n"
@@ -68,8 +70,10 @@ def main():
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    common.Run.show, common.Run.own, torch.save = show_and_fail, own_and_note, save_half
-    common.Run.save_due = lambda self: self.rank == 0 and len(steps) % 2 == 0
+    runs.Run._show = show_and_fail
+    runs.Run.shard = shard_and_note
+    torch.save = save_half
+    runs.Run._save_due = lambda self: self.rank == 0 and len(steps) % 2 == 0
     sys.exit(script.main(argv))
 
 

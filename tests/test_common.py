@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import runs
 from common import NULL_LABEL, InputError, UNet, load_data
 
 # --- Ranges -----------------------------------------------------------------------------------------------------
@@ -319,15 +319,15 @@ def test_file_stems_stay_in_the_folder_and_name_their_class():
 
 def test_noise_of_an_image_does_not_depend_on_the_batch():
     shape = (1, 32, 32)
-    together = common.draw_noise(common.noise_streams(7, range(5)), shape)
+    together = common.next_noise(common.noise_streams(7, range(5)), shape)
     assert together.dtype == np.float32 and together.shape == (5, *shape)
     alone = common.noise_streams(7, [3])
-    assert np.array_equal(common.draw_noise(alone, shape)[0], together[3])
-    assert not np.array_equal(common.draw_noise(alone, shape)[0], together[3])  # the stream goes on
+    assert np.array_equal(common.next_noise(alone, shape)[0], together[3])
+    assert not np.array_equal(common.next_noise(alone, shape)[0], together[3])  # the stream goes on
     assert not np.array_equal(
-        common.draw_noise(common.noise_streams(8, [3]), shape)[0], together[3]
+        common.next_noise(common.noise_streams(8, [3]), shape)[0], together[3]
     )
-    many = common.draw_noise(common.noise_streams(0, range(200)), shape)
+    many = common.next_noise(common.noise_streams(0, range(200)), shape)
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
 
 
@@ -336,9 +336,9 @@ def test_noise_of_an_image_does_not_depend_on_the_batch():
 
 def test_written_whole_leaves_the_old_file_when_the_block_fails(in_tmp):
     file = in_tmp / "new" / "x.txt"
-    with common.written_whole(file) as scratch:
+    with runs.written_whole(file) as scratch:
         scratch.write_text("first")
-    with pytest.raises(RuntimeError), common.written_whole(file) as scratch:
+    with pytest.raises(RuntimeError), runs.written_whole(file) as scratch:
         scratch.write_text("half of the sec")
         raise RuntimeError
     assert file.read_text() == "first" and list(file.parent.iterdir()) == [file]
@@ -347,8 +347,8 @@ def test_written_whole_leaves_the_old_file_when_the_block_fails(in_tmp):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_save_images(in_tmp, channels):
     levels = torch.randint(0, 256, (6, channels, 32, 32), dtype=torch.uint8)
-    images, labels = common.to_float(levels), [2, 2, 2, 0, 0, 0]
-    common.save_images(images, labels, NAMES, "grid.png", columns=3)
+    images, labels = common.to_float(levels), torch.tensor([2, 2, 2, 0, 0, 0])
+    runs.save_images(images, labels, NAMES, runs.Path("grid.png"), 3)
     picture = Image.open("grid.png")
     scale = picture.width // (3 * 34 + 2)
     assert picture.size == (scale * (3 * 34 + 2), scale * (2 * 34 + 2)) and picture.mode == (
@@ -358,14 +358,14 @@ def test_save_images(in_tmp, channels):
         scale * (34 + 2 + 5), scale * (2 + 9)
     ]  # row 1, column 0: image 3 at (5, 9)
     assert np.array_equal(np.atleast_1d(pixel), levels[3, :, 5, 9])
-    common.save_images(images, labels, NAMES, "all.npz", columns=3)
+    runs.save_images(images, labels, NAMES, runs.Path("all.npz"), 3)
     back = load_data("all.npz", channels=channels)
     assert (
         torch.equal(back.images, levels)
-        and back.labels.tolist() == labels
+        and torch.equal(back.labels, labels)
         and back.class_names == NAMES
     )
-    common.save_images(images, labels, NAMES, "folder", columns=3)
+    runs.save_images(images, labels, NAMES, runs.Path("folder"), 3)
     names = sorted(file.name for file in (in_tmp / "folder").iterdir())
     assert names[0] == "00000_sneaker.png" and names[5] == "00005_t-shirt-top.png"
     assert torch.equal(common.load_image(in_tmp / "folder" / names[4], channels)[0], levels[4])
@@ -381,20 +381,9 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(in_tmp):
         ("y.png", "folder"),
     ):
         with pytest.raises(InputError, match=message):
-            common.check_output(common.Path(name), [".png", ".npz", ""])
+            runs.check_output(common.Path(name), [".png", ".npz", ""])
     for name in ("new.png", "new"):
-        common.check_output(common.Path(name), [".png", ".npz", ""])
-
-
-@pytest.mark.parametrize("n", [3, 4, 12])
-def test_trajectory_frames_keep_x_t_above_x_0_hat(n):
-    x_t, x_0_hat = torch.full((n, 1, 32, 32), 1.0), torch.full((n, 1, 32, 32), 0.2)
-    (frame,) = common.trajectory_frames([(0, x_t, x_0_hat)], columns=4)
-    rows = -(-n // 4)
-    scale = frame.height // (2 * rows * 34 + 2)
-    assert frame.size == (scale * (4 * 34 + 2), scale * (2 * rows * 34 + 2))
-    first_column = np.array(frame)[::scale, scale * 10][18::34]  # the middle of every row
-    assert first_column.tolist() == [255] * rows + [153] * rows
+        runs.check_output(common.Path(name), [".png", ".npz", ""])
 
 
 # --- Embeddings and UNet ----------------------------------------------------------------------------------------
@@ -510,63 +499,12 @@ def test_default_unet_costs_what_it_may():
 # --- Maps -------------------------------------------------------------------------------------------------------
 
 
-def test_pca_finds_the_plane_that_codes_lie_in():
-    plane, _ = torch.linalg.qr(torch.randn(9, 2))
-    flat = torch.randn(200, 2) * torch.tensor([3.0, 1.0])
-    points = common.in_the_plane(flat @ plane.T + 5, "pca", others=torch.full((1, 9), 5.0))
-    assert points.shape == (201, 2)
-    assert torch.allclose(
-        torch.pdist(points[:200]), torch.pdist(flat), atol=1e-3
-    )  # no distance is lost
-    assert torch.allclose(
-        points[200].norm(), flat.mean(dim=0).norm(), atol=1e-3
-    )  # the others go through the same map
-    variances = points[:200].var(dim=0)
-    assert variances[0] > variances[1]
-
-
-def test_two_numbers_are_their_own_map():
-    codes = torch.randn(5, 2)
-    assert torch.equal(common.in_the_plane(codes, "pca", codes), torch.cat([codes, codes]))
-
-
-def test_tsne_keeps_lumps_apart(monkeypatch):
-    codes = torch.cat([torch.randn(40, 6), torch.randn(40, 6) + 30])
-    points = common.in_the_plane(codes, "tsne")
-    own, other = (
-        torch.cdist(points[:40], points[:40]).mean(),
-        torch.cdist(points[:40], points[40:]).mean(),
-    )
-    assert points.shape == (80, 2) and other > 2 * own
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(InputError, match="pip install scikit-learn"):
-        common.in_the_plane(codes, "tsne")
-
-
-def test_a_map_has_a_dot_for_each_point_and_a_line_for_each_walk(tmp_path):
-    points, labels = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1])
-    common.save_map(points, labels, ["a", "b"], tmp_path / "plain.png")
-    common.save_map(
-        points,
-        labels,
-        ["a", "b"],
-        tmp_path / "walks.png",
-        [(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 1)],
-    )
-    plain, walks = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "walks"))
-    assert plain.shape == walks.shape == (900, 1050, 3)
-    assert (plain[450, 450] == 255).all() and (
-        walks[450, 450] != 255
-    ).any()  # the line crosses the middle
-    assert (plain[880, 20] != 255).any() and (plain[20, 880] != 255).any()  # the y axis points up
-
-
 def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest_to_adamw():
     """Jordan et al. 2024: the first update of a weight matrix is U V^T of its gradient, about, here by an SVD."""
     network, twin = (common.UNet(widths=(16, 32), depths=(1, 1), emb_channels=16) for _ in range(2))
     network.to(memory_format=torch.channels_last)
     twin.load_state_dict(network.state_dict())
-    muon = common.Muon(network.named_parameters(), 0.01, weight_decay=0.0, fused=False)
+    muon = runs.Muon(network.named_parameters(), 0.01, weight_decay=0.0, fused=False)
     adamw = torch.optim.AdamW(twin.parameters(), 0.01, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     torch.manual_seed(0)
@@ -600,13 +538,13 @@ def test_muon_has_nesterov_momentum_and_decoupled_decay():
     matrix = torch.nn.Parameter(torch.randn(8, 12))
     expected, m = matrix.detach().clone(), torch.zeros(8, 12)
     other = torch.nn.Parameter(torch.ones(3), requires_grad=True)
-    muon = common.Muon([("down.weight", matrix), ("norm.weight", other)], 0.01, 0.1, False)
+    muon = runs.Muon([("down.weight", matrix), ("norm.weight", other)], 0.01, 0.1, False)
     for _ in range(3):
         matrix.grad = g = torch.randn(8, 12)
         other.grad = torch.ones(3)
         m = 0.95 * m + 0.05 * g
         muon.step()
-        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * common.orthogonal(
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * runs.orthogonal(
             0.05 * g + 0.95 * m
         )
     assert torch.allclose(matrix, expected, atol=1e-6)
@@ -616,6 +554,6 @@ def test_muon_has_nesterov_momentum_and_decoupled_decay():
 def test_bfloat16_is_the_default_where_the_cpu_computes_in_it(monkeypatch, units):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
     for flag, expected in ((None, bool(units)), (True, True), (False, False)):
-        with common.autocast(torch.device("cpu"), flag):
+        with runs.autocast(torch.device("cpu"), flag):
             found = torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype
         assert found == (torch.bfloat16 if expected else torch.float32)

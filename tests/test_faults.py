@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-import common
+import runs
 import evaluate
 import export
 import infer_onnx
@@ -65,7 +65,7 @@ DAMAGES = {
     "a flipped bit": flip_a_weight,
     "code instead": lambda path: path.write_bytes(pickle.dumps(Code())),
     "code inside": lambda path: torch.save({"format": 1, "model": "ddim", "config": Code()}, path),
-    "a newer format": lambda path: changed(path, format=common.FORMAT + 1),
+    "a newer format": lambda path: changed(path, format=runs.FORMAT + 1),
     "another script": lambda path: changed(path, model="vqgan"),
     "no network": lambda path: changed(path, network=None),
     "no weights": lambda path: changed(path, ema=None),
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(common.fcntl, "flock", no_locks)
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
     assert importlib.import_module("gan").main(flags) == 0 and Path("runs/gan/gan.pt").is_file()
 

@@ -112,15 +112,9 @@ COMBINATIONS = [
     (("ddpm", "ddim"), ["--train", "--widths", "16", "--depths", "1,2"], "equally many"),
     (("ddpm", "ddim", "ldm"), ["--train", "--widths", "48", "--depths", "1"], "a multiple of 32"),
     (DIFFUSION, ["--train", "--emb-channels", "18"], "a multiple of 4"),
-    (("ddim", "ldm"), ["--invert", "0", "--eta", "1"], "deterministic"),
-    (("ddim", "ldm"), ["--invert", "0", "--filmstrip"], "one at a time"),
-    (("ddim",), ["--interpolate", "noise"], "--num-samples 2 or more"),
-    (("ddim",), ["--interpolate", "class", "--num-samples", "3"], "give two"),
-    (("ddim",), ["--invert", "60"], "0 to 59"),
-    (("vae", "gan"), ["--interpolate", "noise"], "--num-samples 2 or more"),
-    (("vae", "gan"), ["--interpolate", "class", "--num-samples", "3"], "give two"),
-    (("vae",), ["--walk", "--class", "o"], "--walk is for --latent-dim 2"),
-    (("vae",), ["--walk", "--map", "pca"], "one at a time"),
+    (SCRIPTS, ["--output", "x.gif"], "python explore.py gif "),
+    (SCRIPTS, ["--interpolate=noise"], "python explore.py interpolate "),
+    (SCRIPTS, ["--filmstrip"], "python explore.py filmstrip "),
     (("ldm",), ["--train", "--autoencoder-widths", "8"], "must be two numbers"),
     (("ldm",), ["--train", "--stage", "2", "--autoencoder", "nowhere"], "there is no nowhere"),
 ]
@@ -158,7 +152,7 @@ def test_steps_and_guidance_are_those_that_the_help_says(name, tiny_runs, in_tmp
     assert script.main(["--checkpoint", run_dir, "--class", "0", "--output", "x.png"]) == 0
     said = {action.dest: action.help for action in script.build_parser()._actions}
     assert said["guidance"].endswith(f"({seen[0]['guidance']:g})")
-    assert said["steps"].endswith({1000: "(T)"}.get(seen[0]["steps"], f"({seen[0]['steps']})"))
+    assert said["steps"].endswith(f"({seen[0]['steps']})") and seen[0]["steps"] == script.STEPS
 
 
 @pytest.mark.parametrize("name", DIFFUSION)

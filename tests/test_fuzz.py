@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import common
+import runs
 import ddim
 import evaluate
 import export
@@ -119,11 +120,11 @@ def test_damaged_checkpoints_are_refused_or_whole(damage, tiny_runs, folder):
     path, whole = folder / "x.pt", tiny_runs("gan") / "gan.pt"
     path.write_bytes(damage(whole.read_bytes()))
     try:
-        checkpoint = common.load_checkpoint(path, ("gan",))
+        checkpoint = runs.load_checkpoint(path, ("gan",))
     except InputError as error:
         assert "\n" not in str(error)
     else:
-        known = common.load_checkpoint(whole, ("gan",))
+        known = runs.load_checkpoint(whole, ("gan",))
         assert all(
             torch.equal(value, known["ema"][key]) for key, value in checkpoint["ema"].items()
         )

@@ -172,28 +172,6 @@ def test_lazy_penalties_weigh_as_much_as_they_are_rare(
     assert not calls
 
 
-def test_noise_keeps_its_length_on_the_way():
-    a, b = torch.randn(1, 64), torch.randn(1, 64)
-    weight = torch.linspace(0, 1, 9)[:, None]
-    z = gan.between(a, b, weight)
-    assert torch.allclose(z[:1], a, atol=1e-5) and torch.allclose(z[-1:], b, atol=1e-5)
-    lengths = z.norm(dim=1)
-    assert torch.allclose(lengths, torch.lerp(a.norm(), b.norm(), weight[:, 0]), rtol=1e-5)
-
-
-def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
-    at = ["--checkpoint", str(tiny_runs("gan")), "--num-samples", "4"]
-    assert (
-        gan.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
-    )
-    assert (
-        gan.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
-    )
-    noise, classes = np.load("noise.npz")["x"].astype(int), np.load("class.npz")["x"].astype(int)
-    assert len(noise) == 8 and len(classes) == 4
-    assert np.abs(noise[0] - classes[0]).max() <= 1 and np.abs(noise[4] - classes[-1]).max() <= 1
-
-
 def test_truncation_lessens_variety(tiny_runs, in_tmp):
     at = ["--checkpoint", str(tiny_runs("gan")), "--class", "o", "--num-samples", "30"]
     assert (

@@ -19,7 +19,9 @@ from conftest import ROOT, TINY_FLAGS, save_sealed
 from PIL import Image
 
 import common
+import runs
 import ddim
+import explore
 import export
 import infer_onnx
 import vae
@@ -71,7 +73,7 @@ def exports(tiny_runs):
 def torch_network(name, run_dir):
     """The script, the checkpoint, and the network that it samples with."""
     script = importlib.import_module(name)
-    checkpoint = common.load_checkpoint(run_dir / f"{name}.pt", (name,))
+    checkpoint = runs.load_checkpoint(run_dir / f"{name}.pt", (name,))
     return script, checkpoint, script.ema_network(checkpoint, torch.device("cpu"))
 
 
@@ -192,17 +194,9 @@ def test_flags_of_guidance_draw_the_same_with_torch_and_without(name, tiny_runs,
         assert np.abs(a - b).max() <= 1
         images[limit] = a
         if name == "ddim":  # from one class to another: the ends are pictures of these classes
-            between = [
-                "--interpolate",
-                "class",
-                "--class",
-                "0,1",
-                "--num-samples",
-                "2",
-                "--output",
-                "between.npz",
-            ]
-            ddim.main(["--checkpoint", str(tiny_runs(name)), *flags, *between])
+            between = ["--class", "0,1", "--num-samples", "2", "--output", "between.npz"]
+            at = ["--checkpoint", str(tiny_runs(name))]
+            explore.main(["interpolate", name, *at, *flags, *between])
             assert np.abs(np.load("between.npz")["x"][0] - a[0]).max() <= 1
     assert np.abs(images["0.5"] - images["1"]).max() > 3
 
@@ -304,19 +298,24 @@ def test_pictures_of_the_other_models_equal_those_of_torch(tiny_runs, exports, n
 
 @pytest.mark.parametrize("name", ["vae", "gan"])
 @pytest.mark.parametrize(
-    "flags", [["--interpolate", "noise"], ["--interpolate", "class"], ["--truncation", "0.4"]]
+    ("command", "flags"),
+    [
+        (["interpolate", "--vary", "noise"], ["--interpolate", "noise"]),
+        (["interpolate", "--vary", "class"], ["--interpolate", "class"]),
+        ([], ["--truncation", "0.4"]),
+    ],
 )
-def test_ways_between_and_truncation_equal_those_of_torch(tiny_runs, exports, in_tmp, name, flags):
-    flags = [*flags, "--class", "o,su", "--num-samples", "4", "--seed", "3"]
-    assert (
-        importlib.import_module(name).main(
-            ["--checkpoint", str(tiny_runs(name)), *flags, "--output", "torch.npz"]
-        )
-        == 0
-    )
-    assert (
-        infer("--model", exports(name), *flags, "--output", "onnx.npz", cwd=in_tmp).returncode == 0
-    )
+def test_ways_between_and_truncation_equal_those_of_torch(
+    tiny_runs, exports, in_tmp, name, command, flags
+):
+    asked = ["--class", "o,su", "--num-samples", "4", "--seed", "3"]
+    at = ["--checkpoint", str(tiny_runs(name)), "--output", "torch.npz"]
+    if command:
+        assert explore.main([command[0], name, *command[1:], *asked, *at]) == 0
+    else:
+        assert importlib.import_module(name).main([*flags, *asked, *at]) == 0
+    done = infer("--model", exports(name), *flags, *asked, "--output", "onnx.npz", cwd=in_tmp)
+    assert done.returncode == 0, done.stderr
     expected, found = np.load("torch.npz"), np.load("onnx.npz")
     assert np.array_equal(expected["y"], found["y"])
     assert np.abs(expected["x"].astype(int) - found["x"]).max() <= 1
@@ -334,9 +333,9 @@ def test_reconstructions_and_the_way_between_images_equal_those_of_torch(
         ["--between", "0.png", "1.png", "--num-samples", "5"],
     ):
         flags = [*flags, "--class", "su"]
-        assert (
-            vae.main(["--checkpoint", str(tiny_runs("vae")), *flags, "--output", "torch.npz"]) == 0
-        )
+        command = [flags[0].removeprefix("--"), "vae", *flags[1:]]
+        at = ["--checkpoint", str(tiny_runs("vae")), "--output", "torch.npz"]
+        assert explore.main([*command, *at]) == 0
         done = infer("--model", exports("vae"), *flags, "--output", "onnx.npz", cwd=in_tmp)
         assert done.returncode == 0, done.stderr
         found = np.load("onnx.npz")["x"]
@@ -406,8 +405,11 @@ def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
     )
     with_card(exports("vae"), "vae.onnx", lambda card: {**card, "prior": None})
     Path("vae_encoder.onnx").write_bytes(exports("vae").with_name("vae_encoder.onnx").read_bytes())
-    for flags in (["--num-samples", "4"], ["--num-samples", "4", "--interpolate", "noise"]):
-        assert vae.main(["--checkpoint", "vae.pt", *flags, "--output", "torch.npz"]) == 0
+    at = ["--checkpoint", "vae.pt", "--num-samples", "4", "--output", "torch.npz"]
+    for way in ([], ["--interpolate", "noise"]):
+        flags = ["--num-samples", "4", *way]
+        vary = ["interpolate", "vae", "--vary", "noise"]
+        assert (explore.main([*vary, *at]) if way else vae.main(at)) == 0
         assert infer_onnx.main(["--model", "vae.onnx", *flags, "--output", "onnx.npz"]) == 0
         assert np.abs(np.load("torch.npz")["x"].astype(int) - np.load("onnx.npz")["x"]).max() <= 1
 

@@ -12,6 +12,7 @@ from conftest import ROOT
 from PIL import Image
 
 import common
+import runs
 import ddim
 import ddpm
 import gan
@@ -71,7 +72,7 @@ def test_neither_batch_nor_threads_change_a_picture(name):
 
 @pytest.mark.parametrize("script", [ddim, ddpm])
 def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
-    checkpoint = common.load_checkpoint(ROOT / "pretrained/ddim.pt", ("ddim",))
+    checkpoint = runs.load_checkpoint(ROOT / "pretrained/ddim.pt", ("ddim",))
     network = script.ema_network(checkpoint, torch.device("cpu"))
     golden = np.array(Image.open(ROOT / f"tests/golden/{script.NAME}.png"))[::8, ::8]
     for threads, labels in ((1, [SNEAKER]), (2, [SNEAKER, 0, 8]), (3, [SNEAKER] * 2)):
@@ -88,7 +89,7 @@ def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
 
 @pytest.mark.parametrize("script", [vae, gan, ldm])
 def test_shipped_weights_draw_the_golden_picture(script):
-    checkpoint = common.load_checkpoint(ROOT / f"pretrained/{script.NAME}.pt", (script.NAME,))
+    checkpoint = runs.load_checkpoint(ROOT / f"pretrained/{script.NAME}.pt", (script.NAME,))
     own = {
         "vae": {"prior": checkpoint.get("prior")},
         "ldm": {"config": checkpoint["config"], "steps": 20, "guidance": ldm.GUIDANCE},

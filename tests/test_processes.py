@@ -73,12 +73,12 @@ def test_two_processes_train_what_one_does_and_take_over_from_each_other(
     )  # torchrun's own
     assert f"torchrun --nproc-per-node 2 {name}.py --resume --run-dir two" in done.stdout
     stop = iter(range(7))
-    agree = script.Run.agree
+    over = script.Run._is_over
     with monkeypatch.context() as patch:  # one process goes on, for six steps
         patch.setattr(
             script.Run,
-            "agree",
-            lambda self: (next(stop) == 6 and self.signals.append(2)) or agree(self),
+            "_is_over",
+            lambda self: (next(stop) == 6 and self.signals.append(2)) or over(self),
         )
         assert script.main(["--resume", "--run-dir", "two"]) == 130
     done = torchrun(faulty, "none", name, "--resume", "--run-dir", "two")  # and two end it

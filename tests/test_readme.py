@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import common
+import runs
 import ddim
 import ddpm
 import evaluate
@@ -135,7 +135,7 @@ def test_the_scores_are_those_of_the_table(folder, quoted):
 def test_the_shipped_models_are_runs_of_the_defaults_as_its_table_says(module):
     name = module.NAME
     config = torch.load(ROOT / f"pretrained/{name}.pt", weights_only=True)["config"]
-    kept = {*module.FIXED, *module.FREE} - {*common.RUN_FLAGS, "bf16", "compile", "autoencoder"}
+    kept = {*module.FIXED, *module.FREE} - {*runs.RUN_FLAGS, "bf16", "compile", "autoencoder"}
     defaults = vars(module.build_parser().parse_args([]))
     assert {key: config[key] for key in kept} == {key: defaults[key] for key in kept}
     minutes, epochs = re.search(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, equal, state
 
-import common
+import runs
 import ddim
 
 FLAGS = {
@@ -161,20 +161,20 @@ def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, dat
 def test_minutes_go_on_where_they_were(in_tmp, data_dir, monkeypatch):
     """With a clock that moves half a second a step: 24 steps of 12 seconds, stopped at 4.5 s for a day."""
     now, seen = [1e6], []
-    step = common.Run.show
+    step = runs.Run._show
 
-    def tick(self, bar, text):
+    def tick(self):
         now[0] += 0.5
-        seen.append(self.progress())
+        seen.append(self.fraction_done())
         if len(seen) == 9:
             signal.raise_signal(signal.SIGINT)
-        step(self, bar, text)
+        step(self)
 
-    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(
-        common.time, "time", lambda: 0.0
+        runs.time, "time", lambda: 0.0
     )  # a wall clock that is set back is not looked at
-    monkeypatch.setattr(common.Run, "show", tick)
+    monkeypatch.setattr(runs.Run, "_show", tick)
     flags = ["--train", "--minutes", "0.2", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
     assert ddim.main([*flags, "--run-dir", "run"]) == 130
     now[0] += 24 * 3600

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY_FLAGS, equal
 
 import common
+import runs
 import gan
 import ldm
 import vae
@@ -57,12 +58,11 @@ def test_an_epoch_has_every_image_once_and_each_step_its_own_noise():
 
     def noise(run):
         generator = torch.Generator()
-        common.Run.seed(run, generator)
+        runs.Run.seed(run, generator)
         return torch.rand(1, generator=generator).item()
 
     epochs = [
-        torch.cat([common.Run.batch(at(step)) for step in steps])
-        for steps in (range(3), range(3, 6))
+        torch.cat([runs.Run.batch(at(step)) for step in steps]) for steps in (range(3), range(3, 6))
     ]
     assert all(sorted(epoch.tolist()) == [*range(60)] for epoch in epochs) and not torch.equal(
         *epochs
@@ -251,14 +251,15 @@ def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that moves half a second a step."""
-    now, show = [1e6], common.Run.show
+    now = [1e6]
+    show = runs.Run._show
 
-    def tick(self, bar, text):
+    def tick(self):
         now[0] += 0.5
-        show(self, bar, text)
+        show(self)
 
-    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(common.Run, "show", tick)
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs.Run, "_show", tick)
 
 
 def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_FLAGS
-from PIL import Image
 from torch import distributions
 
 import common
@@ -90,7 +89,7 @@ def two_lumps(count=4000):
 
 def drawn(prior, label, count=20_000, dim=2):
     arrays = prior and {key: value.numpy() for key, value in prior.items()}
-    return vae.draw_codes(arrays, [label] * count, common.noise_streams(3, range(count)), dim)
+    return vae.sample_codes(arrays, [label] * count, common.noise_streams(3, range(count)), dim)
 
 
 def test_a_mixture_is_found_again():
@@ -147,19 +146,19 @@ def test_the_prior_of_sorted_pictures_knows_all_classes(in_tmp):
 
 def test_truncated_noise_stays_inside_and_is_no_other_batch_s():
     streams = lambda indices: common.noise_streams(0, indices)  # noqa: E731
-    codes = vae.draw_codes(None, [0] * 500, streams(range(500)), 8, truncation=0.7)
+    codes = vae.sample_codes(None, [0] * 500, streams(range(500)), 8, truncation=0.7)
     assert np.abs(codes).max() <= 0.7 and codes.std() == pytest.approx(0.39, abs=0.03)
     assert np.array_equal(
-        codes[7:9], vae.draw_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7)
+        codes[7:9], vae.sample_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7)
     )
     prior = {"weights": np.full((1, 9), 1 / 9), "means": np.arange(9.0)[None, :, None] * np.ones(8)}
     prior["scales"] = np.zeros((1, 9, 36))  # so a code says which component it is of
-    chosen = vae.draw_codes(prior, [0] * 500, streams(range(500)), 8, truncation=0.7)
+    chosen = vae.sample_codes(prior, [0] * 500, streams(range(500)), 8, truncation=0.7)
     assert np.array_equal(
-        chosen[7:9], vae.draw_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7)
+        chosen[7:9], vae.sample_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7)
     )
     assert len(np.unique(chosen)) == 9
-    free = vae.draw_codes(None, [0] * 500, streams(range(500)), 8)
+    free = vae.sample_codes(None, [0] * 500, streams(range(500)), 8)
     assert np.array_equal(
         codes[np.abs(free).max(axis=1) <= 0.7], free[np.abs(free).max(axis=1) <= 0.7]
     )
@@ -238,97 +237,13 @@ def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monk
 # --- Pictures ---------------------------------------------------------------------------------------------------
 
 
-def test_reconstructions_and_the_way_between_two_images(tiny_runs, in_tmp, capsys):
-    at = ["--checkpoint", str(tiny_runs("vae"))]
-    assert vae.main([*at, "--reconstruct", "0", "3", "--output", "x.npz"]) == 0
-    assert "mean absolute error" in capsys.readouterr().out
-    config = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["config"]
-    test_set = common.load_data("kmnist", config["data_dir"], train=False)
-    x = np.load("x.npz")["x"]
-    assert x.shape == (4, 1, 32, 32) and np.array_equal(x[1], test_set.images[3].numpy())
-    assert vae.main([*at, "--between", "0", "3", "--num-samples", "5", "--output", "way.npz"]) == 0
-    way = np.load("way.npz")["x"]
-    assert (
-        len(way) == 5 and np.abs(way[[0, -1]].astype(int) - x[2:]).max() <= 1
-    )  # its ends are the reconstructions
-    Image.fromarray(x[0, 0]).save("given.png")
-    own = test_set.class_names[test_set.labels[0]]
-    assert (
-        vae.main([*at, "--reconstruct", "given.png", "--class", own, "--output", "file.npz"]) == 0
-    )
-    with pytest.raises(SystemExit, match="2"):
-        vae.main(
-            [
-                *at,
-                "--between",
-                "0",
-                "given.png",
-                "--class",
-                own,
-                "--num-samples",
-                "2",
-                "--output",
-                "given.png",
-            ]
-        )
-    assert "given.png is an image that is given" in capsys.readouterr().err
-    assert np.abs(np.load("file.npz")["x"][1].astype(int) - x[2]).max() <= 1
-
-
-def test_the_way_between_two_noises_and_two_classes(tiny_runs, in_tmp):
-    at = ["--checkpoint", str(tiny_runs("vae")), "--num-samples", "4"]
-    assert (
-        vae.main([*at, "--class", "o,ki", "--interpolate", "noise", "--output", "noise.npz"]) == 0
-    )
-    assert (
-        vae.main([*at, "--class", "o,ki", "--interpolate", "class", "--output", "class.npz"]) == 0
-    )
-    noise, classes = np.load("noise.npz")["x"].astype(int), np.load("class.npz")["x"].astype(int)
-    assert len(noise) == 8 and len(classes) == 4
-    assert np.abs(noise[0] - classes[0]).max() <= 1 and np.abs(noise[4] - classes[-1]).max() <= 1
-
-
-@pytest.mark.parametrize("latent_dim", ["1", "2", "4"])
-def test_map_and_walk(in_tmp, data_dir, latent_dim, capsys):
-    flags = [
-        "--train",
-        "--epochs",
-        "1",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS["vae"],
-        "--latent-dim",
-        latent_dim,
-    ]
-    assert vae.main(flags) == 0
-    refused = [["--walk", "--class", "o", *([] if latent_dim != "2" else ["--num-samples", "21"])]]
-    if latent_dim == "1":
-        refused.append(["--map", "pca"])
-    else:
-        assert vae.main(["--map", "pca", "--output", "map.png"]) == 0
-        assert len(Image.open("map.png").getcolors(1000)) > 10  # ten colours
-    if latent_dim == "2":
-        assert (
-            vae.main(["--walk", "--class", "o", "--num-samples", "5", "--output", "walk.npz"]) == 0
-        )
-        assert np.load("walk.npz")["x"].shape[0] == 25
-    for flags in refused:
-        with pytest.raises(SystemExit, match="2"):
-            vae.main(flags)
-        assert f"{flags[0]} is for" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--interpolate", "noise"], "need --num-samples 2"),
-        (["--interpolate", "class", "--num-samples", "3"], "give two"),
-        (["--reconstruct", "0", "--map", "pca"], "one at a time"),
-        (["--reconstruct", "99"], "there is no image 99: they are 0 to 59"),
-        (["--reconstruct", "nowhere.png", "--class", "o"], "nowhere.png is not a readable image"),
-        (["--reconstruct", "nowhere.png"], "needs one --class"),
-        (["--reconstruct", *map(str, range(21))], "21 images are too many"),
-        (["--map", "umap"], "invalid choice"),
+        (["--reconstruct", "0"], "python explore.py reconstruct vae"),
+        (["--between", "0", "1"], "python explore.py between vae"),
+        (["--map", "pca"], "python explore.py map vae"),
+        (["--walk"], "python explore.py walk vae"),
         (["--truncation", "0"], "from 0.1"),
     ],
 )
