@@ -449,7 +449,7 @@ def find_settings(args, class_names):
                 raise InputError(f"{message}: see --data")
             print(f"left out: {message}")
             continue
-        options = sampling_options(args, name, model.card)
+        options = setting_options(args, name, model.card)
         settings += [Setting(name, path, model, option) for option in options]
     if not settings:
         message = "no model in runs/ or pretrained/: make one with export.py, or give an .onnx file"
@@ -457,7 +457,7 @@ def find_settings(args, class_names):
     return settings
 
 
-def sampling_options(args, name, card):
+def setting_options(args, name, card):
     """The options of each setting of a model; prints which flags it cannot follow."""
     if card["kind"] == "codes":
         return [{}]
