@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -16,47 +17,26 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # of the processes that tests start; tiny networks gain nothing from more
-)
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # tests compare bits, messages and two processes as they are on a CPU
-)
+# Threads of the processes that tests start; tiny networks gain nothing from more.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Tests compare bits, messages and two processes as they are on a CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import common  # noqa: E402
 import ddim  # noqa: E402
 import infer_onnx  # noqa: E402
 
-# Flags of a network and a run so small that a step takes milliseconds; kmnist has no published sums to satisfy.
-TINY = [
-    "--data",
-    "kmnist",
-    "--widths",
-    "8,16",
-    "--depths",
-    "1,2",
-    "--emb-channels",
-    "16",
-    "--batch-size",
-    "20",
-]
+# Flags of a network and a run so small that a step takes milliseconds; kmnist has no published
+# checksums, so that any files will do.
+TINY = split("--data kmnist --widths 8,16 --depths 1,2 --emb-channels 16 --batch-size 20")
 # The same for each script.
-SHARED = ["--data", "kmnist", "--emb-channels", "16", "--batch-size", "20"]
+SHARED = "--data kmnist --emb-channels 16 --batch-size 20"
+LDM = "--widths 16 --depths 1 --autoencoder-widths 8,16 --stage-1-share 0.25"
 TINY_FLAGS = {
     "ddim": TINY,
     "ddpm": TINY,
-    "vae": [*SHARED, "--widths", "8,16", "--latent-dim", "4", "--prior-components", "2"],
-    "gan": [*SHARED, "--widths", "8,16", "--widths-d", "8,16", "--latent-dim", "4"],
-    "ldm": [
-        *SHARED,
-        "--widths",
-        "16",
-        "--depths",
-        "1",
-        "--autoencoder-widths",
-        "8,16",
-        "--stage-1-share",
-        "0.25",
-    ],
+    "vae": split(f"{SHARED} --widths 8,16 --latent-dim 4 --prior-components 2"),
+    "gan": split(f"{SHARED} --widths 8,16 --widths-d 8,16 --latent-dim 4"),
+    "ldm": split(f"{SHARED} {LDM}"),
 }
 TINY_NETWORK = {"widths": (8, 16), "depths": (1, 2), "emb_channels": 16}
 
@@ -68,7 +48,7 @@ def idx_bytes(array):
 
 
 def small_set(per_class=6, seed=0):
-    """Ten classes of 28x28 pictures: a bright bar whose place tells the class, and a little noise."""
+    """Ten classes of 28x28 pictures: a bright bar whose position tells the class, some noise."""
     rng = np.random.default_rng(seed)
     labels = np.arange(10).repeat(per_class)
     rng.shuffle(labels)
@@ -82,13 +62,13 @@ def write_idx(folder, compress=False, per_class=6):
     """The four files of an IDX set; returns the SHA-256 of each, decompressed."""
     folder.mkdir(parents=True, exist_ok=True)
     sums = []
-    for split, seed in (("train", 0), ("t10k", 1)):
+    for part, seed in (("train", 0), ("t10k", 1)):
         for kind, array in zip(
             ("images-idx3", "labels-idx1"), small_set(per_class, seed), strict=True
         ):
             content = idx_bytes(array)
             sums.append(hashlib.sha256(content).hexdigest())
-            file = folder / f"{split}-{kind}-ubyte"
+            file = folder / f"{part}-{kind}-ubyte"
             if compress:
                 file.with_name(file.name + ".gz").write_bytes(gzip.compress(content))
             else:
@@ -107,11 +87,12 @@ def equal(a, b):
     return a == b
 
 
-# What must not depend on where a run was interrupted; a save adds a line on the samples to the log.
+# What may depend on where a run was interrupted.
 PASSING = ("seconds", "stage_1_seconds", "config")
 
 
 def log_of(path):
+    """The lines of a log on the training; each save adds one on its samples."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k != "seconds"}
@@ -121,7 +102,7 @@ def log_of(path):
 
 
 def state(run_dir):
-    """All that a run has made: what its checkpoints hold, its logs, its last grid."""
+    """What a run leaves: the content of its checkpoints, its logs, its last grid."""
     found = {}
     for path in sorted(run_dir.glob("*.pt")):
         checkpoint = torch.load(path, weights_only=True)
@@ -133,7 +114,7 @@ def state(run_dir):
 
 
 def save_sealed(proto, path):
-    """Write an ONNX model with its sum, as export.py does."""
+    """Write an ONNX model with its checksum, as export.py does."""
     Path(path).write_bytes(infer_onnx.sealed(proto.SerializeToString()))
 
 
@@ -161,42 +142,25 @@ def data_dir(tmp_path_factory):
 def tiny_run(tmp_path_factory, data_dir):
     """The folder of a finished run of ddim.py with the tiny network, six epochs of three steps."""
     run_dir = tmp_path_factory.mktemp("tiny") / "run"
-    flags = [
-        "--train",
-        "--epochs",
-        "6",
-        "--warmup",
-        "2",
-        "--data-dir",
-        data_dir,
-        "--run-dir",
-        str(run_dir),
-        *TINY,
-    ]
-    assert ddim.main(flags) == 0
+    flags = [*split("--train --epochs 6 --warmup 2"), *TINY]
+    assert ddim.main([*flags, "--data-dir", data_dir, "--run-dir", str(run_dir)]) == 0
     return run_dir
 
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory, data_dir):
-    """A function: the folder of a finished run of a script with its tiny network, made when first asked for."""
+    """A function: the folder of a finished run of a script with its tiny network.
+
+    The run is made at the first call.
+    """
     made = {}
 
     def run_of(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "run"
-            flags = [
-                "--train",
-                "--epochs",
-                "6",
-                "--warmup",
-                "2",
-                "--data-dir",
-                data_dir,
-                "--run-dir",
-                str(made[name]),
-            ]
-            assert importlib.import_module(name).main([*flags, *TINY_FLAGS[name]]) == 0
+            flags = [*split("--train --epochs 6 --warmup 2"), *TINY_FLAGS[name]]
+            flags += ["--data-dir", data_dir, "--run-dir", str(made[name])]
+            assert importlib.import_module(name).main(flags) == 0
         return made[name]
 
     return run_of

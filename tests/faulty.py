@@ -1,16 +1,16 @@
-"""A script in a process of its own, or in each of several, with a fault put into it.
+"""Run a script in this process with a fault injected.
 
-    python tests/faulty.py FAULT NAME FLAGS...            torchrun takes the same
+    python tests/faulty.py FAULT NAME FLAGS...            also under torchrun
 
-FAULT: none, or KIND:STEP or KIND:STEP:RANK, the step counted over all stages, the rank 0 if not given:
+FAULT: none, KIND:STEP or KIND:STEP:RANK; steps are counted over all stages, the default rank is 0:
     kill    SIGKILL after the step, before it is saved
-    term    SIGTERM there
-    half    SIGKILL in the middle of the checkpoint that follows it
-    full    from there on no file can grow beyond 20,000 bytes, as on a disk that is full
-    gone    the run's folder is deleted there
-    wait    a SIGTERM while rank 0, which is slow, lets the others wait
-Checkpoints and log are written after every second step, pictures take two steps, and what each
-step took of the data is noted in seen_RANK.jsonl.
+    term    SIGTERM after the step
+    half    SIGKILL while the checkpoint that follows the step is written
+    full    after the step no file can grow beyond 20,000 bytes, as on a full disk
+    gone    the run's folder is deleted after the step
+    wait    SIGTERM to a process that waits for rank 0, which sleeps
+Checkpoint and log are written after every second step, samples take two steps, and the indices
+that each step took of the data are written to seen_RANK.jsonl.
 """
 
 import importlib
@@ -59,9 +59,8 @@ def main():
     def shard_and_note(self, *batch):
         taken = shard(self, *batch)
         with Path(f"seen_{self.rank}.jsonl").open("a") as file:
-            file.write(
-                json.dumps([self.stem, self.step, taken[0].tolist(), self.batch().tolist()]) + "\n"
-            )
+            line = [self.stem, self.step, taken[0].tolist(), self.batch().tolist()]
+            file.write(json.dumps(line) + "\n")
         return taken
 
     def save_half(content, path):

@@ -15,7 +15,7 @@ import common
 import runs
 from common import NULL_LABEL, InputError, UNet, load_data
 
-# --- Ranges -----------------------------------------------------------------------------------------------------
+# --- Ranges ---------------------------------------------------------------------------------------
 
 
 def test_ranges_are_exact_inverses_on_every_grey_level():
@@ -31,7 +31,7 @@ def test_to_uint8_clips_and_refuses_nan():
         common.to_uint8(torch.tensor([0.0, math.nan]))
 
 
-# --- IDX sets ---------------------------------------------------------------------------------------------------
+# --- IDX sets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -41,9 +41,8 @@ def test_idx_set_is_read_padded_and_described(fashion, in_tmp, compress, place):
     data = load_data("fashion-mnist", in_tmp / "elsewhere")
     images, labels = small_set()
     assert data.images.shape == (60, 1, 32, 32) and data.images.dtype == torch.uint8
-    assert (
-        np.array_equal(data.images[:, 0, 2:-2, 2:-2], images) and data.images[:, :, :2].max() == 0
-    )
+    assert np.array_equal(data.images[:, 0, 2:-2, 2:-2], images)
+    assert data.images[:, :, :2].max() == 0
     assert data.labels.dtype == torch.int64 and np.array_equal(data.labels, labels)
     assert data.class_names[7] == "Sneaker" and data.class_names[0] == "T-shirt/top"
     for part in ("60 images", "10 classes", "of 6 to 6", "0..255"):
@@ -53,9 +52,8 @@ def test_idx_set_is_read_padded_and_described(fashion, in_tmp, compress, place):
 def test_train_and_test_are_different_splits(fashion, in_tmp):
     fashion(in_tmp / "d")
     train, test = load_data("fashion-mnist", "d"), load_data("fashion-mnist", "d", train=False)
-    assert np.array_equal(test.labels, small_set(seed=1)[1]) and not torch.equal(
-        train.images, test.images
-    )
+    assert np.array_equal(test.labels, small_set(seed=1)[1])
+    assert not torch.equal(train.images, test.images)
 
 
 def test_places_are_searched_in_order(fashion, in_tmp, monkeypatch):
@@ -78,9 +76,8 @@ def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
     class Broken:
         def __init__(self, root, download):
             (common.Path(root) / "Broken").mkdir()
-            raise RuntimeError(
-                "Error downloading x.gz:\nTried mirror, got:\nconnection lost"
-            )  # as torchvision says it
+            # as torchvision says it
+            raise RuntimeError("Error downloading x.gz:\nTried mirror, got:\nconnection lost")
 
     monkeypatch.setitem(common.IDX_SETS, "mnist", (Broken, None, None))
     with pytest.raises(InputError, match=r"connection lost.*--data-dir"):
@@ -95,11 +92,11 @@ def test_a_download_replaces_nothing_but_its_own_folder(in_tmp, monkeypatch):
         def __init__(self, root, download):
             write_idx(common.Path(root) / "Fake" / "raw")
 
-    own = in_tmp / "data/Fake/cat/1.png"
-    own.parent.mkdir(parents=True)
-    own.write_bytes(b"mine")
+    existing = in_tmp / "data/Fake/cat/1.png"
+    existing.parent.mkdir(parents=True)
+    existing.write_bytes(b"mine")
     monkeypatch.setitem(common.IDX_SETS, "kmnist", (Fake, None, None))
-    assert len(load_data("kmnist").images) == 60 and own.read_bytes() == b"mine"
+    assert len(load_data("kmnist").images) == 60 and existing.read_bytes() == b"mine"
     assert sorted(f.name for f in (in_tmp / "data").iterdir()) == ["Fake"]
 
 
@@ -115,17 +112,17 @@ def flip(file):
 
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize(
-    "damage", [truncate, flip, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"<html>")]
+    "corrupt", [truncate, flip, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"<html>")]
 )
 @pytest.mark.parametrize("which", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
-def test_a_broken_file_is_named(fashion, in_tmp, compress, damage, which):
+def test_a_broken_file_is_named(fashion, in_tmp, compress, corrupt, which):
     file = fashion(in_tmp / "d", compress=compress) / (which + ".gz" * compress)
-    damage(file)
+    corrupt(file)
     with pytest.raises(InputError, match=f"{file.name} (is broken|is not the published file)"):
         load_data("fashion-mnist", "d")
 
 
-def test_a_broken_cached_copy_is_not_passed_over(fashion, in_tmp):
+def test_a_broken_cached_copy_is_not_ignored(fashion, in_tmp):
     truncate(fashion(in_tmp / "data") / "train-images-idx3-ubyte")
     write_idx(in_tmp / "debian")
     with pytest.raises(InputError, match="data/train-images-idx3-ubyte is not the published file"):
@@ -169,24 +166,22 @@ def test_real_fashion_mnist_matches_its_published_sums():
     if not common.Path(debian).is_dir():
         pytest.skip("the package dataset-fashion-mnist is not installed")
     data = load_data("fashion-mnist", debian, train=False)
-    assert (
-        data.images.shape == (10_000, 1, 32, 32)
-        and torch.bincount(data.labels).tolist() == [1000] * 10
-    )
+    assert data.images.shape == (10_000, 1, 32, 32)
+    assert torch.bincount(data.labels).tolist() == [1000] * 10
     content = gzip.decompress(common.Path(debian, "t10k-labels-idx1-ubyte.gz").read_bytes())
     assert hashlib.sha256(content).hexdigest() == sums[3]
 
 
-# --- Folders and arrays -----------------------------------------------------------------------------------------
+# --- Folders and arrays ---------------------------------------------------------------------------
 
 
 def write_folder(root, size=(28, 28), mode="RGB"):
     for i, name in enumerate(("cat", "dog")):
         (root / name).mkdir(parents=True)
         for j in range(3):
-            Image.new(mode, size, (40 * i + j, 100, 200) if mode == "RGB" else 40 * i + j).save(
-                root / name / f"{j}.png"
-            )
+            level = 40 * i + j
+            colour = (level, 100, 200) if mode == "RGB" else level
+            Image.new(mode, size, colour).save(root / name / f"{j}.png")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -197,9 +192,8 @@ def test_folder_of_class_folders(in_tmp, channels, size):
     assert data.images.shape == (6, channels, 32, 32) and data.class_names == ["cat", "dog"]
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     middle = data.images[4, :, 16, 16].tolist()
-    assert middle == (
-        [41, 100, 200] if channels == 3 else [round(0.299 * 41 + 0.587 * 100 + 0.114 * 200)]
-    )
+    luma = round(0.299 * 41 + 0.587 * 100 + 0.114 * 200)
+    assert middle == ([41, 100, 200] if channels == 3 else [luma])
 
 
 def test_broken_folders_are_named(in_tmp):
@@ -268,7 +262,7 @@ def test_truncated_npz_is_named(in_tmp):
         load_data("d.npz")
 
 
-# --- Batches, classes, noise ------------------------------------------------------------------------------------
+# --- Batches, classes, noise ----------------------------------------------------------------------
 
 
 def test_epoch_batches_cover_the_data_once_and_depend_on_seed_and_epoch_alone():
@@ -323,15 +317,14 @@ def test_noise_of_an_image_does_not_depend_on_the_batch():
     assert together.dtype == np.float32 and together.shape == (5, *shape)
     alone = common.noise_streams(7, [3])
     assert np.array_equal(common.next_noise(alone, shape)[0], together[3])
-    assert not np.array_equal(common.next_noise(alone, shape)[0], together[3])  # the stream goes on
-    assert not np.array_equal(
-        common.next_noise(common.noise_streams(8, [3]), shape)[0], together[3]
-    )
+    assert not np.array_equal(common.next_noise(alone, shape)[0], together[3])  # the next noise
+    other = common.next_noise(common.noise_streams(8, [3]), shape)[0]
+    assert not np.array_equal(other, together[3])
     many = common.next_noise(common.noise_streams(0, range(200)), shape)
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
 
 
-# --- Files ------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def test_written_whole_leaves_the_old_file_when_the_block_fails(in_tmp):
@@ -351,20 +344,16 @@ def test_save_images(in_tmp, channels):
     runs.save_images(images, labels, NAMES, runs.Path("grid.png"), 3)
     picture = Image.open("grid.png")
     scale = picture.width // (3 * 34 + 2)
-    assert picture.size == (scale * (3 * 34 + 2), scale * (2 * 34 + 2)) and picture.mode == (
-        "L" if channels == 1 else "RGB"
-    )
-    pixel = np.array(picture)[
-        scale * (34 + 2 + 5), scale * (2 + 9)
-    ]  # row 1, column 0: image 3 at (5, 9)
+    assert picture.size == (scale * (3 * 34 + 2), scale * (2 * 34 + 2))
+    assert picture.mode == ("L" if channels == 1 else "RGB")
+    # row 1, column 0: image 3 at (5, 9)
+    pixel = np.array(picture)[scale * (34 + 2 + 5), scale * (2 + 9)]
     assert np.array_equal(np.atleast_1d(pixel), levels[3, :, 5, 9])
     runs.save_images(images, labels, NAMES, runs.Path("all.npz"), 3)
     back = load_data("all.npz", channels=channels)
-    assert (
-        torch.equal(back.images, levels)
-        and torch.equal(back.labels, labels)
-        and back.class_names == NAMES
-    )
+    assert torch.equal(back.images, levels)
+    assert torch.equal(back.labels, labels)
+    assert back.class_names == NAMES
     runs.save_images(images, labels, NAMES, runs.Path("folder"), 3)
     names = sorted(file.name for file in (in_tmp / "folder").iterdir())
     assert names[0] == "00000_sneaker.png" and names[5] == "00005_t-shirt-top.png"
@@ -386,7 +375,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(in_tmp):
         runs.check_output(common.Path(name), [".png", ".npz", ""])
 
 
-# --- Embeddings and UNet ----------------------------------------------------------------------------------------
+# --- Embeddings and UNet --------------------------------------------------------------------------
 
 
 def test_sinusoidal_embedding_against_its_formula():
@@ -420,11 +409,9 @@ def randomised(network):
 )
 def test_unet_shapes_and_start(channels, size, numbers):
     network = UNet(channels=channels, num_classes=5, **numbers)
-    x_t, t, y = (
-        torch.randn(3, channels, size, size),
-        torch.tensor([0, 5, 999]),
-        torch.tensor([0, 4, NULL_LABEL]),
-    )
+    x_t = torch.randn(3, channels, size, size)
+    t = torch.tensor([0, 5, 999])
+    y = torch.tensor([0, 4, NULL_LABEL])
     assert network(x_t, t, y).abs().max() == 0  # the zero-initialised head
     output = randomised(network)(x_t, t, y)
     assert output.shape == x_t.shape and output.isfinite().all()
@@ -436,14 +423,10 @@ def test_unet_shapes_and_start(channels, size, numbers):
 def test_unet_attends_at_the_lowest_resolution_and_nowhere_else(depth, expected):
     for attention in (True, False):
         network = UNet(widths=(8, 16), depths=(2, depth), attention=attention)
-        layers = [
-            name
-            for name, module in network.named_modules()
-            if isinstance(module, common.SelfAttention)
-        ]
-        assert len(layers) == expected * attention and all(
-            name.startswith("bottom") for name in layers
-        )
+        modules = network.named_modules()
+        layers = [name for name, m in modules if isinstance(m, common.SelfAttention)]
+        assert len(layers) == expected * attention
+        assert all(name.startswith("bottom") for name in layers)
 
 
 def test_unet_sees_time_and_class_and_treats_images_apart():
@@ -453,9 +436,8 @@ def test_unet_sees_time_and_class_and_treats_images_apart():
     with torch.no_grad():
         outputs = network(x_t, t, y)
         distances = torch.cdist(outputs.flatten(1), outputs.flatten(1)) + torch.eye(12)
-        assert (
-            distances.min() > 1e-4
-        )  # every class, "no class" and the other time give an output of their own
+        # every class, "no class" and the other timestep give different outputs
+        assert distances.min() > 1e-4
         assert torch.allclose(network(x_t[3:4], t[3:4], y[3:4]), outputs[3:4], atol=1e-5)
 
 
@@ -470,9 +452,8 @@ def test_attention_against_a_loop():
                 qkv[b, part * 64 + head * 32 : part * 64 + (head + 1) * 32] for part in range(3)
             )
             for i in range(16):
-                weights = torch.softmax(
-                    torch.stack([q[:, i] @ k[:, j] / 32**0.5 for j in range(16)]), dim=0
-                )
+                products = torch.stack([q[:, i] @ k[:, j] / 32**0.5 for j in range(16)])
+                weights = torch.softmax(products, dim=0)
                 expected[b, head * 32 : (head + 1) * 32, i] = (weights * v).sum(dim=1)
     assert torch.allclose(layer(x), x + layer.out(expected.view(2, 64, 4, 4)), atol=1e-4)
 
@@ -486,21 +467,18 @@ def test_bad_network_numbers_are_refused(numbers):
         UNet(**numbers)
 
 
-def test_default_unet_costs_what_it_may():
+def test_the_default_unet_costs_no_more_than_its_budget():
+    t = y = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        UNet()(
-            torch.zeros(1, 1, 32, 32),
-            torch.zeros(1, dtype=torch.int64),
-            torch.zeros(1, dtype=torch.int64),
-        )
+        UNet()(torch.zeros(1, 1, 32, 32), t, y)
     assert 30e6 <= counter.get_total_flops() / 2 <= 55e6  # multiply-accumulates for one image
 
 
-# --- Maps -------------------------------------------------------------------------------------------------------
+# --- Muon and bfloat16 ----------------------------------------------------------------------------
 
 
 def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest_to_adamw():
-    """Jordan et al. 2024: the first update of a weight matrix is U V^T of its gradient, about, here by an SVD."""
+    """Jordan et al. 2024: a weight matrix's first update is about U V^T of its gradient's SVD."""
     network, twin = (common.UNet(widths=(16, 32), depths=(1, 1), emb_channels=16) for _ in range(2))
     network.to(memory_format=torch.channels_last)
     twin.load_state_dict(network.state_dict())
@@ -519,12 +497,9 @@ def test_muon_turns_along_the_singular_vectors_of_a_gradient_and_leaves_the_rest
             assert torch.allclose(p, q, atol=1e-6), name
             continue
         u, _, vt = torch.linalg.svd(q.grad.flatten(1), full_matrices=False)
-        step = (
-            u.T
-            @ (before[name] - p.detach()).flatten(1)
-            @ vt.T
-            / (0.01 * 0.2 * max(u.shape[0], vt.shape[1]) ** 0.5)
-        )
+        update = (before[name] - p.detach()).flatten(1)
+        scale = 0.01 * 0.2 * max(u.shape[0], vt.shape[1]) ** 0.5
+        step = u.T @ update @ vt.T / scale
         assert step.diag().min() > 0.6 and step.diag().max() < 1.3, name
         assert (step - step.diag().diag()).abs().max() < 0.05, name
         turned += 1
@@ -544,9 +519,8 @@ def test_muon_has_nesterov_momentum_and_decoupled_decay():
         other.grad = torch.ones(3)
         m = 0.95 * m + 0.05 * g
         muon.step()
-        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * runs.orthogonal(
-            0.05 * g + 0.95 * m
-        )
+        step = runs.orthogonal(0.05 * g + 0.95 * m)
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 12**0.5 * step
     assert torch.allclose(matrix, expected, atol=1e-6)
 
 

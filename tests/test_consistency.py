@@ -1,4 +1,4 @@
-"""What the scripts say twice, they say in the same words; and each stays in its place."""
+"""Code and flags that several scripts share are equal; imports and banners follow the rules."""
 
 import ast
 import builtins
@@ -22,7 +22,8 @@ INTERFACE = {"main", "train", "sample", "draw", "build_parser", "ema_network"}
 WITHOUT_TORCH = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
 # Flags whose default may differ from script to script.
 OWN_DEFAULTS = {
-    "steps", "guidance", "batch_size", "lr", "model", "widths", "depths", "latent_dim", "kl_weight", "emb_channels",
+    "steps", "guidance", "batch_size", "lr", "model", "widths", "depths", "latent_dim",
+    "kl_weight", "emb_channels",
 }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def test_who_imports_whom():
 
 
 def core(name):
-    """A model script above its train loop: what is copied by somebody with a trainer of his own."""
+    """A model script above its train loop: what somebody with another trainer copies."""
     return SOURCES[name].split("# --- Training")[0]
 
 
@@ -178,9 +179,9 @@ def test_evaluate_reads_the_same_data_as_common():
 def test_importing_a_script_runs_nothing(name, in_tmp):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=in_tmp)
-    assert (
-        done.returncode == 0 and done.stdout == done.stderr == "" and list(in_tmp.iterdir()) == []
-    )
+    assert done.returncode == 0
+    assert done.stdout == done.stderr == ""
+    assert list(in_tmp.iterdir()) == []
 
 
 def flags(name):
@@ -188,23 +189,19 @@ def flags(name):
     parser = __import__(name).build_parser()
     described = {}
     for action in parser._actions:
-        kind = getattr(action.type, "__qualname__", action.type)
-        described[action.dest] = (
-            action.option_strings,
-            str(kind),
-            action.choices,
-            action.help,
-            action.default,
-        )
+        kind = str(getattr(action.type, "__qualname__", action.type))
+        shown = (action.choices, action.help, action.default)
+        described[action.dest] = (action.option_strings, kind, *shown)
     return described
 
 
 @pytest.mark.parametrize(("a", "b"), list(itertools.combinations(MODELS, 2)))
 def test_shared_flags_mean_the_same(a, b):
     first, second = flags(a), flags(b)
-    for dest in first.keys() & second.keys() - (
-        {"loss"} if "gan" in (a, b) else set()
-    ):  # a GAN's is another matter
+    shared = first.keys() & second.keys()
+    if "gan" in (a, b):
+        shared -= {"loss"}  # a GAN's has other choices
+    for dest in shared:
         n = 3 if dest in OWN_DEFAULTS else 5
         assert first[dest][:n] == second[dest][:n], dest
 

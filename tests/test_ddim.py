@@ -1,14 +1,17 @@
-"""ddim.py: equations against independent oracles, a sampler that knows the answer, runs, resume, bad input."""
+"""ddim.py: equations against independent oracles, samplers with a network that knows the answer.
+
+Also whole runs, resuming, and bad input.
+"""
 
 import itertools
 import json
 import math
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -17,13 +20,13 @@ from conftest import ROOT, TINY, TINY_NETWORK, equal
 from PIL import Image
 
 import common
-import runs
 import ddim
+import runs
 from common import NULL_LABEL, InputError, UNet
 
 SCHEDULES = ("linear", "quadratic", "cosine")
 
-# --- Method -----------------------------------------------------------------------------------------------------
+# --- Method ---------------------------------------------------------------------------------------
 
 
 def test_linear_and_quadratic_schedules_against_a_loop():
@@ -43,14 +46,8 @@ def test_cosine_schedule_against_its_closed_form():
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    for i in (
-        0,
-        1,
-        10,
-        499,
-        900,
-        990,
-    ):  # the product of the betas telescopes to f(t) / f(0) until they are clipped
+    # the product of the betas telescopes to f(t) / f(0) until they are clipped
+    for i in (0, 1, 10, 499, 900, 990):
         assert alpha_bars[i].item() == pytest.approx(f(i + 1) / f(0), rel=1e-9)
     assert (1 - alpha_bars[1:] / alpha_bars[:-1]).max() <= 0.999 + 1e-12
 
@@ -60,11 +57,9 @@ def test_cosine_schedule_against_its_closed_form():
 def test_schedules_fall_from_image_to_noise(schedule, num_timesteps):
     alpha_bars = ddim.make_alpha_bars(schedule, num_timesteps)
     assert alpha_bars.dtype == torch.float64 and alpha_bars.shape == (num_timesteps,)
-    assert (
-        (alpha_bars[1:] < alpha_bars[:-1]).all()
-        and alpha_bars[0] > 0.99
-        and 0 < alpha_bars[-1] < 2e-3
-    )
+    assert (alpha_bars[1:] < alpha_bars[:-1]).all()
+    assert alpha_bars[0] > 0.99
+    assert 0 < alpha_bars[-1] < 2e-3
 
 
 def test_q_sample_keeps_the_variance_of_unit_data():
@@ -77,7 +72,7 @@ def test_q_sample_keeps_the_variance_of_unit_data():
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("clip", [False, True])
-def test_implied_undoes_q_sample(prediction, clip):
+def test_predict_x_0_and_eps_undoes_q_sample(prediction, clip):
     x_0, eps = torch.rand(5, 1, 4, 4) * 2 - 1, torch.randn(5, 1, 4, 4)
     alpha_bar_t = torch.tensor([0.001, 0.1, 0.5, 0.9, 0.999]).view(-1, 1, 1, 1)
     x_t = ddim.q_sample(x_0, eps, alpha_bar_t)
@@ -95,10 +90,8 @@ def test_after_a_clip_image_and_noise_still_make_up_x_t(prediction):
 
 
 def test_image_losses_by_hand():
-    output, target = (
-        torch.tensor([[0.0, 0.0], [1.0, 4.0]]).view(2, 1, 1, 2),
-        torch.zeros(2, 1, 1, 2),
-    )
+    output = torch.tensor([[0.0, 0.0], [1.0, 4.0]]).view(2, 1, 1, 2)
+    target = torch.zeros(2, 1, 1, 2)
     for loss, expected in (("l2", (1 + 16) / 2), ("l1", (1 + 4) / 2), ("huber", (0.5 + 3.5) / 2)):
         assert ddim.image_losses(output, target, loss).tolist() == [0, expected]
 
@@ -106,19 +99,16 @@ def test_image_losses_by_hand():
 @pytest.mark.parametrize(("batch_size", "num_timesteps"), [(10, 1000), (128, 1000), (7, 3), (1, 1)])
 def test_stratified_t_has_one_in_every_slice(batch_size, num_timesteps):
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack(
-        [ddim.stratified_t(batch_size, num_timesteps, generator) for _ in range(300)]
-    )
-    assert drawn.min() >= 0 and drawn.max() <= num_timesteps - 1 and drawn.dtype == torch.int64
+    t = torch.stack([ddim.stratified_t(batch_size, num_timesteps, generator) for _ in range(300)])
+    assert t.min() >= 0 and t.max() <= num_timesteps - 1 and t.dtype == torch.int64
     slices = torch.arange(batch_size)
-    assert (drawn >= slices * num_timesteps // batch_size).all()
-    assert (drawn <= ((slices + 1) * num_timesteps / batch_size).ceil()).all()
-    assert drawn.double().mean().item() == pytest.approx(
-        (num_timesteps - 1) / 2, abs=0.02 * num_timesteps
-    )
+    assert (t >= slices * num_timesteps // batch_size).all()
+    assert (t <= ((slices + 1) * num_timesteps / batch_size).ceil()).all()
+    mean = (num_timesteps - 1) / 2
+    assert t.double().mean().item() == pytest.approx(mean, abs=0.02 * num_timesteps)
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------
+# --- Sampling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 10, 1000])
@@ -129,9 +119,8 @@ def test_time_pairs_walk_from_the_last_step_to_the_image(num_timesteps):
         assert all(t > t_prev for t, t_prev in pairs)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
         gaps = [t - t_prev for t, t_prev in pairs]
-        assert all(
-            later <= gap + 1 for gap, later in itertools.pairwise(gaps)
-        )  # ever closer, but for rounding
+        # steps get shorter towards the image, up to rounding
+        assert all(later <= gap + 1 for gap, later in itertools.pairwise(gaps))
     assert ddim.time_pairs(1000, 4) == [(999, 687), (687, 405), (405, 164), (164, -1)]
     for steps in (0, -1, num_timesteps + 1):
         with pytest.raises(ValueError, match=f"steps {steps}"):
@@ -139,7 +128,7 @@ def test_time_pairs_walk_from_the_last_step_to_the_image(num_timesteps):
 
 
 class Oracle:
-    """A network that knows x_0: its output is the truth, and it writes down what it was called with."""
+    """A network that knows x_0: its output is exact, and it records what it was called with."""
 
     def __init__(self, x_0, schedule, prediction):
         self.x_0, self.prediction = x_0, prediction
@@ -162,17 +151,12 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, sched
     x_0, x_T = (torch.rand(2, 1, 4, 4) * 2 - 1).double(), torch.randn(2, 1, 4, 4).double()
     oracle, trace = Oracle(x_0, schedule, prediction), []
     pairs = ddim.time_pairs(1000, steps)
-    found = ddim.ddim_sample(
-        oracle,
-        x_T,
-        oracle.alpha_bars,
-        pairs,
-        prediction,
-        eta,
-        True,
-        lambda: torch.randn(x_T.shape).double(),
-        trace,
-    )
+
+    def noise():
+        return torch.randn(x_T.shape).double()
+
+    walk = oracle, x_T, oracle.alpha_bars, pairs, prediction
+    found = ddim.ddim_sample(*walk, eta, True, noise, trace)
     assert torch.allclose(found, x_0, atol=1e-4)
     assert oracle.times == [t for t, _ in pairs]  # exactly `steps` calls, at these times
     if eta == 0:  # a wrong t_prev would show here: on the true path the noise never changes
@@ -182,7 +166,7 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, sched
 
 
 def gaussian_flow(prediction, m=0.4, s=0.1):
-    """(denoise, alpha_bars) of a network that is the best there is for x_0 ~ N(m, s^2): the flow is m + s * x_T."""
+    """(denoise, alpha_bars) of the optimal network for x_0 ~ N(m, s^2): the flow is m + s * x_T."""
     alpha_bars = ddim.make_alpha_bars("cosine", 1000)
 
     def denoise(x_t, t):
@@ -215,9 +199,10 @@ def test_dpm_solver_finds_the_image_that_the_network_knows(prediction):
 
 
 def test_dpm_solver_is_of_second_order():
-    """Half the step leaves a quarter of the error, of DDIM a half: on the known flow of a Gaussian, off its ends.
+    """Half the step size leaves a quarter of the error; of DDIM's, a half.
 
-    There x_t = sqrt(a) m + sqrt(v) * x with v = a s^2 + 1 - a.
+    Measured on the known flow of a Gaussian away from its ends, where x_t = sqrt(a) m + sqrt(v) * x
+    with v = a s^2 + 1 - a.
     """
     m, s, x = 0.4, 0.5, torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
     denoise, alpha_bars = gaussian_flow("v", m, s)
@@ -243,32 +228,31 @@ def test_dpm_step_is_the_update_of_the_paper():
         lambdas = [math.log(ab**0.5 / (1 - ab) ** 0.5) for ab in (last, now, then)]
         h = lambdas[2] - lambdas[1]
         r = (lambdas[1] - lambdas[0]) / h
-        D = (1 + 1 / (2 * r)) * x_0_hat - 1 / (2 * r) * x_0_last
-        expected = ((1 - then) / (1 - now)) ** 0.5 * x_t - then**0.5 * (math.exp(-h) - 1) * D
-        found = ddim.ddim_step(
-            *ddim.dpm_extrapolate(x_t, x_0_hat, now, then, x_0_last, last), now, then
-        )
+        D_paper = (1 + 1 / (2 * r)) * x_0_hat - 1 / (2 * r) * x_0_last
+        expected = ((1 - then) / (1 - now)) ** 0.5 * x_t - then**0.5 * (math.exp(-h) - 1) * D_paper
+        D, D_eps = ddim.dpm_extrapolate(x_t, x_0_hat, now, then, x_0_last, last)
+        found = ddim.ddim_step(D, D_eps, now, then)
         assert torch.allclose(found, expected, atol=1e-9)
 
 
 def test_a_full_step_with_eta_1_is_the_ddpm_posterior():
-    """DDPM eq. (7): mean = sqrt(ab_prev) beta / (1 - ab) x_0 + sqrt(alpha) (1 - ab_prev) / (1 - ab) x_t."""
+    """DDPM eq. (7).
+
+    mean = sqrt(ab_prev) beta / (1 - ab) x_0 + sqrt(alpha) (1 - ab_prev) / (1 - ab) x_t
+    """
     alpha_bars = ddim.make_alpha_bars("linear", 1000)
     x_0, eps, noise = torch.randn(3, 4, 1, 2, 2).double()
     for t in (1, 2, 500, 999):
         ab, ab_prev = alpha_bars[t].item(), alpha_bars[t - 1].item()
         alpha = ab / ab_prev
         x_t = ab**0.5 * x_0 + (1 - ab) ** 0.5 * eps
-        mean = (
-            ab_prev**0.5 * (1 - alpha) / (1 - ab) * x_0
-            + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x_t
-        )
+        mean = ab_prev**0.5 * (1 - alpha) / (1 - ab) * x_0
+        mean = mean + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x_t
         variance = (1 - ab_prev) / (1 - ab) * (1 - alpha)
         found = ddim.ddim_step(x_0, eps, ab, ab_prev, 1.0, noise)
         assert torch.allclose(found, mean + variance**0.5 * noise, atol=1e-9)
-        noisy, plain = (
-            ddim.ddim_step(x_0, eps, ab, ab_prev, 0.3, some) for some in (noise, 0 * noise)
-        )
+        noisy = ddim.ddim_step(x_0, eps, ab, ab_prev, 0.3, noise)
+        plain = ddim.ddim_step(x_0, eps, ab, ab_prev, 0.3, 0 * noise)
         assert torch.allclose(noisy - plain, 0.3 * variance**0.5 * noise, atol=1e-9)  # eq. (16)
         expected = ab_prev**0.5 * x_0 + (1 - ab_prev - 0.3**2 * variance) ** 0.5 * eps
         assert torch.allclose(plain, expected, atol=1e-9)
@@ -307,20 +291,15 @@ def test_guidance_by_hand(guidance, expected):
 def test_from_the_limit_on_guidance_above_1_is_off(guidance, expected, passes):
     model = Recorder()
     denoise = ddim.guided(model, torch.tensor([2]), guidance, until=7.5)
-    assert (
-        denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected
-        and len(model.calls[0][1]) == passes
-    )
+    assert denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected
+    assert len(model.calls[0][1]) == passes
     assert denoise(torch.zeros(1, 1, 2, 2), 7)[0, 0, 0, 0] == 10 + guidance * (2 - 10)
 
 
 CONFIG = {
-    "schedule": "cosine",
-    "num_timesteps": 100,
-    "prediction": "v",
-    "channels": 1,
+    "schedule": "cosine", "num_timesteps": 100, "prediction": "v", "channels": 1,
     "label_dropout": 0.1,
-}
+}  # fmt: skip
 
 
 def small_network():
@@ -332,14 +311,8 @@ def small_network():
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_image_i_is_the_same_in_any_batch(eta):
-    options = {
-        "model": small_network(),
-        "config": CONFIG,
-        "steps": 5,
-        "guidance": 2.0,
-        "eta": eta,
-        "seed": 3,
-    }
+    options = {"model": small_network(), "config": CONFIG, "eta": eta}
+    options |= {"steps": 5, "guidance": 2.0, "seed": 3}
     labels = torch.arange(5)
     images = ddim.sample(labels=labels, **options)
     assert images.shape == (5, 1, 32, 32) and images.abs().max() <= 1 and not images.requires_grad
@@ -349,7 +322,7 @@ def test_image_i_is_the_same_in_any_batch(eta):
     assert not torch.equal(ddim.sample(labels=labels, **{**options, "seed": 4}), images)
 
 
-# --- Training ---------------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -361,8 +334,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.5])
-def test_power_ema_averages_over_its_share_of_the_run(length):
-    """Feeding w = n at step n, the mean age n - average must be length * n: the mean of the weights n^gamma."""
+def test_power_ema_averages_over_its_fraction_of_the_run(length):
+    """With w = n at step n, the average must lag by length * n: the mean of the weights n^gamma."""
     model = torch.nn.Linear(1, 1, bias=False)
     ema = ddim.AveragedModel(model, multi_avg_fn=ddim.power_ema(length))
     for n in range(1, 2001):
@@ -379,25 +352,19 @@ def read_log(run_dir):
 
 def test_a_run_leaves_a_checkpoint_a_log_and_grids(in_tmp, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(ddim, "LOG_EVERY", 2)
-    assert (
-        ddim.main(
-            ["--train", "--epochs", "1.5", "--data-dir", data_dir, "--save-every", "0", *TINY]
-        )
-        == 0
-    )
+    flags = ["--train", "--epochs", "1.5", "--data-dir", data_dir, "--save-every", "0", *TINY]
+    assert ddim.main(flags) == 0
     run_dir = in_tmp / "runs" / "ddim"
     checkpoint = torch.load(run_dir / "ddim.pt", weights_only=True)
-    assert (
-        checkpoint["step"] == 5
-        and checkpoint["images"] == 100
-        and len(checkpoint["class_names"]) == 10
-    )
+    assert checkpoint["step"] == 5
+    assert checkpoint["images"] == 100
+    assert len(checkpoint["class_names"]) == 10
     log = read_log(run_dir)
     assert [line["step"] for line in log] == [2, 4] and len(log[0]["loss_by_tenth_of_t"]) == 10
     assert 0.5 < log[0]["loss"] < 2 and all(0.5 < x < 1.5 for x in log[0]["loss_by_tenth_of_t"])
     assert sorted(f.name for f in (run_dir / "samples").iterdir())[-1] == "step_0000005.png"
     assert "python ddim.py --checkpoint runs/ddim" in capsys.readouterr().out
-    # a second run gets a folder of its own, and the newest run is the one to sample from
+    # a second run gets another folder, and samples come from the newest run
     assert ddim.main(["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]) == 0
     assert runs.find_checkpoint(("ddim",)).parent == Path("runs/ddim-2")
     assert ddim.main(["--class", "0", "--steps", "2"]) == 0
@@ -443,30 +410,21 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
     assert ddim.main([*flags, "--run-dir", "broken"]) == 130
     assert "python ddim.py --resume --run-dir broken" in capsys.readouterr().out
     assert torch.load("broken/ddim.pt", weights_only=True)["step"] == 4
-    with (in_tmp / "broken" / "log.jsonl").open(
-        "a"
-    ) as file:  # as after a kill -9: logged, but not saved
+    # as after a SIGKILL: logged, but not saved
+    with (in_tmp / "broken" / "log.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6}) + '\n{"step": 7, "lo')
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 130
     assert ddim.main(["--resume", "--run-dir", "broken"]) == 0
     assert len(calls) == 9 and equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
-    assert (
-        ddim.main(["--resume", "--run-dir", "broken", "--epochs", "4"]) == 0
-    )  # and longer than first asked for
+    # and with more epochs than at first
+    assert ddim.main(["--resume", "--run-dir", "broken", "--epochs", "4"]) == 0
     assert torch.load("broken/ddim.pt", weights_only=True)["step"] == 12
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(in_tmp, data_dir):
+def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(in_tmp, data_dir):
     flags = ["--train", "--epochs", "60", "--data-dir", data_dir, *TINY]
-    command = [
-        sys.executable,
-        str(ROOT / "ddim.py"),
-        *flags,
-        "--save-every",
-        "0",
-        "--run-dir",
-        "broken",
-    ]
+    command = [sys.executable, str(ROOT / "ddim.py"), *flags, "--save-every", "0"]
+    command += ["--run-dir", "broken"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     grids = in_tmp / "broken/samples"
     deadline = time.monotonic() + 120
@@ -477,35 +435,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(in_tmp, data_dir):
     assert 0 < torch.load("broken/ddim.pt", weights_only=True)["step"] < 180
     assert ddim.main(["--resume", "--run-dir", "broken", "--save-every", "3"]) == 0
     assert ddim.main([*flags, "--run-dir", "whole"]) == 0
-    assert len(read_log(in_tmp / "whole")) == 3 and equal(
-        state(in_tmp / "whole"), state(in_tmp / "broken")
-    )
+    assert len(read_log(in_tmp / "whole")) == 3
+    assert equal(state(in_tmp / "whole"), state(in_tmp / "broken"))
 
 
-def test_a_run_that_diverged_goes_on_with_a_lower_rate(in_tmp, data_dir, monkeypatch, capsys):
+def test_a_run_that_diverged_resumes_with_a_lower_learning_rate(
+    in_tmp, data_dir, monkeypatch, capsys
+):
     handler = signal.getsignal(signal.SIGINT)
-    flags = [
-        "--train",
-        "--epochs",
-        "3",
-        "--data-dir",
-        data_dir,
-        "--save-every",
-        "0",
-        "--warmup",
-        "0",
-        *TINY,
-    ]
+    flags = split("--train --epochs 3 --save-every 0 --warmup 0")
+    flags += ["--data-dir", data_dir, *TINY]
     with pytest.raises(SystemExit, match="2"):
         ddim.main([*flags, "--lr", "1e30"])
     assert "stopped; what runs/ddim holds is kept" in capsys.readouterr().err
     kept = torch.load("runs/ddim/ddim.pt", weights_only=True)
-    assert all(
-        p.isfinite().all() for weights in (kept["ema"], kept["weights"]) for p in weights.values()
-    )
+    weights = [*kept["ema"].values(), *kept["weights"].values()]
+    assert all(p.isfinite().all() for p in weights)
     assert kept["step"] < 9 and ddim.main(["--resume", "--lr", "1e-5"]) == 0
     assert torch.load("runs/ddim/ddim.pt", weights_only=True)["step"] == 9
-    assert signal.getsignal(signal.SIGINT) is handler  # given back, after the failure too
+    assert signal.getsignal(signal.SIGINT) is handler  # restored, after the failure too
 
 
 def test_labels_are_hidden_at_the_rate_asked_for(in_tmp, data_dir, monkeypatch):
@@ -516,21 +464,15 @@ def test_labels_are_hidden_at_the_rate_asked_for(in_tmp, data_dir, monkeypatch):
         return forward(self, x_t, t, y)
 
     monkeypatch.setattr(UNet, "forward", spy)
-    monkeypatch.setattr(
-        ddim, "sample", lambda **_: torch.zeros(80, 1, 32, 32)
-    )  # the grids' calls are not the training's
+    # the grids' calls are not the training's
+    monkeypatch.setattr(ddim, "sample", lambda **_: torch.zeros(80, 1, 32, 32))
+    flags = ["--train", "--epochs", "5", "--data-dir", data_dir, *TINY]
     for rate in ("0", "0.5", "1"):
         seen.clear()
-        assert (
-            ddim.main(
-                ["--train", "--epochs", "5", "--data-dir", data_dir, "--label-dropout", rate, *TINY]
-            )
-            == 0
-        )
+        assert ddim.main([*flags, "--label-dropout", rate]) == 0
         hidden = (torch.cat(seen) == NULL_LABEL).float().mean().item()
-        assert len(seen) == 15 and hidden == pytest.approx(
-            float(rate), abs=0 if rate in "01" else 0.12
-        )
+        assert len(seen) == 15
+        assert hidden == pytest.approx(float(rate), abs=0 if rate in "01" else 0.12)
 
 
 def test_sampling_uses_the_averaged_weights(tiny_run):
@@ -541,25 +483,14 @@ def test_sampling_uses_the_averaged_weights(tiny_run):
 
 
 def test_gradients_are_clipped(in_tmp, data_dir):
-    """With the gradient clipped to nearly nothing Adam's epsilon rules, and the weights hardly move."""
-    flags = [
-        "--train",
-        "--epochs",
-        "1",
-        "--data-dir",
-        data_dir,
-        "--warmup",
-        "0",
-        "--weight-decay",
-        "0",
-        *TINY,
-    ]
+    """With gradients clipped to 1e-12 Adam's epsilon dominates, and the weights hardly move."""
+    flags = split("--train --epochs 1 --warmup 0 --weight-decay 0")
+    flags += ["--data-dir", data_dir, *TINY]
     moved = []
     for i, clip in enumerate(("1e-12", "1")):
         assert ddim.main([*flags, "--grad-clip", clip, "--run-dir", f"{i}"]) == 0
-        moved.append(
-            torch.load(f"{i}/ddim.pt", weights_only=True)["weights"]["head.weight"].abs().max()
-        )
+        weights = torch.load(f"{i}/ddim.pt", weights_only=True)["weights"]
+        moved.append(weights["head.weight"].abs().max())
     assert moved[0] < 0.01 * moved[1]
 
 
@@ -571,20 +502,9 @@ def test_minutes_end_on_time_with_a_learning_rate_of_zero(in_tmp, data_dir, monk
 
 
 def test_the_command_printed_at_the_end_works_for_few_timesteps(in_tmp, data_dir, capsys):
-    flags = [
-        "--train",
-        "--epochs",
-        "0.1",
-        "--num-timesteps",
-        "5",
-        "--data-dir",
-        data_dir,
-        "--run-dir",
-        "my runs/a",
-        *TINY,
-    ]
-    assert ddim.main(flags) == 0
-    _, *argv = shlex.split(capsys.readouterr().out.split("  python ")[1])
+    flags = [*split("--train --epochs 0.1 --num-timesteps 5"), "--data-dir", data_dir, *TINY]
+    assert ddim.main([*flags, "--run-dir", "my runs/a"]) == 0
+    _, *argv = split(capsys.readouterr().out.split("  python ")[1])
     assert "my runs/a" in argv and ddim.main(argv) == 0
 
 
@@ -602,17 +522,8 @@ def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
 def test_without_dropped_labels_or_with_none_kept_guidance_is_fixed(
     in_tmp, data_dir, capsys, dropout, guidance
 ):
-    flags = [
-        "--train",
-        "--epochs",
-        "0.1",
-        "--data-dir",
-        data_dir,
-        "--label-dropout",
-        dropout,
-        *TINY,
-    ]
-    assert ddim.main(flags) == 0
+    flags = ["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]
+    assert ddim.main([*flags, "--label-dropout", dropout]) == 0
     assert ddim.main(["--steps", "1"]) == 0
     with pytest.raises(SystemExit, match="2"):
         ddim.main(["--steps", "1", "--guidance", "2"])
@@ -630,30 +541,24 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         result = losses(output, target, loss)
         if len(calls) < 7:  # two calls a step: the fourth step fails
             return result
-        return (
-            result * math.nan
-            if what == "loss"
-            else (result + (output * 0).abs().sqrt().flatten(1).sum(1))
-        )
+        if what == "loss":
+            return result * math.nan
+        return result + (output * 0).abs().sqrt().flatten(1).sum(1)
 
     monkeypatch.setattr(ddim, "image_losses", failing)
     with pytest.raises(SystemExit, match="2"):
         ddim.main(["--train", "--epochs", "3", "--data-dir", data_dir, "--save-every", "0", *TINY])
     assert "step 3: loss" in capsys.readouterr().err
     checkpoint = torch.load("runs/ddim/ddim.pt", weights_only=True)
-    assert checkpoint["step"] == 3 and all(
-        p.isfinite().all() for p in checkpoint["weights"].values()
-    )
+    assert checkpoint["step"] == 3
+    assert all(p.isfinite().all() for p in checkpoint["weights"].values())
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------
-
-
-# --- Checkpoints and flags --------------------------------------------------------------------------------------
+# --- Checkpoints and flags ------------------------------------------------------------------------
 
 
 def refused(argv, capsys):
-    """Run with bad input; returns the message after checking that it is one line and the exit code 2."""
+    """Run with bad input; returns the message, which must be one line with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         ddim.main(argv)
     error = capsys.readouterr().err
@@ -663,18 +568,14 @@ def refused(argv, capsys):
 
 def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, capsys):
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
-    for name, changes in {
-        "ddpm": {"model": "ddpm"},
-        "vae": {"model": "vae"},
-        "newer": {"format": 99},
-    }.items():
-        torch.save({**checkpoint, **changes}, f"{name}.pt")
+    for name in ("ddpm", "vae"):
+        torch.save({**checkpoint, "model": name}, f"{name}.pt")
+    torch.save({**checkpoint, "format": 99}, "newer.pt")
     assert ddim.main(["--checkpoint", "ddpm.pt", "--steps", "1"]) == 0
     assert "is a checkpoint of vae" in refused(["--checkpoint", "vae.pt"], capsys)
     assert "format 99" in refused(["--checkpoint", "newer.pt"], capsys)
-    assert "is a checkpoint of ddpm, not of ddim" in refused(
-        ["--resume", "--run-dir", "ddpm.pt"], capsys
-    )
+    error = refused(["--resume", "--run-dir", "ddpm.pt"], capsys)
+    assert "is a checkpoint of ddpm, not of ddim" in error
     nan = {key: value * math.nan for key, value in checkpoint["ema"].items()}
     torch.save({**checkpoint, "ema": nan}, "nan.pt")
     assert "not finite" in refused(["--checkpoint", "nan.pt", "--steps", "1", "--no-clip"], capsys)
@@ -683,7 +584,7 @@ def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, ca
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"random bytes", None])
-def test_what_is_no_checkpoint_is_refused(tiny_run, in_tmp, capsys, content):
+def test_a_file_that_is_no_checkpoint_is_refused(tiny_run, in_tmp, capsys, content):
     whole = (tiny_run / "ddim.pt").read_bytes()
     (in_tmp / "x.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
     assert "x.pt is not a checkpoint" in refused(["--checkpoint", "x.pt"], capsys)
@@ -756,20 +657,18 @@ def test_bad_input_gets_one_line(tiny_run, in_tmp, data_dir, capsys, flags, mess
         flags = ["--checkpoint", str(tiny_run), *flags]
     (in_tmp / "FILE").write_text("in the way")
     assert message in refused(flags, capsys)
-    assert [file.name for file in in_tmp.rglob("*") if file.is_file()] == [
-        "FILE"
-    ]  # nothing half written
+    # no partial file
+    assert [file.name for file in in_tmp.rglob("*") if file.is_file()] == ["FILE"]
 
 
-def test_a_device_that_is_not_there_is_refused(tiny_run, capsys):
+def test_a_device_that_is_not_available_is_refused(tiny_run, capsys):
     assert "--device cuda" in refused(["--checkpoint", str(tiny_run), "--device", "cuda"], capsys)
 
 
 def test_training_data_of_other_classes_is_refused_on_resume(tiny_run, in_tmp):
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     checkpoint["class_names"] = ["cat", "dog"]
-    args = ddim.build_parser().parse_args(
-        [*TINY, "--data-dir", checkpoint["config"]["data_dir"], "--epochs", "1"]
-    )
+    flags = [*TINY, "--data-dir", checkpoint["config"]["data_dir"], "--epochs", "1"]
+    args = ddim.build_parser().parse_args(flags)
     with pytest.raises(InputError, match="classes"):
         ddim.train(args, checkpoint)

@@ -1,4 +1,7 @@
-"""ddpm.py: the posterior and the ancestral sampler; the rest is ddim.py's, held equal by the consistency test."""
+"""ddpm.py: the posterior and the ancestral sampler.
+
+The rest is that of ddim.py, which test_consistency.py checks.
+"""
 
 import numpy as np
 import pytest
@@ -12,25 +15,22 @@ import ddpm
 
 @pytest.mark.parametrize("t", [1, 500, 999])
 def test_posterior_against_bayes(t):
-    """q(x_prev | x_t, x_0) is proportional to q(x_t | x_prev) q(x_prev | x_0): a product of two Gaussians."""
+    """q(x_prev | x_t, x_0) is proportional to q(x_t | x_prev) q(x_prev | x_0), both Gaussian."""
     alpha_bars = ddpm.make_alpha_bars("linear", 1000)
     ab, ab_prev = alpha_bars[t].item(), alpha_bars[t - 1].item()
     x_0, x_t, alpha = 0.7, -0.4, ab / ab_prev
     precision = alpha / (1 - alpha) + 1 / (1 - ab_prev)
     mean = (alpha**0.5 * x_t / (1 - alpha) + ab_prev**0.5 * x_0 / (1 - ab_prev)) / precision
-    found, small = ddpm.posterior(
-        torch.tensor(x_0).double(), torch.tensor(x_t).double(), ab, ab_prev, "small"
-    )
-    assert found.item() == pytest.approx(mean, rel=1e-6) and small == pytest.approx(
-        1 / precision, rel=1e-6
-    )
-    assert ddpm.posterior(torch.tensor(x_0), torch.tensor(x_t), ab, ab_prev, "large")[
-        1
-    ] == pytest.approx(1 - alpha)
+    x_0, x_t = torch.tensor(x_0).double(), torch.tensor(x_t).double()
+    found, small = ddpm.posterior(x_0, x_t, ab, ab_prev, "small")
+    assert found.item() == pytest.approx(mean, rel=1e-6)
+    assert small == pytest.approx(1 / precision, rel=1e-6)
+    _, large = ddpm.posterior(x_0, x_t, ab, ab_prev, "large")
+    assert large == pytest.approx(1 - alpha)
 
 
 def test_a_respaced_step_undoes_several_noisings():
-    """Noising from s to t with beta = 1 - ab_t / ab_s and stepping back keeps the marginal q(x_s | x_0)."""
+    """Noising from s to t with beta = 1 - ab_t / ab_s and stepping back keeps q(x_s | x_0)."""
     alpha_bars = ddpm.make_alpha_bars("cosine", 1000)
     ab_t, ab_s = alpha_bars[800].item(), alpha_bars[600].item()
     x_0, eps, noise = 0.5 * torch.ones(200_000).double(), *torch.randn(2, 200_000).double()
@@ -52,9 +52,8 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, varia
         return torch.randn(x_0.shape).double()
 
     pairs = ddpm.time_pairs(1000, steps)
-    found = ddpm.ddpm_sample(
-        oracle, noise(), oracle.alpha_bars, pairs, prediction, variance, True, noise, trace
-    )
+    walk = oracle, noise(), oracle.alpha_bars, pairs, prediction
+    found = ddpm.ddpm_sample(*walk, variance, True, noise, trace)
     assert torch.allclose(found, x_0, atol=1e-4)
     assert oracle.times == [t for t, _ in pairs] and len(trace) == steps + 1
     assert len(calls) == steps  # the start, and every step but the last
@@ -62,16 +61,13 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, varia
 
 @pytest.mark.parametrize("steps", [5, 100])
 def test_the_same_as_ddim_with_eta_1(tiny_run, steps):
-    """With eta = 1 DDIM's step has the mean and the variance of DDPM's posterior: the same noise, the same image."""
+    """With eta = 1 DDIM's step has DDPM's posterior: from the same noise, the same image."""
     checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     options = {
         "model": ddim.ema_network(checkpoint, torch.device("cpu")),
         "config": {**checkpoint["config"], "num_timesteps": 100},
-        "labels": torch.arange(3),
-        "steps": steps,
-        "guidance": 1.5,
-        "seed": 2,
-    }
+        "labels": torch.arange(3), "steps": steps, "guidance": 1.5, "seed": 2,
+    }  # fmt: skip
     assert (ddpm.sample(**options) - ddim.sample(**options, eta=1.0)).abs().max() < 1e-3
 
 
@@ -80,9 +76,8 @@ def test_each_samples_the_checkpoints_of_the_other(tiny_run, in_tmp, data_dir):
     assert ddpm.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *TINY]) == 0
     assert ddim.main(["--checkpoint", "runs/ddpm", "--steps", "3", "--output", "b.npz"]) == 0
     assert np.load("a.npz")["x"].shape == np.load("b.npz")["x"].shape == (10, 1, 32, 32)
-    first, second = (
-        torch.load(path, weights_only=True) for path in ("runs/ddpm/ddpm.pt", tiny_run / "ddim.pt")
-    )
+    first = torch.load("runs/ddpm/ddpm.pt", weights_only=True)
+    second = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert first.keys() == second.keys() and first["config"].keys() == second["config"].keys()
     assert first["network"] == second["network"]
 

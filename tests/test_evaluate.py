@@ -114,12 +114,11 @@ def test_frechet_distance_is_the_closed_formula():
     assert evaluate.frechet_distance(np.ones(6), a, np.ones(6), a) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_of_drawn_gaussians():
+def test_frechet_distance_of_sampled_gaussians():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(20_000, 2)), rng.normal(size=(20_000, 2)) * [2, 3] + [1, 0]
-    assert evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b)) == pytest.approx(
-        1 + 1 + 4, rel=0.03
-    )
+    distance = evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b))
+    assert distance == pytest.approx(1 + 1 + 4, rel=0.03)
 
 
 def test_manifold_scores_of_points_on_a_line():
@@ -147,9 +146,8 @@ def test_blocks_change_nothing(monkeypatch):
     )
     assert evaluate.manifold_scores(real, evaluate.neighbour_radii(real), fake) == whole
     found, indices = evaluate.nearest(real, fake)
-    assert np.array_equal(indices, squares.argmin(axis=1)) and np.allclose(
-        found, squares.min(axis=1), atol=1e-4
-    )
+    assert np.array_equal(indices, squares.argmin(axis=1))
+    assert np.allclose(found, squares.min(axis=1), atol=1e-4)
 
 
 def test_class_scores_by_hand():
@@ -182,7 +180,7 @@ def test_a_set_against_itself_is_perfect(sets):
     assert scores["density"] == pytest.approx(1, abs=0.01)
 
 
-def test_the_order_of_samples_is_nothing(sets):
+def test_scores_do_not_depend_on_the_order_of_samples(sets):
     _, _, (images, labels), reference = sets
     order = np.random.default_rng(0).permutation(len(images))
     first, second = (
@@ -243,11 +241,9 @@ def test_copies_are_found_also_if_they_are_few(sets):
     assert evaluate.score_images(reference, train, labels)["copy_ratio"] < 0.02
     some = np.concatenate([train[:40], images[40:]])
     scores = evaluate.score_images(reference, some, labels)
-    assert (
-        scores["copy_ratio"] > 0.8
-        and 0.1 <= scores["copies"] < 0.15
-        and (real < reference.limit).mean() < 0.05
-    )
+    assert scores["copy_ratio"] > 0.8
+    assert 0.1 <= scores["copies"] < 0.15
+    assert (real < reference.limit).mean() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -272,11 +268,9 @@ def test_the_floor_is_of_training_images_but_for_what_they_cannot_say(sets):
     train, test, _, reference = sets
     args = evaluate.build_parser().parse_args(["--num-samples", "200", "--seeds", "3"])
     floor = evaluate.score_floor(reference, train, test, 0.87, args)
-    assert (
-        floor["n"] == 200
-        and floor["seeds"] == 2
-        and floor["scores"]["label_accuracy"]["values"] == [0.87, 0.87]
-    )
+    assert floor["n"] == 200
+    assert floor["seeds"] == 2
+    assert floor["scores"]["label_accuracy"]["values"] == [0.87, 0.87]
     assert floor["scores"]["copy_ratio"]["mean"] > 0.8 and floor["scores"]["copies"]["mean"] < 0.05
     direct = evaluate.score_images(reference, train[0][200:], None)
     assert floor["scores"]["ffid"]["values"][1] == direct["ffid"]
@@ -360,18 +354,8 @@ def models(tiny_runs, tmp_path_factory):
     """A folder with ddim.onnx and gan.onnx of tiny runs."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("ddim", "gan"):
-        assert (
-            export.main(
-                [
-                    name,
-                    "--checkpoint",
-                    str(tiny_runs(name)),
-                    "--output",
-                    str(folder / f"{name}.onnx"),
-                ]
-            )
-            == 0
-        )
+        at = ["--checkpoint", str(tiny_runs(name)), "--output", str(folder / f"{name}.onnx")]
+        assert export.main([name, *at]) == 0
     return folder
 
 
@@ -381,17 +365,8 @@ def workplace(models, extractors, data_dir, in_tmp, monkeypatch):
     shutil.copytree(models, in_tmp / "runs/tiny")
     monkeypatch.setattr(evaluate, "CHUNK", 20)
     monkeypatch.setattr(evaluate, "BATCH", 10)
-    shared = [
-        "--data",
-        "kmnist",
-        "--data-dir",
-        data_dir,
-        "--extractors",
-        str(extractors),
-        "--threads",
-        "1",
-    ]
-    return [*shared, "--num-samples", "60", "--no-timing"]
+    shared = ["--data", "kmnist", "--data-dir", data_dir, "--extractors", str(extractors)]
+    return [*shared, "--threads", "1", "--num-samples", "60", "--no-timing"]
 
 
 def failure(argv, capsys):
@@ -403,7 +378,7 @@ def failure(argv, capsys):
 
 
 def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp):
-    """Without tqdm and matplotlib, too; report.py then adds the diagrams that were not drawn."""
+    """Without tqdm and matplotlib, too; report.py adds the diagrams that are missing."""
     (in_tmp / "results").mkdir()
     (in_tmp / "results/steps.png").write_bytes(b"of an earlier run")
     flags = [flag for flag in workplace if flag != "--no-timing"]
@@ -420,18 +395,13 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     ]  # fmt: skip
     for row in results["rows"]:
         assert len(row["scores"]["ffid"]["values"]) == 2 and row["scores"]["ffid"]["spread"] > 0
-        assert (
-            row["sha256"]
-            == hashlib.sha256((in_tmp / "runs/tiny" / row["file"]).read_bytes()).hexdigest()
-        )
-        assert (
-            row["parameters"] > 0
-            and row["bytes"] > 1000
-            and set(row["latency"]["batch"]) >= {"1", "100"}
-        )
-    assert results["floor"]["scores"]["ffid"]["mean"] < min(
-        r["scores"]["ffid"]["mean"] for r in results["rows"]
-    )
+        content = (in_tmp / "runs/tiny" / row["file"]).read_bytes()
+        assert row["sha256"] == hashlib.sha256(content).hexdigest()
+        assert row["parameters"] > 0
+        assert row["bytes"] > 1000
+        assert set(row["latency"]["batch"]) >= {"1", "100"}
+    lowest = min(row["scores"]["ffid"]["mean"] for row in results["rows"])
+    assert results["floor"]["scores"]["ffid"]["mean"] < lowest
     text = (in_tmp / "results/table.md").read_text()
     assert text == report.table(results) and "60 (!)" in text
     assert results["extractors"][1]["sha256"] in text
@@ -519,38 +489,37 @@ assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.mod
 
 def test_samples_are_those_of_infer_onnx(workplace, in_tmp):
     evaluate.main(["ddim", *workplace, "--steps", "2"])
-    drawn = np.concatenate([np.load(file)["x"] for file in (in_tmp / "results/cache").iterdir()])
+    cached = np.concatenate([np.load(file)["x"] for file in (in_tmp / "results/cache").iterdir()])
     model = infer_onnx.load_model(in_tmp / "runs/tiny/ddim.onnx", "cpu", 1)
     whole = infer_onnx.sample(model, list(range(10)) * 6, seed=0, steps=2, batch_size=10)
-    assert {x.tobytes() for x in drawn} == {x.tobytes() for x in whole} and len(drawn) == 60
+    assert {x.tobytes() for x in cached} == {x.tobytes() for x in whole} and len(cached) == 60
 
 
-def test_drawn_samples_are_not_drawn_again(workplace, in_tmp, monkeypatch, capsys):
+def test_cached_samples_are_reused(workplace, in_tmp, monkeypatch, capsys):
     assert evaluate.main(["ddim", "gan", *workplace, "--steps", "2"]) == 0
     first = (in_tmp / "results/results.json").read_text()
-    (in_tmp / "runs/tiny/ddim.onnx").rename(
-        in_tmp / "runs/tiny/renamed.onnx"
-    )  # its hash counts, not its name
+    # the cache goes by the hash of a model, not by its name
+    (in_tmp / "runs/tiny/ddim.onnx").rename(in_tmp / "runs/tiny/renamed.onnx")
     sample = infer_onnx.sample
     monkeypatch.setattr(infer_onnx, "sample", None)
     assert evaluate.main(["runs/tiny/renamed.onnx", "gan", *workplace, "--steps", "2"]) == 0
     again = json.loads((in_tmp / "results/results.json").read_text())
     assert [r["scores"] for r in again["rows"]] == [r["scores"] for r in json.loads(first)["rows"]]
     calls = []
-    monkeypatch.setattr(
-        infer_onnx,
-        "sample",
-        lambda *a, **k: calls.append((k["seed"], k["first"])) or sample(*a, **k),
-    )
+
+    def spy(*args, **options):
+        calls.append((options["seed"], options["first"]))
+        return sample(*args, **options)
+
+    monkeypatch.setattr(infer_onnx, "sample", spy)
     evaluate.main(["runs/tiny/renamed.onnx", *workplace, "--steps", "3"])
     assert calls == [(0, first) for first in range(0, 60, 10)]
     evaluate.main(["runs/tiny/renamed.onnx", *workplace, "--steps", "3", "--seeds", "2"])
     assert calls[6:] == [(1, first) for first in range(0, 60, 10)]
     next((in_tmp / "results/cache").iterdir()).write_bytes(b"PK broken")
     evaluate.main(["runs/tiny/renamed.onnx", "gan", *workplace, "--steps", "2,3", "--seeds", "2"])
-    assert (
-        len(calls) == 12 + 6 + 6 + 2
-    )  # seed 1 of the two that had only seed 0, and the broken file
+    # seed 1 of the two settings that had only seed 0, and the corrupted file
+    assert len(calls) == 12 + 6 + 6 + 2
 
 
 def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypatch):
@@ -583,7 +552,7 @@ def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypat
     assert file_of(**{**given, "options": swapped}, name="renamed") == files[-1]
 
 
-def test_a_file_of_the_cache_that_is_broken_is_none(in_tmp):
+def test_a_corrupted_cache_file_is_ignored(in_tmp):
     for content in ({"y": np.zeros(3)}, {"x": np.zeros((3, 1, 32, 32), np.uint8)}):
         np.savez("wrong.npz", **content)
         assert evaluate.read_chunk(in_tmp / "wrong.npz", 20) is None
@@ -602,17 +571,13 @@ def test_pictures_have_a_row_for_each_class(sets, in_tmp):
     evaluate.write_samples(in_tmp, "gan", images, sets[3])
     picture = np.array(Image.open("samples_gan.png"))
     scale = picture.shape[0] // 342
-    assert (
-        picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale].tolist()
-        == values.reshape(10, 10).T.tolist()
-    )
-    pairs = np.array(
-        Image.open("nearest_gan.png")
-    )  # below each sample the nearest of the training images
+    middles = picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale]
+    assert middles.tolist() == values.reshape(10, 10).T.tolist()
+    # below each sample is the nearest training image
+    pairs = np.array(Image.open("nearest_gan.png"))
     scale = pairs.shape[0] // 122
-    tiles = pairs[2 * scale :: scale, 2 * scale :: scale].reshape(
-        4, 30, 10, 30
-    )  # each with the gap after it
+    # each tile with the gap after it
+    tiles = pairs[2 * scale :: scale, 2 * scale :: scale].reshape(4, 30, 10, 30)
     tiles = tiles[:, :28, :, :28].swapaxes(1, 2)
     train = (sets[3].train * 255).round().reshape(-1, 28, 28)
     for row, column in itertools.product((0, 2), range(10)):
@@ -621,7 +586,7 @@ def test_pictures_have_a_row_for_each_class(sets, in_tmp):
         assert np.array_equal(tiles[row + 1, column], nearest)
 
 
-def test_a_stopped_run_goes_on(workplace, in_tmp, monkeypatch, capsys):
+def test_a_stopped_evaluation_resumes(workplace, in_tmp, monkeypatch, capsys):
     sample, calls = infer_onnx.sample, []
 
     def stop_at_the_fourth(*args, **options):
@@ -649,11 +614,11 @@ def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch
     for done, part in enumerate(("1/4", "4/4", "2/4", "3/4")):
         evaluate.main([*flags, "--output", "shards", "--shard", part])
         assert not (in_tmp / "shards/results.json").exists()
-        drawn = len(list((in_tmp / "shards/cache").iterdir()))
-        assert drawn == [5, 9, 14, 18][done]  # three settings, two seeds, three files of 20 images
+        files = len(list((in_tmp / "shards/cache").iterdir()))
+        assert files == [5, 9, 14, 18][done]  # three settings, two seeds, three files of 20 images
     evaluate.main([*flags, "--output", "whole"])
     with monkeypatch.context() as patch:
-        patch.setattr(infer_onnx, "sample", None)  # nothing is left to draw
+        patch.setattr(infer_onnx, "sample", None)  # nothing is left to sample
         evaluate.main([*flags, "--output", "shards"])
     shards, whole = (
         json.loads((in_tmp / name / "results.json").read_text()) for name in ("shards", "whole")
@@ -662,29 +627,22 @@ def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch
 
 
 def test_settings_follow_the_flags(workplace, capsys):
-    args = evaluate.build_parser().parse_args(
-        ["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"]
-    )
+    flags = ["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"]
+    args = evaluate.build_parser().parse_args(flags)
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance"], s.options["steps"], s.evaluations()) for s in settings] == [
         (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 9), (2, 1000, 1800),
     ]  # fmt: skip
-    args = evaluate.build_parser().parse_args(
-        ["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"]
-    )
+    flags = ["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"]
+    args = evaluate.build_parser().parse_args(flags)
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance_limit"], s.evaluations()) for s in settings] == [(1, 10), (0.7, 8)]
     assert settings[1].title() == "ddim, steps 5, guidance 2, guidance limit 0.7"
-    args = evaluate.build_parser().parse_args(
-        ["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"]
-    )
+    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"]
+    args = evaluate.build_parser().parse_args(flags)
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
-    assert [(o["guidance"], o.get("guidance_limit")) for o in options] == [
-        (0, None),
-        (1, None),
-        (1.6, None),
-        (1.6, 1),
-    ]
+    found = [(o["guidance"], o.get("guidance_limit")) for o in options]
+    assert found == [(0, None), (1, None), (1.6, None), (1.6, 1)]
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
@@ -698,7 +656,7 @@ def test_few_or_unequal_samples_are_marked(sets):
     reference.features[0] = kept
 
 
-def test_opposite_orders_are_said():
+def test_disagreeing_extractors_are_reported():
     rows = [
         {"title": name, "scores": {"ffid": {"mean": a}, "ffid2": {"mean": b}}}
         for name, a, b in (("vae", 9, 8), ("gan", 3, 1), ("ddim", 2, 5))
@@ -724,7 +682,7 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, arg
     assert code == 2 and message in error and not (in_tmp / "results").exists()
 
 
-def test_missing_packages_are_said_before_the_work(workplace, in_tmp, capsys, monkeypatch):
+def test_missing_packages_are_reported_before_the_work(workplace, in_tmp, capsys, monkeypatch):
     for flag, module in (("--tsne", "sklearn"), ("--cas", "torch")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)

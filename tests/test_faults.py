@@ -1,4 +1,4 @@
-"""What goes wrong outside: each fault is one clear line, with nothing lost and nothing half written."""
+"""Faults from outside: each gives one clear line, with nothing lost and no partial file."""
 
 import importlib
 import os
@@ -8,26 +8,24 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS
 
-import runs
 import evaluate
 import export
 import infer_onnx
+import runs
 
 NAMES = [*TINY_FLAGS]
-ENV = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "PYTHONDONTWRITEBYTECODE": "1",
-}  # a limit would cut bytecode off too
+# Without bytecode: a limit on the size of files would truncate it too.
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def refused(main, argv, capsys, code=2):
-    """The one line of a main that ends with this code."""
+    """The error of a main that must end with this exit code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([*map(str, argv)])
@@ -36,7 +34,7 @@ def refused(main, argv, capsys, code=2):
     return error
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 
 class Code:
@@ -59,7 +57,7 @@ def flip_a_weight(path):
     path.write_bytes(content)
 
 
-DAMAGES = {
+FAULTS = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-500]),
     "empty": lambda path: path.write_bytes(b""),
     "a flipped bit": flip_a_weight,
@@ -73,16 +71,15 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
-    name, damage, tiny_runs, in_tmp, capsys
+    name, fault, tiny_runs, in_tmp, capsys
 ):
-    shutil.copytree(
-        tiny_runs(name), "run", ignore=shutil.ignore_patterns("*.onnx")
-    )  # other tests leave them there
+    # other tests leave .onnx files there
+    shutil.copytree(tiny_runs(name), "run", ignore=shutil.ignore_patterns("*.onnx"))
     path = Path("run", f"{name}.pt")
-    DAMAGES[damage](path)
+    FAULTS[fault](path)
     before = path.read_bytes()
     script = importlib.import_module(name)
     for main, argv in (
@@ -96,13 +93,13 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_network_size_cannot_go_on(name, tiny_runs, capsys):
+def test_another_network_size_cannot_be_resumed(name, tiny_runs, capsys):
     script = importlib.import_module(name)
     flags = ["--resume", "--run-dir", tiny_runs(name), "--epochs", "9", "--emb-channels", "32"]
     assert "--emb-channels is 16 and cannot change in a run" in refused(script.main, flags, capsys)
 
 
-# --- Folders and disks ------------------------------------------------------------------------------------------
+# --- Folders and disks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["/proc/run", "file/run"])
@@ -110,16 +107,8 @@ def test_another_network_size_cannot_go_on(name, tiny_runs, capsys):
 def test_a_folder_that_cannot_be_written_to(name, folder, in_tmp, data_dir, capsys):
     (in_tmp / "file").write_text("")
     script = importlib.import_module(name)
-    flags = [
-        "--train",
-        "--epochs",
-        "1",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS[name],
-        "--run-dir",
-        folder,
-    ]
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS[name]]
+    flags += ["--run-dir", folder]
     assert folder.split("/")[1] in refused(script.main, flags, capsys)
 
 
@@ -131,79 +120,61 @@ def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
     refused(importlib.import_module("gan").main, [*checkpoint, "--output", "file"], capsys)
     refused(export.main, ["gan", *checkpoint, "--output", "/proc/x.onnx"], capsys, code=5)
     assert export.main(["gan", *checkpoint, "--output", "x.onnx"]) == 0
-    refused(export.main, ["gan", *checkpoint, "--output", "x.onnx", "--weights", "x.onnx"], capsys)
-    refused(
-        export.main,
-        ["gan", *checkpoint, "--output", "x.onnx", "--weights", "/proc/x.pt"],
-        capsys,
-        code=5,
-    )
+    weights = ["gan", *checkpoint, "--output", "x.onnx", "--weights"]
+    refused(export.main, [*weights, "x.onnx"], capsys)
+    refused(export.main, [*weights, "/proc/x.pt"], capsys, code=5)
     refused(infer_onnx.main, ["--model", "x.onnx", "--output", "/proc/x.png"], capsys)
     assert {p.name for p in in_tmp.iterdir()} == {"file", "x.onnx"}
 
 
 @pytest.mark.parametrize("command", ["export", "infer_onnx", "gan"])
 def test_a_full_disk_leaves_the_old_file(command, tiny_runs, in_tmp):
-    """No file may grow beyond 1,000 bytes, as on a disk that is full."""
+    """No file can grow beyond 1,000 bytes, as on a full disk."""
     run_dir = tiny_runs("gan")
     assert export.main(["gan", "--checkpoint", str(run_dir), "--output", "model.onnx"]) == 0
-    argv, old, code = {
-        "export": (["gan", "--checkpoint", run_dir, "--output", "x.onnx"], "x.onnx", 5),
-        "infer_onnx": (
-            ["--model", "model.onnx", "--num-samples", "9", "--output", "x.npz"],
-            "x.npz",
-            5,
-        ),
-        "gan": (["--checkpoint", run_dir, "--num-samples", "9", "--output", "x.png"], "x.png", 2),
+    flags, old, exit_code = {
+        "export": (["gan", "--checkpoint", run_dir], "x.onnx", 5),
+        "infer_onnx": (["--model", "model.onnx", "--num-samples", "9"], "x.npz", 5),
+        "gan": (["--checkpoint", run_dir, "--num-samples", "9"], "x.png", 2),
     }[command]
     Path(old).write_bytes(b"old")
-    code_of = f"import resource, {command}; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); {command}.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code_of, *map(str, argv)], capture_output=True, text=True, env=ENV
-    )
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    code = f"""
+import resource, {command}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+{command}.main()
+"""
+    argv = [sys.executable, "-c", code, *map(str, flags), "--output", old]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
+    assert done.returncode == exit_code and "Traceback" not in done.stderr, done.stderr
     assert "error: " in done.stderr.splitlines()[-1]
-    assert Path(old).read_bytes() == b"old" and {p.name for p in in_tmp.iterdir()} == {
-        "model.onnx",
-        old,
-    }
+    assert Path(old).read_bytes() == b"old"
+    assert {p.name for p in in_tmp.iterdir()} == {"model.onnx", old}
 
 
-# --- Other runs -------------------------------------------------------------------------------------------------
+# --- Other runs -----------------------------------------------------------------------------------
 
 
-def test_a_second_run_is_refused_the_folder_or_takes_its_own(in_tmp, data_dir, capsys):
+def test_a_second_run_is_refused_the_folder_or_takes_another(in_tmp, data_dir, capsys):
     flags = ["--train", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
-    command = [
-        sys.executable,
-        str(ROOT / "ddim.py"),
-        *flags,
-        "--epochs",
-        "100000",
-        "--save-every",
-        "0",
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as first:
+    command = [sys.executable, str(ROOT / "ddim.py"), *flags]
+    command += ["--epochs", "100000", "--save-every", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as first:
         try:
             assert "run runs/ddim on cpu" in [first.stdout.readline() for _ in range(2)][1]
             while not Path("runs/ddim/ddim.pt").exists():
                 assert first.poll() is None
             ddim = importlib.import_module("ddim")
             error = refused(ddim.main, ["--resume", "--run-dir", "runs/ddim"], capsys)
-            assert "runs/ddim is the folder of a run that goes on" in error
-            assert "runs/ddim holds a run" in refused(
-                ddim.main, [*flags, "--run-dir", "runs/ddim"], capsys
-            )
-            assert (
-                ddim.main([*flags, "--epochs", "1"]) == 0 and Path("runs/ddim-2/ddim.pt").is_file()
-            )
+            assert "runs/ddim is in use by a running training process" in error
+            error = refused(ddim.main, [*flags, "--run-dir", "runs/ddim"], capsys)
+            assert "runs/ddim holds a run" in error
+            assert ddim.main([*flags, "--epochs", "1"]) == 0
+            assert Path("runs/ddim-2/ddim.pt").is_file()
         finally:
             first.kill()
-    assert (
-        ddim.main(["--resume", "--run-dir", "runs/ddim", "--epochs", "1"]) == 0
-    )  # the lock died with its process
+    # the lock ended with its process
+    assert ddim.main(["--resume", "--run-dir", "runs/ddim", "--epochs", "1"]) == 0
 
 
 def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch):
@@ -218,30 +189,20 @@ def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch
 def test_three_runs_that_start_at_once_take_three_folders(in_tmp, data_dir):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
     command = [sys.executable, str(ROOT / "gan.py"), *flags]
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(3)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [subprocess.Popen(command, **quiet) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     assert {p.parent.name for p in Path("runs").glob("*/gan.pt")} == {"gan", "gan-2", "gan-3"}
 
 
-# --- Memory -----------------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, capsys, monkeypatch):
     script = importlib.import_module(name)
-    flags = [
-        "--train",
-        "--epochs",
-        "2",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS[name],
-        "--run-dir",
-        "run",
-    ]
+    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS[name]]
+    flags += ["--run-dir", "run"]
     backward = torch.Tensor.backward
 
     def too_much(self, *args, **options):
@@ -255,23 +216,16 @@ def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, caps
 
 
 def test_a_batch_that_does_not_fit_into_memory(in_tmp, data_dir):
-    code = "import resource, ddim; resource.setrlimit(resource.RLIMIT_DATA, (1_000_000_000,) * 2); ddim.main()"
-    flags = [
-        "--train",
-        "--data",
-        "kmnist",
-        "--data-dir",
-        data_dir,
-        "--batch-size",
-        "60",
-        "--widths",
-        "2048,2048",
-    ]
-    command = [sys.executable, "-c", code, *flags, "--emb-channels", "16"]
+    code = """
+import resource, ddim
+resource.setrlimit(resource.RLIMIT_DATA, (1_000_000_000, 1_000_000_000))
+ddim.main()
+"""
+    flags = split("--train --data kmnist --batch-size 60 --widths 2048,2048 --emb-channels 16")
+    command = [sys.executable, "-c", code, *flags, "--data-dir", data_dir]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 2 and "lower --batch-size" in done.stderr.splitlines()[-1], (
-        done.stderr
-    )
+    assert done.returncode == 2, done.stderr
+    assert "lower --batch-size" in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -280,6 +234,5 @@ def test_a_batch_that_does_not_fit_into_memory(in_tmp, data_dir):
 )
 def test_evaluate_says_what_it_cannot_write(in_tmp, capsys):
     (in_tmp / "file").write_text("")
-    assert "file" in refused(
-        evaluate.main, ["gan", "--num-samples", "20", "--output", "file"], capsys, code=5
-    )
+    flags = ["gan", "--num-samples", "20", "--output", "file"]
+    assert "file" in refused(evaluate.main, flags, capsys, code=5)

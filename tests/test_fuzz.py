@@ -1,6 +1,10 @@
-"""Properties that hold for any input, and files damaged at random: refused in a line, or read as they were."""
+"""Properties that hold for any input, and files corrupted at random.
+
+These are refused with one line, or read as they were.
+"""
 
 import io
+import itertools
 import struct
 from pathlib import Path
 
@@ -13,34 +17,28 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import common
-import runs
 import ddim
 import evaluate
 import export
 import infer_onnx
+import runs
 from common import InputError
-import itertools
 
-FILES = 500  # damaged ones of each kind
-many = settings(
-    max_examples=FILES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    database=None,
-)
-few = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+FILES = 500  # corrupted ones of each kind
+shared = {"deadline": None, "derandomize": True, "database": None}
+many = settings(max_examples=FILES, suppress_health_check=list(HealthCheck), **shared)
+few = settings(max_examples=200, **shared)
 
 
 @st.composite
-def damages(draw):
-    """A function from bytes to other bytes: some changed, cut off, cut out, put in or doubled."""
+def corruptions(draw):
+    """A function that corrupts bytes: some are changed, cut off, removed, inserted or doubled."""
     places = st.integers(0, 2**32)
     kind = draw(st.sampled_from(("change", "header", "cut", "out", "in", "double")))
     at, length = draw(places), draw(st.integers(1, 64))
     patch = draw(st.binary(min_size=1, max_size=8))
 
-    def damage(content):
+    def corrupt(content):
         start = at % max(len(content), 1)
         if kind == "header":
             start %= 128
@@ -50,16 +48,13 @@ def damages(draw):
             return content[:start]
         if kind == "out":
             return content[:start] + content[start + length :]
-        return (
-            content[:start]
-            + (patch if kind == "in" else content[start : start + length])
-            + content[start:]
-        )
+        added = patch if kind == "in" else content[start : start + length]
+        return content[:start] + added + content[start:]
 
-    return damage
+    return corrupt
 
 
-# --- Files ------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +65,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_model(tiny_runs, folder):
     """The bytes of a small exported model."""
-    assert (
-        export.main(
-            ["gan", "--checkpoint", str(tiny_runs("gan")), "--output", str(folder / "gan.onnx")]
-        )
-        == 0
-    )
+    flags = ["--checkpoint", str(tiny_runs("gan")), "--output", str(folder / "gan.onnx")]
+    assert export.main(["gan", *flags]) == 0
     return (folder / "gan.onnx").read_bytes()
 
 
 @many
-@given(damage=damages())
-def test_damaged_onnx_is_refused(damage, small_model, folder):
-    path, content = folder / "x.onnx", damage(small_model)
+@given(corrupt=corruptions())
+def test_corrupted_onnx_is_refused(corrupt, small_model, folder):
+    path, content = folder / "x.onnx", corrupt(small_model)
     path.write_bytes(content)
     try:
         infer_onnx.load_model(path, "cpu", 1)
@@ -93,18 +84,15 @@ def test_damaged_onnx_is_refused(damage, small_model, folder):
 
 
 @many
-@given(damage=damages())
-def test_damaged_metadata_is_refused_or_harmless(damage, small_model, folder):
-    """A model card that somebody edited, with a sum to match."""
+@given(corrupt=corruptions())
+def test_corrupted_metadata_is_refused_or_harmless(corrupt, small_model, folder):
+    """A model card that somebody edited, with a matching checksum."""
     start = small_model.index(b'{"format"')
     stop = small_model.index(b'"probe"', start)
-    card = damage(small_model[start:stop])[: stop - start].ljust(stop - start)
+    card = corrupt(small_model[start:stop])[: stop - start].ljust(stop - start)
     path = folder / "x.onnx"
-    path.write_bytes(
-        infer_onnx.sealed(
-            small_model[:start] + card + small_model[stop : -len(infer_onnx.SEAL) - 64]
-        )
-    )
+    content = small_model[:start] + card + small_model[stop : -len(infer_onnx.SEAL) - 64]
+    path.write_bytes(infer_onnx.sealed(content))
     try:
         model = infer_onnx.load_model(path, "cpu", 1)
         images = infer_onnx.sample(model, [0])
@@ -115,38 +103,35 @@ def test_damaged_metadata_is_refused_or_harmless(damage, small_model, folder):
 
 
 @many
-@given(damage=damages())
-def test_damaged_checkpoints_are_refused_or_whole(damage, tiny_runs, folder):
+@given(corrupt=corruptions())
+def test_corrupted_checkpoints_are_refused_or_whole(corrupt, tiny_runs, folder):
     path, whole = folder / "x.pt", tiny_runs("gan") / "gan.pt"
-    path.write_bytes(damage(whole.read_bytes()))
+    path.write_bytes(corrupt(whole.read_bytes()))
     try:
         checkpoint = runs.load_checkpoint(path, ("gan",))
     except InputError as error:
         assert "\n" not in str(error)
     else:
         known = runs.load_checkpoint(whole, ("gan",))
-        assert all(
-            torch.equal(value, known["ema"][key]) for key, value in checkpoint["ema"].items()
-        )
+        for key, value in checkpoint["ema"].items():
+            assert torch.equal(value, known["ema"][key])
         assert checkpoint["network"] == known["network"] and checkpoint["config"] == known["config"]
 
 
 @pytest.mark.parametrize("compress", [False, True])
 @many
-@given(damage=damages(), which=st.sampled_from(common.IDX_FILES[:2]))
-def test_damaged_idx_files_are_refused_or_in_range(damage, which, compress, folder):
-    """Of a set without published sums; where there are some, any difference is refused."""
+@given(corrupt=corruptions(), which=st.sampled_from(common.IDX_FILES[:2]))
+def test_corrupted_idx_files_are_refused_or_in_range(corrupt, which, compress, folder):
+    """Of a data set without published checksums; with them, any difference is refused."""
     place = folder / f"idx{compress}"
     write_idx(place, compress)
     path = place / (which + ".gz" * compress)
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(corrupt(path.read_bytes()))
     try:
         data = common.load_data("kmnist", str(place))
         assert data.images.shape[1:] == (1, 32, 32) and data.images.dtype == torch.uint8
-        assert (
-            len(data.labels) == len(data.images) > 0
-            and 0 <= data.labels.min() <= data.labels.max() < 10
-        )
+        assert len(data.labels) == len(data.images) > 0
+        assert 0 <= data.labels.min() <= data.labels.max() < 10
     except InputError as error:
         assert "\n" not in str(error)
     try:
@@ -158,13 +143,13 @@ def test_damaged_idx_files_are_refused_or_in_range(damage, which, compress, fold
 
 
 @many
-@given(damage=damages(), compress=st.booleans())
-def test_damaged_npz_is_refused_or_whole(damage, compress, folder):
+@given(corrupt=corruptions(), compress=st.booleans())
+def test_corrupted_npz_is_refused_or_whole(corrupt, compress, folder):
     images, labels = small_set()
     buffer = io.BytesIO()
     (np.savez_compressed if compress else np.savez)(buffer, x=images, y=labels)
     path = folder / "x.npz"
-    path.write_bytes(damage(buffer.getvalue()))
+    path.write_bytes(corrupt(buffer.getvalue()))
     try:
         data = common.load_data(str(path))
     except InputError as error:
@@ -172,16 +157,16 @@ def test_damaged_npz_is_refused_or_whole(damage, compress, folder):
     else:
         assert torch.equal(data.images[:, 0, 2:30, 2:30], torch.from_numpy(images))
         assert torch.equal(data.labels, torch.from_numpy(labels.astype(np.int64)))
-    evaluate.read_chunk(path, 60)  # what is no file of the cache is drawn again
+    evaluate.read_chunk(path, 60)  # None where the images must be sampled again
 
 
 @many
-@given(damage=damages())
-def test_damaged_pictures_are_refused_or_pictures(damage, folder):
+@given(corrupt=corruptions())
+def test_corrupted_pictures_are_refused_or_pictures(corrupt, folder):
     buffer = io.BytesIO()
     Image.fromarray(small_set()[0][0]).save(buffer, format="png")
     path = folder / "x.png"
-    path.write_bytes(damage(buffer.getvalue()))
+    path.write_bytes(corrupt(buffer.getvalue()))
     for read, shape in ((common.load_image, (1, 1, 32, 32)), (infer_onnx.read_image, (1, 32, 32))):
         try:
             image = read(path, 1 if read is common.load_image else [1, 32, 32])
@@ -201,19 +186,17 @@ def test_sizes_in_a_header_take_no_memory(folder):
     """An IDX file that claims 2^32 images, and one that claims 2^96."""
     write_idx(folder / "large")
     for sizes in ((2**32 - 1, 28, 28), (2**32 - 1, 2**32 - 1, 2**32 - 1)):
-        (folder / "large/train-images-idx3-ubyte").write_bytes(
-            struct.pack(">HBB3I", 0, 8, 3, *sizes) + bytes(100)
-        )
+        content = struct.pack(">HBB3I", 0, 8, 3, *sizes) + bytes(100)
+        (folder / "large/train-images-idx3-ubyte").write_bytes(content)
         with pytest.raises(InputError):
             common.load_data("kmnist", str(folder / "large"))
         with pytest.raises(infer_onnx.InputError):
             evaluate.load_split("kmnist", str(folder / "large"), True)
-    assert idx_bytes(np.zeros((1, 2, 3))) == b"\0\0\x08\x03" + struct.pack(">3I", 1, 2, 3) + bytes(
-        6
-    )
+    header = b"\0\0\x08\x03" + struct.pack(">3I", 1, 2, 3)
+    assert idx_bytes(np.zeros((1, 2, 3))) == header + bytes(6)
 
 
-# --- Properties -------------------------------------------------------------------------------------------------
+# --- Properties -----------------------------------------------------------------------------------
 
 
 @few
@@ -232,9 +215,8 @@ def test_time_pairs_are_a_chain_of_falling_steps_to_the_image(num_timesteps, dat
     steps = data.draw(st.integers(1, num_timesteps))
     pairs = ddim.time_pairs(num_timesteps, steps)
     assert len(pairs) == steps and pairs[0][0] == num_timesteps - 1 and pairs[-1][1] == -1
-    assert all(t > t_prev for t, t_prev in pairs) and all(
-        a[1] == b[0] for a, b in itertools.pairwise(pairs)
-    )
+    assert all(t > t_prev for t, t_prev in pairs)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
     lengths = [t - t_prev for t, t_prev in pairs]
     assert all(later <= length + 1 for length, later in itertools.pairwise(lengths))
     with pytest.raises(ValueError, match="steps"):

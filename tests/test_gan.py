@@ -24,36 +24,31 @@ def mean(values):
 
 
 def test_losses_are_those_of_the_papers():
-    """Written out with D = sigmoid(logit), number by number."""
+    """Written out for each number, with D = sigmoid(logit)."""
     pairs = list(zip(REAL.tolist(), FAKE.tolist(), strict=True))
-    minmax_d = mean(
-        [-log_sigmoid(r) - log_sigmoid(-f) for r, f in pairs]
-    )  # -log D(x) - log(1 - D(G(z)))
+    # -log D(x) - log(1 - D(G(z)))
+    minmax_d = mean([-log_sigmoid(r) - log_sigmoid(-f) for r, f in pairs])
     for loss in ("minmax", "nonsaturating"):
         assert gan.discriminator_loss(REAL, FAKE, loss).item() == pytest.approx(minmax_d, rel=1e-5)
     minmax_g = mean([log_sigmoid(-f) for _, f in pairs])  # log(1 - D(G(z)))
     assert gan.generator_loss(None, FAKE, "minmax").item() == pytest.approx(minmax_g, rel=1e-5)
-    saturating_not = mean([-log_sigmoid(f) for _, f in pairs])  # -log D(G(z))
-    assert gan.generator_loss(None, FAKE, "nonsaturating").item() == pytest.approx(
-        saturating_not, rel=1e-5
-    )
+    nonsaturating = mean([-log_sigmoid(f) for _, f in pairs])  # -log D(G(z))
+    found = gan.generator_loss(None, FAKE, "nonsaturating").item()
+    assert found == pytest.approx(nonsaturating, rel=1e-5)
     hinge = mean([max(0, 1 - r) + max(0, 1 + f) for r, f in pairs])
     assert gan.discriminator_loss(REAL, FAKE, "hinge").item() == pytest.approx(hinge, rel=1e-5)
-    assert gan.generator_loss(None, FAKE, "hinge").item() == pytest.approx(
-        -mean(FAKE.tolist()), rel=1e-5
-    )
+    found = gan.generator_loss(None, FAKE, "hinge").item()
+    assert found == pytest.approx(-mean(FAKE.tolist()), rel=1e-5)
     relative_d, relative_g = (mean([-log_sigmoid(s * (r - f)) for r, f in pairs]) for s in (1, -1))
-    assert gan.discriminator_loss(REAL, FAKE, "relativistic").item() == pytest.approx(
-        relative_d, rel=1e-5
-    )
-    assert gan.generator_loss(REAL, FAKE, "relativistic").item() == pytest.approx(
-        relative_g, rel=1e-5
-    )
+    found = gan.discriminator_loss(REAL, FAKE, "relativistic").item()
+    assert found == pytest.approx(relative_d, rel=1e-5)
+    found = gan.generator_loss(REAL, FAKE, "relativistic").item()
+    assert found == pytest.approx(relative_g, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", gan.LOSSES)
 def test_discriminator_and_generator_pull_apart(loss):
-    """A step down either loss moves the fake logit the other way, and the real one up for the discriminator."""
+    """The two losses move the fake logit in opposite directions; loss_d moves the real one up."""
     real, fake = torch.tensor([0.2], requires_grad=True), torch.tensor([-0.1], requires_grad=True)
     gan.discriminator_loss(real, fake, loss).backward()
     assert real.grad < 0 < fake.grad
@@ -71,12 +66,10 @@ class Quadratic(nn.Module):
 
 def test_gradient_penalty_of_a_known_discriminator():
     x, classes = torch.randn(4, 1, 5, 5), gan.one_hot(torch.tensor([0, 1, 1, 0]), 2)
-    expected = (
-        sum(w**2 * image.square().sum() for w, image in zip((1, 3, 3, 1), x, strict=True)) / 4
-    )
-    assert gan.gradient_penalty(Quadratic(), x, classes).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
+    squares = x.square().flatten(1).sum(dim=1)
+    expected = (torch.tensor([1.0, 9.0, 9.0, 1.0]) * squares).mean()
+    found = gan.gradient_penalty(Quadratic(), x, classes).item()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_penalty_has_a_gradient_for_the_discriminator():
@@ -98,42 +91,36 @@ def test_the_penalty_has_a_gradient_for_the_discriminator():
 
 @pytest.mark.parametrize("widths", [(4, 8), (8, 8), (8,)])
 def test_the_discriminator_projects_on_the_class(widths):
-    """Miyato & Koyama eq. (4): between two classes the logit changes by <h, the rows' difference>."""
+    """Miyato & Koyama eq. (4): between two classes the logit changes by <h, row - row>."""
     discriminator = gan.Discriminator(1, 3, widths, spectral=False)
     x, seen = torch.randn(5, 1, 32, 32), []
     discriminator.out.register_forward_hook(lambda module, given, _: seen.append(given[0]))
     logits = [discriminator(x, gan.one_hot(torch.full((5,), y), 3)) for y in (0, 2)]
     rows = discriminator.label.weight.T
-    assert torch.allclose(
-        logits[1] - logits[0], seen[0] @ (rows[2] - rows[0]) / 128**0.5, atol=1e-6
-    )
+    expected = seen[0] @ (rows[2] - rows[0]) / 128**0.5
+    assert torch.allclose(logits[1] - logits[0], expected, atol=1e-6)
 
 
 def test_there_is_no_batch_norm_and_an_image_does_not_depend_on_its_batch():
-    generator, discriminator = (
-        gan.Generator(1, 3, 4, (8, 16), 16),
-        gan.Discriminator(1, 3, (4, 8), spectral=False),
-    )
-    for network in (generator, discriminator):
-        assert not any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()
-        )
+    model = gan.Generator(1, 3, 4, (8, 16), 16)
+    discriminator = gan.Discriminator(1, 3, (4, 8), spectral=False)
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    for network in (model, discriminator):
+        assert not any(isinstance(module, batch_norm) for module in network.modules())
     z, classes = torch.randn(6, 4), gan.one_hot(torch.arange(6) % 3, 3)
-    images = generator(z, classes)
-    assert torch.allclose(images[2:3], generator(z[2:3], classes[2:3]), atol=1e-6)
+    images = model(z, classes)
+    assert torch.allclose(images[2:3], model(z[2:3], classes[2:3]), atol=1e-6)
     assert images.shape == (6, 1, 32, 32) and images.abs().max() <= 1
 
 
 def test_hinge_bounds_the_discriminator_spectrally():
     discriminator = gan.Discriminator(1, 2, (4, 8), spectral=True)
     for _ in range(30):
-        discriminator(
-            torch.randn(2, 1, 32, 32), torch.eye(2)
-        )  # the power iteration goes on in training mode
+        # in training mode each call is a step of the power iteration
+        discriminator(torch.randn(2, 1, 32, 32), torch.eye(2))
     for layer in (discriminator.features, discriminator.stem, discriminator.blocks[0].conv1):
-        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(
-            1, abs=0.05
-        )
+        norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
+        assert norm == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("loss", gan.LOSSES)
@@ -155,7 +142,7 @@ def test_every_loss_trains_and_logs(in_tmp, data_dir, monkeypatch, loss):
 def test_lazy_penalties_weigh_as_much_as_they_are_rare(
     in_tmp, data_dir, monkeypatch, loss, penalties
 ):
-    """R1, or R1 and R2, of every third step, three times as heavy."""
+    """R1, or R1 and R2, at every third step, with three times the weight."""
     penalty, calls = gan.gradient_penalty, []
 
     def spy(discriminator, x, classes):
@@ -174,12 +161,7 @@ def test_lazy_penalties_weigh_as_much_as_they_are_rare(
 
 def test_truncation_lessens_variety(tiny_runs, in_tmp):
     at = ["--checkpoint", str(tiny_runs("gan")), "--class", "o", "--num-samples", "30"]
-    assert (
-        gan.main([*at, "--output", "free.npz"])
-        == gan.main([*at, "--truncation", "0.3", "--output", "cut.npz"])
-        == 0
-    )
-    free, cut = (
-        np.load(f"{name}.npz")["x"].astype(float).std(axis=0).mean() for name in ("free", "cut")
-    )
-    assert cut < 0.7 * free
+    assert gan.main([*at, "--output", "free.npz"]) == 0
+    assert gan.main([*at, "--truncation", "0.3", "--output", "cut.npz"]) == 0
+    free, cut = (np.load(f"{name}.npz")["x"].astype(float) for name in ("free", "cut"))
+    assert cut.std(axis=0).mean() < 0.7 * free.std(axis=0).mean()

@@ -1,4 +1,4 @@
-"""ldm.py: its stages, its latents, and that what it draws is the true trajectory."""
+"""ldm.py: its two stages, its latents, and its sampler with a denoiser that knows the answer."""
 
 import json
 import shutil
@@ -40,11 +40,10 @@ def test_channel_attention_weighs_channels_by_their_means():
     plain = ldm.ConvBlock(8, False)
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if "weigh." not in k})
     h, weighed = plain(x) - x, block(x) - x
-    shares = weighed / h
-    assert torch.allclose(
-        shares, shares[:, :, :1, :1].expand_as(shares), atol=1e-3
-    )  # one for each channel
-    assert (shares > 0).all() and (shares < 1).all() and shares.std() > 0.001
+    weights = weighed / h
+    # one weight for each channel
+    assert torch.allclose(weights, weights[:, :, :1, :1].expand_as(weights), atol=1e-3)
+    assert (weights > 0).all() and (weights < 1).all() and weights.std() > 0.001
 
 
 def test_latents_of_the_training_set_have_mean_0_and_std_1(loaded):
@@ -53,7 +52,7 @@ def test_latents_of_the_training_set_have_mean_0_and_std_1(loaded):
     assert z_0.shape == (60, 8, 8, 8)
     assert torch.allclose(z_0.mean(dim=(0, 2, 3)), torch.zeros(8), atol=1e-3)
     assert torch.allclose(z_0.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3)
-    assert model.latent_std.flatten().tolist() != [1.0] * 8  # measured, not left as they were
+    assert model.latent_std.flatten().tolist() != [1.0] * 8  # measured, not the initial values
 
 
 def test_to_latents_and_to_images_undo_each_other_s_scale(loaded):
@@ -82,30 +81,21 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_sampling_ends_in_the_decoded_latents_of_an_oracle(loaded, steps):
     checkpoint, model = loaded
-    z_0 = (
-        model.to_latents(training_images(checkpoint)[:3]) * 3
-    )  # beyond [-1, 1]: latents are not clipped
+    # beyond [-1, 1]: latents are not clipped
+    z_0 = model.to_latents(training_images(checkpoint)[:3]) * 3
     oracle = Oracle(z_0, ldm.make_alpha_bars("cosine", 1000))
     expected, denoiser = model.to_images(z_0), model.denoiser
     model.denoiser, trace = oracle, []
     try:
-        labels = torch.zeros(3, dtype=torch.int64)
-        found = ldm.sample(
-            model=model,
-            config=checkpoint["config"],
-            labels=labels,
-            steps=steps,
-            guidance=1,
-            trace=trace,
-        )
+        options = {"labels": torch.zeros(3, dtype=torch.int64), "steps": steps, "guidance": 1}
+        found = ldm.sample(model=model, config=checkpoint["config"], trace=trace, **options)
     finally:
         model.denoiser = denoiser
     assert torch.allclose(found, expected, atol=2e-3)
     assert [t for t, _ in oracle.calls] == [t for t, _, _ in trace[:-1]] and len(trace) == steps + 1
     noises = torch.stack([eps for _, eps in oracle.calls])
-    assert torch.allclose(
-        noises, noises[:1].expand_as(noises), atol=1e-3
-    )  # the trace is one path, not re-noised
+    # one deterministic path: every step implies the same noise
+    assert torch.allclose(noises, noises[:1].expand_as(noises), atol=1e-3)
 
 
 def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatch):
@@ -113,18 +103,16 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
     assert ldm.main([*flags, "--stage", "1", "--run-dir", "first"]) == 0
     assert not Path("first/ldm.pt").exists()
-    lines = [
-        json.loads(line) for line in Path("first/autoencoder_log.jsonl").read_text().splitlines()
-    ]
+    log = Path("first/autoencoder_log.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log]
     assert [line["step"] for line in lines if "kl" in line] == [2, 4, 6]
     errors = [line["grey_level_error"] for line in lines if "grey_level_error" in line]
     assert len(errors) == 2 and 0 < errors[1] < errors[0]
     others = ["--autoencoder", "first/autoencoder.pt", "--kl-weight", "5", "--run-dir", "second"]
     assert ldm.main([*flags, "--stage", "2", *others]) == 0
     assert not Path("second/autoencoder.pt").exists()
-    assert (
-        ldm.main([*flags, "--autoencoder", "first", "--run-dir", "third"]) == 0
-    )  # a folder will do, and the stage
+    # --autoencoder also takes a folder, and implies --stage 2
+    assert ldm.main([*flags, "--autoencoder", "first", "--run-dir", "third"]) == 0
     files = ("first/autoencoder.pt", "second/ldm.pt", "third/ldm.pt")
     first, second, third = (torch.load(file, weights_only=True) for file in files)
     assert second["step"] == third["step"] == 6
@@ -136,34 +124,20 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
 
 @pytest.mark.parametrize("flags", (["--stage", "2"], ["--stage", "both", "--autoencoder", "x"]))
 def test_a_run_is_not_resumed_in_another_stage(in_tmp, data_dir, capsys, flags):
-    assert (
-        ldm.main(
-            ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"], "--stage", "1"]
-        )
-        == 0
-    )
+    train = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    assert ldm.main([*train, "--stage", "1"]) == 0
     with pytest.raises(SystemExit, match="2"):
         ldm.main(["--resume", *flags])
     assert "leaves out the stage that runs/ldm is in" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_holds_the_second_stage_alone_is_refused(in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
     Path("run").mkdir()
     for file in ("ldm.pt", "log.jsonl"):
         Path("run", file).touch()
         with pytest.raises(SystemExit, match="2"):
-            ldm.main(
-                [
-                    "--train",
-                    "--epochs",
-                    "1",
-                    "--data-dir",
-                    data_dir,
-                    *TINY_FLAGS["ldm"],
-                    "--run-dir",
-                    "run",
-                ]
-            )
+            ldm.main([*flags, "--run-dir", "run"])
         assert "run holds a run" in capsys.readouterr().err.splitlines()[-1]
         assert [path.name for path in Path("run").iterdir()] == [file]
         Path("run", file).unlink()
@@ -172,8 +146,8 @@ def test_a_folder_that_holds_the_second_stage_alone_is_refused(in_tmp, data_dir,
 def test_ctrl_c_while_the_first_stage_is_saved_ends_the_run(in_tmp, data_dir, monkeypatch, capsys):
     save, calls = ldm.Run.save, []
 
-    def interrupted(run, content):
-        save(run, content)
+    def interrupted(run, *given, **options):
+        save(run, *given, **options)
         calls.append(run.part)
         if len(calls) == 2:  # at the start and at the end
             signal.raise_signal(signal.SIGINT)
@@ -184,7 +158,7 @@ def test_ctrl_c_while_the_first_stage_is_saved_ends_the_run(in_tmp, data_dir, mo
     assert ldm.main(["--resume"]) == 0 and Path("runs/ldm/ldm.pt").is_file()
 
 
-def test_a_finished_first_stage_is_not_gone_back_to(tiny_runs, tmp_path, capsys):
+def test_a_finished_first_stage_cannot_be_resumed(tiny_runs, tmp_path, capsys):
     folder = shutil.copytree(tiny_runs("ldm"), tmp_path / "ldm")
     with pytest.raises(SystemExit, match="2"):
         ldm.main(["--resume", "--run-dir", str(folder), "--stage", "1", "--epochs", "9"])
@@ -192,14 +166,10 @@ def test_a_finished_first_stage_is_not_gone_back_to(tiny_runs, tmp_path, capsys)
 
 
 def test_both_stages_share_the_epochs(tiny_runs):
-    stages = [
-        torch.load(tiny_runs("ldm") / f"{name}.pt", weights_only=True)
-        for name in ("autoencoder", "ldm")
-    ]
-    assert [checkpoint["step"] for checkpoint in stages] == [
-        5,
-        14,
-    ]  # of 18: a quarter and the rest, rounded up
+    files = [tiny_runs("ldm") / f"{name}.pt" for name in ("autoencoder", "ldm")]
+    stages = [torch.load(file, weights_only=True) for file in files]
+    # of 18 steps, a quarter and the rest, both rounded up
+    assert [checkpoint["step"] for checkpoint in stages] == [5, 14]
 
 
 def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
@@ -212,16 +182,8 @@ def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
 
 
 def test_an_autoencoder_for_other_images_is_refused(tiny_runs, in_tmp, data_dir, capsys):
-    flags = [
-        "--train",
-        "--epochs",
-        "1",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS["ldm"],
-        "--channels",
-        "3",
-    ]
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    flags += ["--channels", "3"]
     with pytest.raises(SystemExit, match="2"):
         ldm.main([*flags, "--autoencoder", str(tiny_runs("ldm") / "autoencoder.pt")])
     assert "the autoencoder is for --channels 1, not 3" in capsys.readouterr().err.splitlines()[-1]
@@ -248,11 +210,10 @@ def test_bad_input_is_one_line(tiny_runs, in_tmp, data_dir, capsys, flags, messa
     run_dir = str(tiny_runs("ldm"))
     if "more than 4" in message:
         flags = [*flags, "--autoencoder", f"{run_dir}/autoencoder.pt"]
-    flags = (
-        [*flags, "--data", "kmnist", "--data-dir", data_dir]
-        if "--train" in flags
-        else ["--checkpoint", run_dir, *flags]
-    )
+    if "--train" in flags:
+        flags = [*flags, "--data", "kmnist", "--data-dir", data_dir]
+    else:
+        flags = ["--checkpoint", run_dir, *flags]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         ldm.main(flags)

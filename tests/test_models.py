@@ -1,7 +1,8 @@
-"""What all five scripts promise: they train, go on, draw, say what is wrong, and can be copied."""
+"""What all five scripts have in common: they train, resume, sample, and refuse bad input."""
 
 import importlib
 import signal
+from shlex import split
 
 import numpy as np
 import pytest
@@ -49,30 +50,16 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
         assert equal(whole[key], broken[key]), key
 
 
-def test_a_run_leaves_what_is_needed_to_draw(name, script, tiny_runs, in_tmp):
+def test_a_run_leaves_what_is_needed_to_sample(name, script, tiny_runs, in_tmp):
     run_dir = tiny_runs(name)
     checkpoint = torch.load(run_dir / f"{name}.pt", weights_only=True)
     assert checkpoint["model"] == name and len(checkpoint["class_names"]) == 10
-    assert checkpoint["step"] == {"ldm": 14}.get(
-        name, 18
-    )  # of 18; a quarter went to the autoencoder
+    # of 18 steps; of the LDM's, a quarter trains the autoencoder
+    assert checkpoint["step"] == {"ldm": 14}.get(name, 18)
     before = sorted(run_dir.rglob("*"))
+    flags = ["--checkpoint", str(run_dir), "--class", "o,su", "--num-samples", "3"]
     for output in ("x.png", "x.npz", "folder"):
-        assert (
-            script.main(
-                [
-                    "--checkpoint",
-                    str(run_dir),
-                    "--class",
-                    "o,su",
-                    "--num-samples",
-                    "3",
-                    "--output",
-                    output,
-                ]
-            )
-            == 0
-        )
+        assert script.main([*flags, "--output", output]) == 0
     arrays = np.load("x.npz")
     assert arrays["x"].shape == (6, 1, 32, 32) and arrays["y"].tolist() == [0, 0, 0, 2, 2, 2]
     assert arrays["x"].std() > 5
@@ -82,25 +69,15 @@ def test_a_run_leaves_what_is_needed_to_draw(name, script, tiny_runs, in_tmp):
 
 
 def test_an_image_depends_on_seed_and_index_alone(name, script, tiny_runs, in_tmp):
-    def drawn(*flags):
-        argv = [
-            "--checkpoint",
-            str(tiny_runs(name)),
-            "--class",
-            "o",
-            "--num-samples",
-            "7",
-            "--output",
-            "x.npz",
-            *flags,
-        ]
-        assert script.main(argv) == 0
+    def sampled(*flags):
+        argv = split("--class o --num-samples 7 --output x.npz")
+        assert script.main([*argv, "--checkpoint", str(tiny_runs(name)), *flags]) == 0
         return np.load("x.npz")["x"].astype(int)
 
-    whole = drawn()
-    assert np.abs(whole - drawn("--batch-size", "3")).max() <= 1
-    assert np.abs(whole[:4] - drawn("--num-samples", "4")).max() <= 1
-    assert np.abs(whole - drawn("--seed", "1")).max() > 1
+    whole = sampled()
+    assert np.abs(whole - sampled("--batch-size", "3")).max() <= 1
+    assert np.abs(whole[:4] - sampled("--num-samples", "4")).max() <= 1
+    assert np.abs(whole - sampled("--seed", "1")).max() > 1
     assert len({image.tobytes() for image in whole}) == 7
 
 
@@ -112,36 +89,19 @@ def test_trains_on_a_folder_of_pictures_in_grey_and_colour(name, script, in_tmp,
         for i in range(6):
             pixels = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(in_tmp / "pets" / label / f"{i}.png")
-    flags = [
-        "--epochs",
-        "2",
-        "--channels",
-        str(channels),
-        *TINY_FLAGS[name],
-        "--data",
-        "pets",
-        "--batch-size",
-        "4",
-    ]
+    flags = [*TINY_FLAGS[name], "--data", "pets", "--batch-size", "4"]
+    flags += ["--epochs", "2", "--channels", str(channels)]
     assert script.main(["--train", *flags]) == 0
     assert script.main(["--class", "Dog", "--num-samples", "2", "--output", "dog.npz"]) == 0
     assert np.load("dog.npz")["x"].shape == (2, channels, 32, 32)
 
 
-def test_diverging_stops_and_keeps_what_there_was(name, script, in_tmp, data_dir, capsys):
-    flags = [
-        "--train",
-        "--epochs",
-        "6",
-        "--data-dir",
-        data_dir,
-        "--save-every",
-        "0",
-        "--warmup",
-        "0",
-    ]
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
+    name, script, in_tmp, data_dir, capsys
+):
+    flags = split("--train --epochs 6 --save-every 0 --warmup 0 --lr 1e30")
     with pytest.raises(SystemExit, match="2"):
-        script.main([*flags, *TINY_FLAGS[name], "--lr", "1e30"])
+        script.main([*flags, "--data-dir", data_dir, *TINY_FLAGS[name]])
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"not finite, stopped; what runs/{name} holds is kept" in error
     for path in (in_tmp / "runs" / name).glob("*.pt"):
@@ -186,7 +146,7 @@ def test_a_checkpoint_of_another_script_is_refused(name, script, tiny_runs, in_t
     assert f"is a checkpoint of {other}, not of {name}" in capsys.readouterr().err
 
 
-def test_what_is_fixed_stays(name, script, tiny_runs, capsys):
+def test_fixed_flags_cannot_change_on_resume(name, script, tiny_runs, capsys):
     for flag, value in (("--batch-size", "21"), ("--emb-channels", "20"), ("--seed", "4")):
         with pytest.raises(SystemExit, match="2"):
             script.main(["--resume", "--run-dir", str(tiny_runs(name)), flag, value])
@@ -194,20 +154,11 @@ def test_what_is_fixed_stays(name, script, tiny_runs, capsys):
 
 
 def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
-    """What a run was trained with can be read from its file; flags that draw do not belong there."""
+    """A checkpoint holds the flags of its training, and none of the flags of sampling."""
     config = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)["config"]
-    flags = {action.dest for action in script.build_parser()._actions}
-    common_flags = {
-        "help",
-        "train",
-        "resume",
-        "run_dir",
-        "class_",
-        "num_samples",
-        "checkpoint",
-        "output",
-    }
+    flags = {flag.dest for flag in script.build_parser()._actions}
+    action = {"help", "train", "resume", "run_dir", "class_", "num_samples", "checkpoint", "output"}
     sampling = {"guidance", "guidance_limit", "steps", "solver", "eta", "variance", "clip"}
     sampling |= {"prior", "truncation"}
-    assert {*config} == flags - common_flags - sampling
+    assert {*config} == flags - action - sampling
     assert config["data"] == "kmnist" and runs.FORMAT == 2

@@ -19,11 +19,11 @@ from conftest import ROOT, TINY_FLAGS, save_sealed
 from PIL import Image
 
 import common
-import runs
 import ddim
 import explore
 import export
 import infer_onnx
+import runs
 import vae
 
 SHIPPED = ROOT / "pretrained" / "ddim.onnx"
@@ -81,17 +81,14 @@ def torch_network(name, run_dir):
 
 
 def test_the_file_is_one_small_portable_graph(exported):
-    assert {file.name for file in exported.parent.glob("*.onnx*")} == {
-        "ddim.onnx"
-    }  # no weights beside it
+    # no separate file of weights
+    assert {file.name for file in exported.parent.glob("*.onnx*")} == {"ddim.onnx"}
     proto = onnx.load(exported)
     onnx.checker.check_model(proto)
-    assert [o.version for o in proto.opset_import if o.domain == ""] == [
-        18
-    ] and proto.ir_version == 8
-    assert not proto.graph.value_info and not any(
-        n.doc_string or n.metadata_props for n in proto.graph.node
-    )
+    assert [o.version for o in proto.opset_import if o.domain == ""] == [18]
+    assert proto.ir_version == 8
+    assert not proto.graph.value_info
+    assert not any(n.doc_string or n.metadata_props for n in proto.graph.node)
     content = exported.read_bytes()
     for trace in (ROOT, Path.home(), Path(sys.prefix), "site-packages", "ddim.py", "common.py"):
         assert str(trace).encode() not in content
@@ -102,23 +99,18 @@ def test_the_metadata_says_all(loaded, tiny_run):
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert card["model"] == "ddim" and card["class_names"] == checkpoint["class_names"]
     assert card["image_shape"] == [1, 32, 32] and card["null_label"] == common.NULL_LABEL
-    assert (
-        card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist()
-        and card["prediction"] == "v"
-    )
-    assert (
-        card["training"]["step"] == 18
-        and card["steps"] == 20
-        and card["guidance"] == ddim.GUIDANCE
-        and card["guidance_limit"] == ddim.GUIDANCE_LIMIT
-    )
+    assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist()
+    assert card["prediction"] == "v"
+    assert card["training"]["step"] == 18
+    assert card["steps"] == 20
+    assert card["guidance"] == ddim.GUIDANCE
+    assert card["guidance_limit"] == ddim.GUIDANCE_LIMIT
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
-    network = ddim.ema_network(
-        ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",)), torch.device("cpu")
-    )
+    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
+    network = ddim.ema_network(checkpoint, torch.device("cpu"))
     x_t, t = torch.randn(batch, 1, 32, 32), torch.randint(0, 1000, (batch,))
     y = torch.arange(batch) % 11 - 1
     found = loaded.session.run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
@@ -139,16 +131,11 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit,
     checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
     options = {
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_limit": limit,
-        "eta": eta,
-        "solver": solver,
-        "seed": 5,
-    }
-    expected = ddim.sample(
-        model=network, config=checkpoint["config"], labels=torch.arange(6), **options
-    )
+        "steps": steps, "guidance": guidance, "guidance_limit": limit, "eta": eta,
+        "solver": solver, "seed": 5,
+    }  # fmt: skip
+    known = {"model": network, "config": checkpoint["config"], "labels": torch.arange(6)}
+    expected = ddim.sample(**known, **options)
     for batch_size in (6, 4):
         found = infer_onnx.sample(loaded, list(range(6)), batch_size=batch_size, **options)
         assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
@@ -182,20 +169,18 @@ def test_evaluations_are_counted(loaded, monkeypatch, options, expected):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
-def test_flags_of_guidance_draw_the_same_with_torch_and_without(name, tiny_runs, exports, in_tmp):
+def test_guidance_flags_sample_the_same_with_torch_and_without(name, tiny_runs, exports, in_tmp):
     images = {}
     for limit in ("0.5", "1"):
         flags = ["--steps", "4", "--guidance", "40", "--guidance-limit", limit]
-        importlib.import_module(name).main(
-            ["--checkpoint", str(tiny_runs(name)), *flags, "--output", "torch.npz"]
-        )
+        at = ["--checkpoint", str(tiny_runs(name))]
+        importlib.import_module(name).main([*at, *flags, "--output", "torch.npz"])
         infer_onnx.main(["--model", str(exports(name)), *flags, "--output", "onnx.npz"])
         a, b = (np.load(f"{place}.npz")["x"].astype(int) for place in ("torch", "onnx"))
         assert np.abs(a - b).max() <= 1
         images[limit] = a
-        if name == "ddim":  # from one class to another: the ends are pictures of these classes
+        if name == "ddim":  # an interpolation of classes starts with a sample of the first
             between = ["--class", "0,1", "--num-samples", "2", "--output", "between.npz"]
-            at = ["--checkpoint", str(tiny_runs(name))]
             explore.main(["interpolate", name, *at, *flags, *between])
             assert np.abs(np.load("between.npz")["x"][0] - a[0]).max() <= 1
     assert np.abs(images["0.5"] - images["1"]).max() > 3
@@ -208,19 +193,18 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("name", "flags"), WAYS)
-def test_flags_of_the_sampler_draw_the_same_with_torch_and_without(
+def test_sampler_flags_sample_the_same_with_torch_and_without(
     name, flags, tiny_runs, exports, in_tmp
 ):
     images = {}
-    for own in ([], flags):
-        own = ["--steps", "4", "--class", "0,1,2", *own]
-        importlib.import_module(name).main(
-            ["--checkpoint", str(tiny_runs(name)), *own, "--output", "torch.npz"]
-        )
-        infer_onnx.main(["--model", str(exports(name)), *own, "--output", "onnx.npz"])
+    for extra in ([], flags):
+        argv = ["--steps", "4", "--class", "0,1,2", *extra]
+        at = ["--checkpoint", str(tiny_runs(name))]
+        importlib.import_module(name).main([*at, *argv, "--output", "torch.npz"])
+        infer_onnx.main(["--model", str(exports(name)), *argv, "--output", "onnx.npz"])
         a, b = (np.load(f"{place}.npz")["x"].astype(int) for place in ("torch", "onnx"))
         assert np.abs(a - b).max() <= 1
-        images[len(own)] = a
+        images[len(extra)] = a
     plain, flagged = images.values()
     assert np.abs(plain - flagged).max() > 1
 
@@ -228,38 +212,36 @@ def test_flags_of_the_sampler_draw_the_same_with_torch_and_without(
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_no_clip_reaches_the_sampler(name, tiny_runs, in_tmp, monkeypatch):
     script, run_dir, seen = importlib.import_module(name), str(tiny_runs(name)), []
-    monkeypatch.setattr(
-        script, "sample", lambda **given: seen.append(given["clip"]) or torch.zeros(1, 1, 32, 32)
-    )
+
+    def spy(**options):
+        seen.append(options["clip"])
+        return torch.zeros(1, 1, 32, 32)
+
+    monkeypatch.setattr(script, "sample", spy)
     for flags in ([], ["--no-clip"]):
         script.main(["--checkpoint", run_dir, "--class", "0", *flags, "--output", "x.png"])
     assert seen == [True, False]
 
 
-def test_a_model_of_another_kind_is_drawn_without_torch(in_tmp, data_dir):
+def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
     """In colour, predicting noise, with few steps, a linear schedule and no label dropout."""
     kind = "--channels 3 --prediction eps --schedule linear --num-timesteps 10 --label-dropout 0"
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"], *kind.split()]
     assert ddim.main(flags) == export.main(["ddim"]) == 0
     card = infer_onnx.load_model("runs/ddim/ddim.onnx", "cpu").card
     assert card["steps"] == 10 and card["guidance"] == 1 and card["guidance_fixed"]
-    assert (
-        card["image_shape"] == [3, 32, 32]
-        and card["prediction"] == "eps"
-        and len(card["alpha_bars"]) == 10
-    )
+    assert card["image_shape"] == [3, 32, 32]
+    assert card["prediction"] == "eps"
+    assert len(card["alpha_bars"]) == 10
     for way in ("folder", "grid.png"):
         assert ddim.main(["--class", "0,1", "--output", f"torch/{way}"]) == 0
         infer_onnx.main(["--class", "0,1", "--output", f"onnx/{way}"])
     files = sorted(path.relative_to("torch") for path in Path("torch").rglob("*.png"))
-    assert len(files) == 3 and files == sorted(
-        path.relative_to("onnx") for path in Path("onnx").rglob("*.png")
-    )
+    assert len(files) == 3
+    assert files == sorted(path.relative_to("onnx") for path in Path("onnx").rglob("*.png"))
     for file in files:
-        a, b = (
-            np.array(Image.open(folder / file)).astype(int)
-            for folder in (Path("torch"), Path("onnx"))
-        )
+        paths = (Path("torch", file), Path("onnx", file))
+        a, b = (np.array(Image.open(path)).astype(int) for path in paths)
         assert a.shape == b.shape and a.shape[2] == 3 and np.abs(a - b).max() <= 1
 
 
@@ -286,9 +268,8 @@ def test_pictures_of_the_other_models_equal_those_of_torch(tiny_runs, exports, n
     if name == "vae":
         known["prior"] = checkpoint["prior"]
     labels = torch.arange(10).repeat(2)
-    expected = common.to_uint8(
-        script.sample(model=network, labels=labels, seed=5, **known, **options)
-    ).numpy()
+    images = script.sample(model=network, labels=labels, seed=5, **known, **options)
+    expected = common.to_uint8(images).numpy()
     model = infer_onnx.load_model(exports(name), "cpu")
     for batch_size in (20, 7):
         found = infer_onnx.sample(model, labels.tolist(), seed=5, batch_size=batch_size, **options)
@@ -305,7 +286,7 @@ def test_pictures_of_the_other_models_equal_those_of_torch(tiny_runs, exports, n
         ([], ["--truncation", "0.4"]),
     ],
 )
-def test_ways_between_and_truncation_equal_those_of_torch(
+def test_interpolation_and_truncation_equal_those_of_torch(
     tiny_runs, exports, in_tmp, name, command, flags
 ):
     asked = ["--class", "o,su", "--num-samples", "4", "--seed", "3"]
@@ -321,7 +302,7 @@ def test_ways_between_and_truncation_equal_those_of_torch(
     assert np.abs(expected["x"].astype(int) - found["x"]).max() <= 1
 
 
-def test_reconstructions_and_the_way_between_images_equal_those_of_torch(
+def test_reconstruction_and_interpolation_of_images_equal_those_of_torch(
     tiny_runs, exports, in_tmp
 ):
     config = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["config"]
@@ -344,7 +325,7 @@ def test_reconstructions_and_the_way_between_images_equal_those_of_torch(
 
 
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
-def test_every_model_is_drawn_checked_and_timed_without_torch(exports, tmp_path, name):
+def test_every_model_is_sampled_checked_and_timed_without_torch(exports, tmp_path, name):
     at = ["--model", exports(name)]
     done = infer(*at, "--class", "su", "--num-samples", "2", "--output", "x.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -373,36 +354,27 @@ def test_the_check_is_of_the_second_file_too(exports, name, part):
 def test_the_card_counts_the_parameters_that_are_exported(exports):
     for name in ("vae", "ldm"):
         files = [exports(name), *exports(name).parent.glob(f"{name}_*.onnx")]
-        weights = [
-            array
-            for file in files
-            for array in onnx.load(file).graph.initializer
-            if array.data_type == 1
-        ]
-        counted = json.loads(onnx.load(exports(name)).metadata_props[0].value)["parameters"]
-        assert (
-            len(files) == 2
-            and 0 <= sum(math.prod(array.dims) for array in weights) - counted < 0.05 * counted
-        )
+        arrays = [array for file in files for array in onnx.load(file).graph.initializer]
+        count = sum(math.prod(array.dims) for array in arrays if array.data_type == 1)
+        said = json.loads(onnx.load(exports(name)).metadata_props[0].value)["parameters"]
+        assert len(files) == 2
+        assert 0 <= count - said < 0.05 * said
 
 
 def test_the_card_holds_the_fitted_prior(tiny_runs, exports):
     prior = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["prior"]
     found = infer_onnx.fitted_prior(infer_onnx.load_model(exports("vae"), "cpu").card)
-    assert found.keys() == prior.keys() and all(
-        np.array_equal(found[key], prior[key].numpy()) for key in prior
-    )
+    assert found.keys() == prior.keys()
+    assert all(np.array_equal(found[key], prior[key].numpy()) for key in prior)
     model = infer_onnx.load_model(exports("vae"), "cpu")
-    assert not np.array_equal(
-        infer_onnx.sample(model, [0] * 5), infer_onnx.sample(model, [0] * 5, prior="normal")
-    )
+    fitted = infer_onnx.sample(model, [0] * 5)
+    assert not np.array_equal(fitted, infer_onnx.sample(model, [0] * 5, prior="normal"))
 
 
 def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
-    """Straight lines between codes, not those that keep the length of a GAN's noise."""
-    torch.save(
-        {**torch.load(tiny_runs("vae") / "vae.pt", weights_only=True), "prior": None}, "vae.pt"
-    )
+    """It interpolates on straight lines between codes, not on a GAN's arcs of constant norm."""
+    checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
+    torch.save({**checkpoint, "prior": None}, "vae.pt")
     with_card(exports("vae"), "vae.onnx", lambda card: {**card, "prior": None})
     Path("vae_encoder.onnx").write_bytes(exports("vae").with_name("vae_encoder.onnx").read_bytes())
     at = ["--checkpoint", "vae.pt", "--num-samples", "4", "--output", "torch.npz"]
@@ -414,18 +386,14 @@ def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
         assert np.abs(np.load("torch.npz")["x"].astype(int) - np.load("onnx.npz")["x"]).max() <= 1
 
 
-def test_part_of_the_samples_is_that_part(exports):
-    """Image first + i, so that samples can be drawn in pieces, on several machines."""
+def test_samples_of_a_range_of_indices_are_those_of_the_whole(exports):
+    """Image i is image first + i of all, so that several machines can share the sampling."""
     for name, options in (("gan", {}), ("ldm", {"steps": 3}), ("ddpm", {"steps": 3})):
         model = infer_onnx.load_model(exports(name), "cpu")
         labels = [i % 10 for i in range(9)]
         whole = infer_onnx.sample(model, labels, seed=2, **options).astype(int)
-        assert (
-            np.abs(
-                whole[4:7] - infer_onnx.sample(model, labels[4:7], seed=2, first=4, **options)
-            ).max()
-            <= 1
-        )
+        part = infer_onnx.sample(model, labels[4:7], seed=2, first=4, **options)
+        assert np.abs(whole[4:7] - part).max() <= 1
 
 
 @pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
@@ -461,11 +429,9 @@ def test_a_part_that_is_missing_or_of_another_export_exits_with_3(
 )
 def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys, name, flags):
     code, error = main_code(["--model", exports(name), *flags], capsys)
-    assert (
-        code == 2
-        and f"{flags[0]} is not for {name} models: leave it out" in error
-        and list(in_tmp.iterdir()) == []
-    )
+    assert code == 2
+    assert f"{flags[0]} is not for {name} models: leave it out" in error
+    assert list(in_tmp.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -514,35 +480,19 @@ def test_labels_out_of_range_never_reach_the_network(loaded):
 
 
 def test_small_weights_sample_like_the_checkpoint_and_their_own_graph(tiny_run, in_tmp):
-    flags = [
-        "ddim",
-        "--checkpoint",
-        str(tiny_run),
-        "--output",
-        "small.onnx",
-        "--weights",
-        "small.pt",
-    ]
-    assert export.main(flags) == 0
+    flags = ["--checkpoint", str(tiny_run), "--output", "small.onnx", "--weights", "small.pt"]
+    assert export.main(["ddim", *flags]) == 0
     assert Path("small.pt").stat().st_size < 0.3 * (tiny_run / "ddim.pt").stat().st_size
     for path in (Path("small.pt"), tiny_run / "ddim.pt"):
-        assert (
-            ddim.main(["--checkpoint", str(path), "--steps", "2", "--output", f"{path.stem}.npz"])
-            == 0
-        )
-    assert (
-        infer_onnx.main(
-            ["--model", "small.onnx", "--class", "all", "--steps", "2", "--output", "onnx.npz"]
-        )
-        == 0
-    )
-    small, whole, onnx_drawn = (
-        np.load(f"{name}.npz")["x"].astype(int) for name in ("small", "ddim", "onnx")
-    )
-    assert np.abs(small - onnx_drawn).max() <= 1 and np.abs(small - whole).max() <= 3
-    assert all(
-        v.dtype == torch.float16 for v in torch.load("small.pt", weights_only=True)["ema"].values()
-    )
+        flags = ["--steps", "2", "--output", f"{path.stem}.npz"]
+        assert ddim.main(["--checkpoint", str(path), *flags]) == 0
+    flags = ["--class", "all", "--steps", "2", "--output", "onnx.npz"]
+    assert infer_onnx.main(["--model", "small.onnx", *flags]) == 0
+    names = ("small", "ddim", "onnx")
+    small, whole, graph = (np.load(f"{name}.npz")["x"].astype(int) for name in names)
+    assert np.abs(small - graph).max() <= 1 and np.abs(small - whole).max() <= 3
+    weights = torch.load("small.pt", weights_only=True)["ema"]
+    assert all(value.dtype == torch.float16 for value in weights.values())
 
 
 def broken_weights(proto):
@@ -559,18 +509,15 @@ def test_a_graph_that_differs_is_not_kept(exported, tiny_run, in_tmp, monkeypatc
     monkeypatch.setattr(export, "export_graph", lambda *_: proto)
     with pytest.raises(SystemExit, match="5"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
-    assert re.search(
-        "ddim: the network's outputs differ by .*no x.onnx was written", capsys.readouterr().err
-    )
+    message = "ddim: the network's outputs differ by .*no x.onnx was written"
+    assert re.search(message, capsys.readouterr().err)
     assert list(in_tmp.iterdir()) == []
 
 
 def test_two_files_are_both_new_or_both_old(tiny_runs, in_tmp, monkeypatch, capsys):
     """The disk fills up between them."""
-    write, argv = (
-        Path.write_bytes,
-        ["ldm", "--checkpoint", str(tiny_runs("ldm")), "--output", "x.onnx"],
-    )
+    write = Path.write_bytes
+    argv = ["ldm", "--checkpoint", str(tiny_runs("ldm")), "--output", "x.onnx"]
     assert export.main(argv) == 0
     old = {path.name: path.read_bytes() for path in in_tmp.iterdir()}
 
@@ -581,18 +528,16 @@ def test_two_files_are_both_new_or_both_old(tiny_runs, in_tmp, monkeypatch, caps
 
     monkeypatch.setattr(Path, "write_bytes", on_a_full_disk)
     with pytest.raises(SystemExit, match="5"):
-        export.main(
-            [*argv, "--weights", "x.pt"]
-        )  # with rounded weights, so that both files would differ
+        # --weights rounds the weights, so that both files would differ
+        export.main([*argv, "--weights", "x.pt"])
     assert "No space left" in capsys.readouterr().err
     assert len(old) == 2 and {path.name: path.read_bytes() for path in in_tmp.iterdir()} == old
 
 
 def test_a_sampler_that_differs_is_not_trusted(tiny_run, in_tmp, monkeypatch, capsys):
     sample = infer_onnx.sample
-    monkeypatch.setattr(
-        infer_onnx, "sample", lambda *a, **k: sample(*a, **k) ^ 2
-    )  # two grey levels off
+    # two grey levels off
+    monkeypatch.setattr(infer_onnx, "sample", lambda *a, **k: sample(*a, **k) ^ 2)
     with pytest.raises(SystemExit, match="5"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
     assert re.search("images differ by .*onnx was written", capsys.readouterr().err)
@@ -603,9 +548,8 @@ def test_without_a_run_the_shipped_model_is_exported_here_and_stays_as_it_is(
     exported, in_tmp, monkeypatch
 ):
     before = SHIPPED.read_bytes()
-    monkeypatch.setattr(
-        export, "export_graph", lambda *_: onnx.load(SHIPPED)
-    )  # spares the exporter's time
+    # saves the time of an export
+    monkeypatch.setattr(export, "export_graph", lambda *_: onnx.load(SHIPPED))
     for flags in ([], ["--checkpoint", str(SHIPPED.with_suffix(".pt"))]):
         assert export.main(["ddim", *flags]) == 0
         assert (in_tmp / "ddim.onnx").is_file() and SHIPPED.read_bytes() == before
@@ -616,10 +560,8 @@ def test_a_run_is_not_replaced_by_its_weights(tiny_run, capsys):
     before = (tiny_run / "ddim.pt").read_bytes()
     with pytest.raises(SystemExit, match="2"):
         export.main(["ddim", "--checkpoint", str(tiny_run), "--weights", str(tiny_run / "ddim.pt")])
-    assert (
-        "is the checkpoint itself" in capsys.readouterr().err
-        and (tiny_run / "ddim.pt").read_bytes() == before
-    )
+    assert "is the checkpoint itself" in capsys.readouterr().err
+    assert (tiny_run / "ddim.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -641,30 +583,27 @@ def test_export_refuses_bad_input(in_tmp, capsys, flags, message):
 # --- Without torch --------------------------------------------------------------------------------
 
 
-def test_shipped_model_draws_a_sneaker_without_torch(tmp_path):
+def test_the_shipped_model_samples_a_sneaker_without_torch(tmp_path):
     done = infer("--class", "Sneaker", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "wrote sneaker.png" in done.stdout and "running on " in done.stdout and done.stderr == ""
     picture = Image.open(tmp_path / "sneaker.png")
-    assert (
-        picture.text["class"] == "Sneaker"
-        and picture.text["seed"] == "0"
-        and picture.text["steps"] == "20"
-    )
+    assert picture.text["class"] == "Sneaker"
+    assert picture.text["seed"] == "0"
+    assert picture.text["steps"] == "20"
     assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu").sha256
     pixels = np.array(picture)[::8, ::8].astype(int)  # 32x32
     rows = pixels[4:28, 4:28].mean(axis=1)
     assert rows[-14:].mean() > 2 * rows[:6].mean()  # a shoe: dark above, bright below
 
 
-def test_own_export_is_preferred(exported, tmp_path):
+def test_an_exported_run_is_preferred_to_the_shipped_model(exported, tmp_path):
     run_dir = tmp_path / "runs" / "ddim"
     run_dir.mkdir(parents=True)
     (run_dir / "ddim.onnx").write_bytes(exported.read_bytes())
     done = infer("--class", "su", "--steps", "2", "--output", "x.png", cwd=tmp_path)
-    assert done.returncode == 0 and f"model {Path('runs/ddim/ddim.onnx')}" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert f"model {Path('runs/ddim/ddim.onnx')}" in done.stdout
 
 
 def test_outputs(exported, tmp_path):
@@ -677,17 +616,14 @@ def test_outputs(exported, tmp_path):
     files = sorted((tmp_path / "folder").iterdir())
     assert len(files) == 6 and files[3].name == "00003_ki.png"
     with Image.open(files[3]) as picture:
-        assert (
-            picture.text["class"] == "ki"
-            and picture.text["image"] == "3"
-            and picture.text["seed"] == "4"
-        )
+        assert picture.text["class"] == "ki"
+        assert picture.text["image"] == "3"
+        assert picture.text["seed"] == "4"
         assert np.array_equal(np.array(picture), arrays["x"][3, 0])
     with Image.open(tmp_path / "x.png") as picture:
         scale = picture.width // (3 * 34 + 2)
-        assert np.array_equal(
-            np.array(picture)[scale * 36 :: scale, scale * 2 :: scale][:32, :32], arrays["x"][3, 0]
-        )
+        tiles = np.array(picture)[scale * 36 :: scale, scale * 2 :: scale]
+        assert np.array_equal(tiles[:32, :32], arrays["x"][3, 0])
 
 
 # --- Exit codes -----------------------------------------------------------------------------------
@@ -707,13 +643,8 @@ def make_bad_file(kind, exported, tiny_run, path):
     if kind == "directory":
         path.mkdir()
     elif kind == "side-car weights missing":
-        onnx.save(
-            onnx.load(exported),
-            path,
-            save_as_external_data=True,
-            location="x.data",
-            size_threshold=0,
-        )
+        options = {"save_as_external_data": True, "location": "x.data", "size_threshold": 0}
+        onnx.save(onnx.load(exported), path, **options)
         (path.parent / "x.data").unlink()
         path.write_bytes(infer_onnx.sealed(path.read_bytes()))
     elif kind == "another model":
@@ -733,17 +664,16 @@ def make_bad_file(kind, exported, tiny_run, path):
     elif kind == "unknown kind":
         with_card(exported, path, lambda card: {**card, "kind": "flow"})
     elif kind != "missing":
-        path.write_bytes(
-            {
-                "empty": b"",
-                "truncated": content[: len(content) // 2],
-                "a flipped bit": bytes([*content[:90_000], content[90_000] ^ 1, *content[90_001:]]),
-                "sealed nonsense": infer_onnx.sealed(b"nonsense"),
-                "random": np.random.default_rng(0).bytes(5000),
-                "a checkpoint": (tiny_run / "ddim.pt").read_bytes(),
-                "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            }[kind]
-        )
+        contents = {
+            "empty": b"",
+            "truncated": content[: len(content) // 2],
+            "a flipped bit": bytes([*content[:90_000], content[90_000] ^ 1, *content[90_001:]]),
+            "sealed nonsense": infer_onnx.sealed(b"nonsense"),
+            "random": np.random.default_rng(0).bytes(5000),
+            "a checkpoint": (tiny_run / "ddim.pt").read_bytes(),
+            "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        }
+        path.write_bytes(contents[kind])
 
 
 @pytest.mark.parametrize(
@@ -771,12 +701,10 @@ def test_bad_model_files_exit_with_3(exported, tiny_run, tmp_path, kind, message
     make_bad_file(kind, exported, tiny_run, tmp_path / "x.onnx")
     before = sorted(tmp_path.iterdir())
     done = infer("--model", "x.onnx", cwd=tmp_path)
-    assert (
-        done.returncode == 3
-        and done.stderr.count("\n") == 1
-        and "x.onnx" in done.stderr
-        and message in done.stderr
-    )
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "x.onnx" in done.stderr
+    assert message in done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -791,7 +719,7 @@ def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
 
 def main_code(argv, capsys):
     """Exit code of infer_onnx.py in this process, and its one line of error."""
-    capsys.readouterr()  # what the fixtures said
+    capsys.readouterr()  # drop the output of fixtures
     with pytest.raises(SystemExit) as stop:
         infer_onnx.main(list(map(str, argv)))
     error = capsys.readouterr().err
@@ -834,9 +762,11 @@ def test_unknown_model_names_exit_with_3(in_tmp, capsys):
 
 
 def test_failed_check_and_bad_numbers_exit_with_5(exported, in_tmp, capsys):
-    with_card(
-        exported, "x.onnx", lambda card: {**card, "probe": {**card["probe"], "output": [9.0] * 16}}
-    )
+
+    def change(card):
+        return {**card, "probe": {**card["probe"], "output": [9.0] * 16}}
+
+    with_card(exported, "x.onnx", change)
     code, error = main_code(["--model", "x.onnx", "--check"], capsys)
     assert code == 5 and "check failed" in error
     proto = onnx.load(exported)
@@ -849,7 +779,7 @@ def test_failed_check_and_bad_numbers_exit_with_5(exported, in_tmp, capsys):
 
 
 def test_memory_and_disk_faults_exit_with_5(exported, in_tmp, capsys, monkeypatch):
-    (in_tmp / "file").write_text("")  # known before anything is drawn, and the user's to mend
+    (in_tmp / "file").write_text("")  # found before the sampling: exit code 2
     code, error = main_code(["--model", exported, "--steps", "1", "--output", "file/x.png"], capsys)
     assert code == 2 and "file/x.png cannot be written" in error
     for fault in (MemoryError("cannot allocate"), OSError(errno.ENOSPC, "No space left on device")):
@@ -874,7 +804,7 @@ def test_ctrl_c_exits_with_130(exported, in_tmp, capsys, monkeypatch):
 
 
 class Driver:
-    """An NVIDIA driver made of answers."""
+    """An NVIDIA driver with given answers."""
 
     def __init__(self, init=0, devices=1, version=13000):
         self.init, self.devices, self.version = init, devices, version
@@ -913,12 +843,11 @@ def test_why_not_cuda(monkeypatch, driver, missing, message):
     monkeypatch.setattr(infer_onnx.os, "name", "posix")
     monkeypatch.setattr(infer_onnx.ort, "cuda_version", "13.0", raising=False)
     monkeypatch.setattr(infer_onnx.ort, "preload_dlls", lambda: print("noise"), raising=False)
-    monkeypatch.setattr(
-        infer_onnx.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"]
-    )
+    providers = ["CUDAExecutionProvider"]
+    monkeypatch.setattr(infer_onnx.ort, "get_available_providers", lambda: providers)
     trouble = infer_onnx.cuda_trouble()
     assert trouble is None if message is None else message in trouble
-    monkeypatch.setattr(infer_onnx.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    providers[:] = ["CPUExecutionProvider"]
     assert "without CUDA" in infer_onnx.cuda_trouble()
 
 
@@ -927,9 +856,8 @@ def test_cuda_asked_for_and_not_there_exits_with_4(exported, in_tmp, capsys, mon
     code, error = main_code(["--model", exported, "--provider", "cuda"], capsys)
     assert code == 4 and "no CUDA: the cable is out" in error and list(in_tmp.iterdir()) == []
     infer_onnx.main(["--model", str(exported), "--steps", "1"])
-    assert (
-        "running on CPUExecutionProvider; not on CUDA: the cable is out" in capsys.readouterr().out
-    )
+    said = "running on CPUExecutionProvider; not on CUDA: the cable is out"
+    assert said in capsys.readouterr().out
 
 
 class CudaSession:
@@ -961,7 +889,7 @@ SESSION = infer_onnx.ort.InferenceSession
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A machine on which nothing speaks against CUDA."""
+    """A machine on which CUDA seems to be available."""
     fake = type("Fake", (CudaSession,), {"made": [], "batches": []})
     monkeypatch.setattr(infer_onnx, "cuda_trouble", lambda: None)
     monkeypatch.setattr(infer_onnx.ort, "InferenceSession", fake)
@@ -975,12 +903,10 @@ def test_cuda_is_used_where_it_works(exported, in_tmp, capsys, cuda, flags, tf32
     assert infer_onnx.main(["--model", str(exported), *flags, "--output", "cuda.npz"]) == 0
     assert "running on CUDAExecutionProvider\n" in capsys.readouterr().out
     (name, options), last = cuda.made[-1]
-    assert (
-        name == "CUDAExecutionProvider"
-        and options["use_tf32"] == tf32
-        and last == "CPUExecutionProvider"
-    )
-    assert cuda.batches == [2, 2, 2]  # the last batch is filled up, so that one shape is used
+    assert name == "CUDAExecutionProvider"
+    assert options["use_tf32"] == tf32
+    assert last == "CPUExecutionProvider"
+    assert cuda.batches == [2, 2, 2]  # the last batch is padded, so that all have one shape
     infer_onnx.main(["--model", str(exported), *flags, "--provider", "cpu", "--output", "cpu.npz"])
     assert np.array_equal(np.load("cuda.npz")["x"], np.load("cpu.npz")["x"])
 
@@ -992,9 +918,7 @@ def test_cuda_is_used_where_it_works(exported, in_tmp, capsys, cuda, flags, tf32
         ({"fails": "out of memory"}, "out of memory"),
     ],
 )
-def test_cuda_that_does_not_start_is_said_and_never_hidden(
-    exported, in_tmp, capsys, cuda, changes, reason
-):
+def test_cuda_that_does_not_start_is_reported(exported, in_tmp, capsys, cuda, changes, reason):
     for key, value in changes.items():
         setattr(cuda, key, value)
     assert infer_onnx.main(["--model", str(exported), "--steps", "1"]) == 0
@@ -1028,8 +952,7 @@ def test_shipped_model_passes_its_own_check_and_equals_the_shipped_weights(capsy
     model = infer_onnx.load_model(SHIPPED, "cpu")
     _, checkpoint, network = torch_network("ddim", SHIPPED.parent)
     options = {"steps": 20, "guidance": model.card["guidance"], "seed": 0}
-    expected = ddim.sample(
-        model=network, config=checkpoint["config"], labels=torch.arange(10), **options
-    )
+    known = {"model": network, "config": checkpoint["config"], "labels": torch.arange(10)}
+    expected = ddim.sample(**known, **options)
     found = infer_onnx.sample(model, list(range(10)), **options)
     assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1

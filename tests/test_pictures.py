@@ -1,4 +1,7 @@
-"""The same seed is the same picture: for any batch, number of threads or processes, in torch and in ONNX Runtime."""
+"""The same seed gives the same picture.
+
+For any batch size and number of threads or processes, in torch and in ONNX Runtime.
+"""
 
 import hashlib
 import subprocess
@@ -12,16 +15,17 @@ from conftest import ROOT
 from PIL import Image
 
 import common
-import runs
 import ddim
 import ddpm
 import gan
 import infer_onnx
 import ldm
+import runs
 import vae
 
 NAMES = ["vae", "gan", "ddpm", "ddim", "ldm"]
-SNEAKER, LEVELS = 7, 1  # grey levels by which processors, threads and runtimes may differ
+SNEAKER = 7
+LEVELS = 1  # grey levels by which processors, threads and runtimes may differ
 NOISE = {  # SHA-256 of the first noise of (seed, image), float32 (1, 32, 32) in little endian
     (0, 0): "31527326babc552f9a3299fef218545c8ba84a174149a1016f9e1fc9d7f32fe6",
     (0, 7): "7cd99186c743141a24041d6aa0bcbcaf76ca9c3241bcb0cbf03860487caaf4ce",
@@ -35,7 +39,7 @@ def levels(a, b):
 
 
 @pytest.mark.parametrize("key", NOISE)
-def test_the_noise_is_that_of_every_machine(key):
+def test_the_noise_is_the_same_on_every_machine(key):
     for module in (common, infer_onnx):
         noise = module.next_noise(module.noise_streams(key[0], [key[1]]), (1, 32, 32))
         assert hashlib.sha256(noise.astype("<f4").tobytes()).hexdigest() == NOISE[key]
@@ -50,11 +54,14 @@ def options(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_model_draws_its_golden_picture(name):
-    """Made by: python infer_onnx.py --model NAME --class Sneaker --output tests/golden/NAME.png; ddpm: --steps 20."""
+def test_a_shipped_model_samples_its_golden_picture(name):
+    """Made by: python infer_onnx.py --model NAME --class Sneaker --output tests/golden/NAME.png.
+
+    That of ddpm was made with --steps 20.
+    """
     golden = np.array(Image.open(ROOT / f"tests/golden/{name}.png"))[::8, ::8]
-    drawn = infer_onnx.sample(shipped(name), [SNEAKER], **options(name))[0, 0]
-    assert golden.shape == (32, 32) and levels(golden, drawn) <= LEVELS
+    found = infer_onnx.sample(shipped(name), [SNEAKER], **options(name))[0, 0]
+    assert golden.shape == (32, 32) and levels(golden, found) <= LEVELS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,39 +70,34 @@ def test_neither_batch_nor_threads_change_a_picture(name):
     whole = infer_onnx.sample(shipped(name), labels, **options(name))
     two_threads = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu", 2)
     assert levels(whole, infer_onnx.sample(two_threads, labels, **options(name))) <= LEVELS
-    assert (
-        levels(whole, infer_onnx.sample(shipped(name), labels, batch_size=2, **options(name)))
-        <= LEVELS
-    )
-    assert levels(whole[0], whole[1]) > 50  # a picture of nothing would pass all of this
+    in_twos = infer_onnx.sample(shipped(name), labels, batch_size=2, **options(name))
+    assert levels(whole, in_twos) <= LEVELS
+    assert levels(whole[0], whole[1]) > 50  # empty pictures would pass all of this
 
 
 @pytest.mark.parametrize("script", [ddim, ddpm])
-def test_torch_draws_the_golden_picture_with_any_number_of_threads(script):
+def test_torch_samples_the_golden_picture_with_any_number_of_threads(script):
     checkpoint = runs.load_checkpoint(ROOT / "pretrained/ddim.pt", ("ddim",))
     network = script.ema_network(checkpoint, torch.device("cpu"))
     golden = np.array(Image.open(ROOT / f"tests/golden/{script.NAME}.png"))[::8, ::8]
     for threads, labels in ((1, [SNEAKER]), (2, [SNEAKER, 0, 8]), (3, [SNEAKER] * 2)):
         torch.set_num_threads(threads)
         images = script.sample(
-            model=network,
-            config=checkpoint["config"],
-            labels=torch.tensor(labels),
-            steps=20,
-            guidance=script.GUIDANCE,
-        )
+            model=network, config=checkpoint["config"], labels=torch.tensor(labels),
+            steps=20, guidance=script.GUIDANCE,
+        )  # fmt: skip
         assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
 
 
 @pytest.mark.parametrize("script", [vae, gan, ldm])
-def test_shipped_weights_draw_the_golden_picture(script):
+def test_shipped_weights_sample_the_golden_picture(script):
     checkpoint = runs.load_checkpoint(ROOT / f"pretrained/{script.NAME}.pt", (script.NAME,))
-    own = {
+    known = {
         "vae": {"prior": checkpoint.get("prior")},
         "ldm": {"config": checkpoint["config"], "steps": 20, "guidance": ldm.GUIDANCE},
     }.get(script.NAME, {})
     network = script.ema_network(checkpoint, torch.device("cpu"))
-    images = script.sample(model=network, labels=torch.tensor([SNEAKER]), **own)
+    images = script.sample(model=network, labels=torch.tensor([SNEAKER]), **known)
     golden = np.array(Image.open(ROOT / f"tests/golden/{script.NAME}.png"))[::8, ::8]
     assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
 
@@ -105,45 +107,30 @@ def test_a_shipped_model_passes_its_own_check(name):
     infer_onnx.check(shipped(name))
 
 
-def test_shards_draw_what_one_process_does(in_tmp):
-    command = [
-        sys.executable,
-        str(ROOT / "infer_onnx.py"),
-        "--model",
-        "gan",
-        "--num-samples",
-        "3",
-        "--threads",
-        "1",
-    ]
+def test_shards_sample_what_one_process_does(in_tmp):
+    flags = ["--model", "gan", "--num-samples", "3", "--threads", "1"]
+    command = [sys.executable, str(ROOT / "infer_onnx.py"), *flags]
 
     def run(*flags):
         return subprocess.run([*command, *flags], capture_output=True, text=True)
 
     assert run("--output", "whole").returncode == 0
     Path("parts").mkdir()
-    Path("parts/.00003_bag.png.1.tmp").touch()  # another is writing, or was killed
+    Path("parts/.00003_bag.png.1.tmp").touch()  # of a shard that is writing, or was killed
     for part, count in (("1/4", 7), ("3/4", 14), ("4/4", 22), ("2/4", 30)):
         assert run("--shard", part, "--output", "parts").returncode == 0
         assert len(list(Path("parts").glob("[!.]*"))) == count
     names = [path.name for path in sorted(Path("whole").iterdir())]
     assert names == [path.name for path in sorted(Path("parts").glob("[!.]*"))] and len(names) == 30
     for name in names:
-        assert (
-            levels(
-                np.array(Image.open(Path("whole", name))), np.array(Image.open(Path("parts", name)))
-            )
-            <= LEVELS
-        )
+        paths = (Path("whole", name), Path("parts", name))
+        assert levels(*(np.array(Image.open(path)) for path in paths)) <= LEVELS
     for flags in (["--output", "x.npz"], [], ["--output", "x", "--interpolate", "noise"]):
         done = run("--shard", "1/4", *flags)
         assert done.returncode == 2 and "--shard needs an --output" in done.stderr
-    assert (
-        run("--class", "Bag", "--shard", "1/4", "--output", "x").returncode == 2
-    )  # of three images
+    # more shards than the three images
+    assert run("--class", "Bag", "--shard", "1/4", "--output", "x").returncode == 2
     Path("other").mkdir()
     Path("other/file").write_text("")
-    assert (
-        run("--shard", "1/4", "--output", "other").returncode == 2
-        and len(list(Path("other").iterdir())) == 1
-    )
+    assert run("--shard", "1/4", "--output", "other").returncode == 2
+    assert len(list(Path("other").iterdir())) == 1

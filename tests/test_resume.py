@@ -1,4 +1,4 @@
-"""An interrupted run is the unbroken one, bit for bit, however it was interrupted."""
+"""However a run is interrupted, it resumes to the unbroken one, bit for bit."""
 
 import importlib
 import json
@@ -12,38 +12,35 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, equal, state
 
-import runs
 import ddim
+import runs
 
-FLAGS = {
-    name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_FLAGS
-}  # 12 steps, 3 in an epoch
+# 12 steps, 3 in an epoch
+FLAGS = {name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_FLAGS}
 
 
 def faulty(fault, name, *flags):
     command = [sys.executable, str(ROOT / "tests/faulty.py"), fault, name, *flags]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a full disk would cut bytecode off too
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a full disk would truncate it too
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def quick(script, patch):
-    """What faulty.py does too: every second step in the log, pictures in two steps."""
+    """As faulty.py: log every second step, sample in two steps."""
     patch.setattr(script, "LOG_EVERY", 2)
     patch.setattr(script, "GRID_STEPS", 2, raising=False)
 
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, data_dir):
-    """A function: what a script leaves that ran its twelve steps without a fault."""
+    """A function: what a script leaves after its twelve steps without a fault."""
     made = {}
 
     def state_of(name):
         if name not in made:
             run_dir = tmp_path_factory.mktemp(name) / "whole"
-            script, flags = (
-                importlib.import_module(name),
-                ["--data-dir", data_dir, "--run-dir", str(run_dir)],
-            )
+            script = importlib.import_module(name)
+            flags = ["--data-dir", data_dir, "--run-dir", str(run_dir)]
             with pytest.MonkeyPatch.context() as patch:
                 quick(script, patch)
                 assert script.main([*FLAGS[name], *flags]) == 0
@@ -54,25 +51,22 @@ def unbroken(tmp_path_factory, data_dir):
 
 
 FAULTS = [(name, fault) for name in TINY_FLAGS for fault in ("kill:8", "half:6", "full:8")]
+FAULTS += [("ldm", "kill:2"), ("ldm", "full:2")]  # in the first stage
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"), [*FAULTS, ("ldm", "kill:2"), ("ldm", "full:2")]
-)  # in its first stage
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+@pytest.mark.parametrize(("name", "fault"), FAULTS)
+def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(
     name, fault, unbroken, in_tmp, data_dir, monkeypatch
 ):
     done = faulty(fault, name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
     assert done.returncode == (2 if fault.startswith("full") else -signal.SIGKILL), done.stderr
     if done.returncode == 2:
         error = done.stderr.splitlines()[-1]
-        assert f"{name}.py: error: cannot write" in error and error.endswith(
-            "--resume --run-dir broken"
-        )
+        assert f"{name}.py: error: cannot write" in error
+        assert error.endswith("--resume --run-dir broken")
         assert "Traceback" not in done.stderr and not list((in_tmp / "broken").rglob("*.tmp"))
-    kept = torch.load(
-        max((in_tmp / "broken").glob("*.pt"), key=lambda p: p.stat().st_mtime), weights_only=True
-    )
+    newest = max((in_tmp / "broken").glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    kept = torch.load(newest, weights_only=True)
     assert kept["step"] < 12
     script = importlib.import_module(name)
     quick(script, monkeypatch)
@@ -84,7 +78,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("name", [*TINY_FLAGS])
-def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(
+def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(
     name, unbroken, in_tmp, data_dir, monkeypatch
 ):
     done = faulty("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
@@ -107,7 +101,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data
 
 
 @pytest.mark.parametrize("name", [*TINY_FLAGS])
-def test_a_cpu_is_deterministic_anyway(name, unbroken, in_tmp, data_dir, monkeypatch):
+def test_deterministic_changes_nothing_on_a_cpu(name, unbroken, in_tmp, data_dir, monkeypatch):
     script = importlib.import_module(name)
     quick(script, monkeypatch)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
@@ -125,16 +119,8 @@ def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):
     assert ddim.main([*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]) == 0
     log = in_tmp / "run/log.jsonl"
     whole = log.read_text()
-    for half in (
-        '{"step": 3, "diversity": {"a": 1}',
-        '{"step"',
-        "}",
-        "{}",
-        "[1]",
-        "12",
-        "\0\0",
-        '{"step": "x"}',
-    ):
+    broken = ['{"step": 3, "diversity": {"a": 1}', '{"step"', '{"step": "x"}']
+    for half in [*broken, "}", "{}", "[1]", "12", "\0\0"]:
         log.write_text(whole + half)
         assert ddim.main(["--resume", "--run-dir", "run"]) == 0
         assert log.read_text() == whole, half
@@ -152,14 +138,13 @@ def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, dat
     first, last = np.split(np.array(lr_at(in_tmp / "longer/log.jsonl")), 2)
     rate = 5e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(24) / np.array([12] * 12 + [24] * 12)))
     assert np.allclose([*first, *last], rate)
-    assert (
-        ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0
-    )  # nothing is left to do
+    # nothing is left to do
+    assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0
     assert len(lr_at(in_tmp / "longer/log.jsonl")) == 24
 
 
-def test_minutes_go_on_where_they_were(in_tmp, data_dir, monkeypatch):
-    """With a clock that moves half a second a step: 24 steps of 12 seconds, stopped at 4.5 s for a day."""
+def test_minutes_resume_where_they_were(in_tmp, data_dir, monkeypatch):
+    """With a clock of half a second a step: 24 steps in 12 s, stopped at 4.5 s for a day."""
     now, seen = [1e6], []
     step = runs.Run._show
 
@@ -171,9 +156,8 @@ def test_minutes_go_on_where_they_were(in_tmp, data_dir, monkeypatch):
         step(self)
 
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(
-        runs.time, "time", lambda: 0.0
-    )  # a wall clock that is set back is not looked at
+    # a wall clock that is set back does not matter
+    monkeypatch.setattr(runs.time, "time", lambda: 0.0)
     monkeypatch.setattr(runs.Run, "_show", tick)
     flags = ["--train", "--minutes", "0.2", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
     assert ddim.main([*flags, "--run-dir", "run"]) == 130

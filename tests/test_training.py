@@ -1,4 +1,7 @@
-"""What the train loops do with batches, labels and flags: seen by spies, or by runs with and without a flag."""
+"""What the train loops do with batches, labels and flags.
+
+Seen by spies, or from runs with and without a flag.
+"""
 
 import importlib
 import json
@@ -10,35 +13,26 @@ import torch
 from conftest import TINY_FLAGS, equal
 
 import common
-import runs
 import gan
 import ldm
+import runs
 import vae
 
 DIFFUSION = ["ddpm", "ddim", "ldm"]
 
 
 def flags_of(name, data_dir, *flags):
-    return [
-        "--train",
-        "--epochs",
-        "1",
-        "--warmup",
-        "0",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS[name],
-        *flags,
-    ]
+    shared = ["--train", "--epochs", "1", "--warmup", "0", "--data-dir", data_dir]
+    return [*shared, *TINY_FLAGS[name], *flags]
 
 
 def class_of_bar(images):
-    """Images of the small set in [-1, 1] -> their classes, told by the place of the bar."""
+    """Images of the small set in [-1, 1] -> their classes, told by the position of the bar."""
     return images[:, 0, 6:26, 4:].mean(dim=1).unfold(1, 4, 2).mean(dim=-1).argmax(dim=1)
 
 
 def is_real(images):
-    """Whether each image has levels of 0 to 255 alone, as no network's output has."""
+    """Whether each image has the grey levels 0 to 255 only, unlike outputs of a network."""
     return (common.to_float(common.to_uint8(images)) == images).flatten(1).all(dim=1)
 
 
@@ -48,7 +42,7 @@ def short_grids(monkeypatch):
         monkeypatch.setattr(importlib.import_module(name), "GRID_STEPS", 2)
 
 
-# --- Batches ----------------------------------------------------------------------------------------------------
+# --- Batches --------------------------------------------------------------------------------------
 
 
 def test_an_epoch_has_every_image_once_and_each_step_its_own_noise():
@@ -61,12 +55,10 @@ def test_an_epoch_has_every_image_once_and_each_step_its_own_noise():
         runs.Run.seed(run, generator)
         return torch.rand(1, generator=generator).item()
 
-    epochs = [
-        torch.cat([runs.Run.batch(at(step)) for step in steps]) for steps in (range(3), range(3, 6))
-    ]
-    assert all(sorted(epoch.tolist()) == [*range(60)] for epoch in epochs) and not torch.equal(
-        *epochs
-    )
+    batches = [runs.Run.batch(at(step)) for step in range(6)]
+    epochs = torch.cat(batches[:3]), torch.cat(batches[3:])
+    assert all(sorted(epoch.tolist()) == [*range(60)] for epoch in epochs)
+    assert not torch.equal(*epochs)
     assert len({noise(at(step, seed)) for step in range(4) for seed in (0, 1)}) == 8
     assert noise(at(3)) == noise(at(3))
 
@@ -86,22 +78,22 @@ def test_a_noised_image_is_shown_with_its_own_label(name, in_tmp, data_dir, monk
 
     monkeypatch.setattr(script, "q_sample", spy_image)
     monkeypatch.setattr(common.UNet, "forward", spy_label)
-    monkeypatch.setattr(
-        script, "sample", lambda **_: torch.zeros(80, 1, 32, 32)
-    )  # the grids show other labels
-    if name == "ldm":  # latents that are numbered by the class of their image
+    # the grids show other labels
+    monkeypatch.setattr(script, "sample", lambda **_: torch.zeros(80, 1, 32, 32))
+    if name == "ldm":
 
         def numbered(self, images):
-            return (
-                class_of_bar(common.to_float(images)).float().view(-1, 1, 1, 1).expand(-1, 8, 8, 8)
-            )
+            """Latents whose values are the class of their image."""
+            classes = class_of_bar(common.to_float(images)).float()
+            return classes.view(-1, 1, 1, 1).expand(-1, 8, 8, 8)
 
         monkeypatch.setattr(ldm.LatentDiffusion, "to_latents", numbered)
     assert script.main(flags_of(name, data_dir, "--label-dropout", "0")) == 0
     shown = torch.cat(shown)
-    expected = (
-        class_of_bar(shown) if name != "ldm" else shown[:, 0, 0, 0].unique(return_inverse=True)[1]
-    )
+    if name == "ldm":
+        _, expected = shown[:, 0, 0, 0].unique(return_inverse=True)
+    else:
+        expected = class_of_bar(shown)
     assert len(shown) >= 60 and torch.equal(expected, torch.cat(labels))
 
 
@@ -113,25 +105,23 @@ def test_a_vae_encodes_and_decodes_an_image_with_its_own_label(in_tmp, data_dir,
         return encode(self, x, classes)
 
     def spy_decoder(self, z, classes):
-        if torch.is_grad_enabled():  # in the training, the images are those that were just encoded
+        if torch.is_grad_enabled():  # in training, of the images that were just encoded
             seen.append((seen[-1][0], classes.argmax(dim=1)))
         return decode(self, z, classes)
 
     monkeypatch.setattr(vae.Encoder, "forward", spy_encoder)
     monkeypatch.setattr(vae.Decoder, "forward", spy_decoder)
     assert vae.main(flags_of("vae", data_dir)) == 0
-    assert len(seen) >= 6 and all(torch.equal(own, given) for own, given in seen)
+    assert len(seen) >= 6 and all(torch.equal(true, given) for true, given in seen)
 
 
 @pytest.mark.parametrize("loss", gan.LOSSES)
 def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
     loss, in_tmp, data_dir, monkeypatch
 ):
-    forward, asked, penalty = (
-        gan.Discriminator.forward,
-        gan.discriminator_loss,
-        gan.gradient_penalty,
-    )
+    forward = gan.Discriminator.forward
+    discriminator_loss = gan.discriminator_loss
+    penalty = gan.gradient_penalty
     judged, penalised, steps = [], [], []
 
     def spy(self, x, classes):
@@ -141,14 +131,12 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
     def spy_loss(real, fake, kind):
         x, y, logits = judged[-1]
         true = is_real(x)
-        assert (
-            torch.equal(real, logits[true].float())
-            and torch.equal(fake, logits[~true].float())
-            and kind == loss
-        )
+        assert torch.equal(real, logits[true].float())
+        assert torch.equal(fake, logits[~true].float())
+        assert kind == loss
         assert torch.equal(class_of_bar(x[true]), y[true]) and torch.equal(y[true], y[~true])
         steps.append(len(real))
-        return asked(real, fake, kind)
+        return discriminator_loss(real, fake, kind)
 
     def spy_penalty(discriminator, x, classes):
         penalised.append(is_real(x).all().item())
@@ -163,7 +151,7 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
     assert penalised == 2 * once  # R1 of real images, R2 of fake ones, at steps 0 and 2
 
 
-# --- Flags ------------------------------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vae", "ldm"])
@@ -176,46 +164,45 @@ def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
         return kl_divergence(mu, logvar) + leaves[-1]
 
     monkeypatch.setattr(script, "kl_divergence", spy)
-    own = ["--kl-warmup", "0"] if name == "vae" else ["--stage", "1"]
-    assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *own)) == 0
-    assert [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None] == [
-        pytest.approx(3)
-    ] * 3
+    extra = ["--kl-warmup", "0"] if name == "vae" else ["--stage", "1"]
+    assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *extra)) == 0
+    weights = [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None]
+    assert weights == [pytest.approx(3)] * 3
 
 
 CHANGES = [
     *((name, flags) for name in DIFFUSION for flags in (
-        "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw", "--optimizer adam",
-        "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3", "--lr 1e-4", "--label-dropout 1", "--seed 1",
-        "--num-timesteps 50",
+        "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw",
+        "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
+        "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
     )),
     *(("ldm", flags) for flags in ("--kl-weight 5", "--stage-1-share 0.6", "--latent-channels 3")),
     *(("vae", flags) for flags in (
-        "--reconstruction l1", "--reconstruction l2", "--reconstruction bce", "--kl-weight 3", "--weight-decay 0.5",
-        "--ema-length 0.4", "--grad-clip 1e-3", "--lr 1e-4", "--seed 1",
+        "--reconstruction l1", "--reconstruction l2", "--reconstruction bce", "--kl-weight 3",
+        "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3", "--lr 1e-4", "--seed 1",
     )),
     *(("gan", flags) for flags in (
-        "--loss minmax", "--loss hinge", "--loss relativistic", "--gamma 9", "--penalty-every 2", "--ema-length 0.4",
-        "--lr 1e-4", "--seed 1",
+        "--loss minmax", "--loss hinge", "--loss relativistic", "--gamma 9", "--penalty-every 2",
+        "--ema-length 0.4", "--lr 1e-4", "--seed 1",
     )),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def averaged(data_dir, tmp_path_factory):
-    """A function: the averaged weights after an epoch of a script with these flags, trained when first asked for."""
+    """A function: the averaged weights of a script after an epoch with these flags.
+
+    They are trained at the first call.
+    """
     made = {}
 
     def weights_of(name, flags=""):
         if (name, flags) not in made:
             run_dir = tmp_path_factory.mktemp("run") / "run"
             argv = [*flags_of(name, data_dir, *flags.split()), "--run-dir", str(run_dir)]
-            assert (
-                importlib.import_module(name).main(
-                    [*argv, *(["--epochs", "2"] if name == "ldm" else [])]
-                )
-                == 0
-            )
+            if name == "ldm":
+                argv += ["--epochs", "2"]
+            assert importlib.import_module(name).main(argv) == 0
             made[name, flags] = torch.load(run_dir / f"{name}.pt", weights_only=True)["ema"]
         return made[name, flags]
 
@@ -233,10 +220,9 @@ def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
     logs = []
     for every in (1, 2):
         monkeypatch.setattr(script, "LOG_EVERY", every)
-        argv = flags_of(
-            name, data_dir, "--run-dir", str(every), "--epochs", "4" if name == "ldm" else "2"
-        )
-        assert script.main(argv) == 0
+        epochs = "4" if name == "ldm" else "2"
+        flags = ["--run-dir", str(every), "--epochs", epochs]
+        assert script.main(flags_of(name, data_dir, *flags)) == 0
         lines = map(json.loads, Path(f"{every}/log.jsonl").read_text().splitlines())
         logs.append({line["step"]: line[key] for line in lines if key in line})
     steps = [step for step in logs[1] if step - 1 in logs[0]]
@@ -245,7 +231,7 @@ def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
         assert logs[1][step] == pytest.approx((logs[0][step - 1] + logs[0][step]) / 2, rel=1e-4)
 
 
-# --- Clock ------------------------------------------------------------------------------------------------------
+# --- Clock ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -263,39 +249,17 @@ def clock(monkeypatch):
 
 
 def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):
-    argv = [
-        "--train",
-        "--minutes",
-        "0.19",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS["ldm"],
-        "--run-dir",
-        "run",
-    ]
-    assert ldm.main(argv) == 0  # 11.4 seconds, a quarter of them for stage 1
-    assert [
-        torch.load(f"run/{stem}.pt", weights_only=True)["step"] for stem in ("autoencoder", "ldm")
-    ] == [6, 18]
+    argv = ["--train", "--minutes", "0.19", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    # 11.4 seconds, a quarter of them for stage 1
+    assert ldm.main([*argv, "--run-dir", "run"]) == 0
+    files = [f"run/{stem}.pt" for stem in ("autoencoder", "ldm")]
+    assert [torch.load(file, weights_only=True)["step"] for file in files] == [6, 18]
 
 
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim"])
-def test_grids_are_drawn_as_often_as_asked_for(name, clock, in_tmp, data_dir):
-    argv = [
-        "--train",
-        "--minutes",
-        "0.2",
-        "--save-every",
-        "0.05",
-        "--data-dir",
-        data_dir,
-        *TINY_FLAGS[name],
-    ]
-    assert importlib.import_module(name).main([*argv, "--run-dir", "run"]) == 0
-    assert [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())] == [
-        0,
-        6,
-        12,
-        18,
-        24,
-    ]
+def test_grids_are_saved_as_often_as_asked_for(name, clock, in_tmp, data_dir):
+    argv = ["--train", "--minutes", "0.2", "--save-every", "0.05", "--data-dir", data_dir]
+    argv += [*TINY_FLAGS[name], "--run-dir", "run"]
+    assert importlib.import_module(name).main(argv) == 0
+    steps = [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())]
+    assert steps == [0, 6, 12, 18, 24]

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -27,9 +28,8 @@ def test_kl_is_that_of_torchs_distributions():
 def test_codes_have_the_mean_and_variance_asked_for():
     mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, 4.0]]).clamp(min=1).log()
     z = vae.reparameterise(mu, logvar, torch.randn(100_000, 2))
-    assert torch.allclose(z.mean(dim=0), mu[0], atol=0.03) and torch.allclose(
-        z.std(dim=0), torch.tensor([1.0, 2.0]), atol=0.03
-    )
+    assert torch.allclose(z.mean(dim=0), mu[0], atol=0.03)
+    assert torch.allclose(z.std(dim=0), torch.tensor([1.0, 2.0]), atol=0.03)
 
 
 @pytest.mark.parametrize("kind", ["l2", "l1", "sigma", "bce"])
@@ -53,7 +53,7 @@ def test_reconstruction_losses_are_negative_log_likelihoods(kind):
 
 
 def test_the_optimal_sigma_is_optimal():
-    """No other scale gives the batch a smaller loss, and the gradient is that with the scale held."""
+    """Any other scale gives a larger loss, and the gradient is that at a constant scale."""
     logits, x = torch.randn(8, 1, 4, 4, requires_grad=True), torch.rand(8, 1, 4, 4) * 2 - 1
     found = vae.reconstruction_loss(logits, x, "sigma").sum()
     squares = (x - logits.tanh()).square()
@@ -75,7 +75,7 @@ def test_losses_do_not_change_with_the_batch_size():
     assert torch.allclose(vae.kl_divergence(mu, mu)[:2], vae.kl_divergence(mu[:2], mu[:2]))
 
 
-# --- Prior ------------------------------------------------------------------------------------------------------
+# --- Prior ----------------------------------------------------------------------------------------
 
 
 def two_lumps(count=4000):
@@ -130,63 +130,40 @@ def test_the_prior_of_sorted_pictures_knows_all_classes(in_tmp):
     """2,000 images would be of the first of three classes alone."""
     y = np.arange(6300) // 2100
     np.savez("sorted.npz", x=np.random.default_rng(0).integers(0, 256, (6300, 8, 8), np.uint8), y=y)
-    flags = [
-        *TINY_FLAGS["vae"],
-        "--data",
-        "sorted.npz",
-        "--epochs",
-        "0.01",
-        "--prior-components",
-        "1",
-    ]
+    flags = [*TINY_FLAGS["vae"], *split("--data sorted.npz --epochs 0.01 --prior-components 1")]
     assert vae.main(["--train", *flags]) == 0
     prior = torch.load("runs/vae/vae.pt", weights_only=True)["prior"]
     assert (prior["means"] != 0).any(dim=2).all()
 
 
-def test_truncated_noise_stays_inside_and_is_no_other_batch_s():
+def test_truncated_noise_is_in_range_and_does_not_depend_on_the_batch():
     streams = lambda indices: common.noise_streams(0, indices)  # noqa: E731
     codes = vae.sample_codes(None, [0] * 500, streams(range(500)), 8, truncation=0.7)
     assert np.abs(codes).max() <= 0.7 and codes.std() == pytest.approx(0.39, abs=0.03)
-    assert np.array_equal(
-        codes[7:9], vae.sample_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7)
-    )
+    part = vae.sample_codes(None, [0] * 2, streams([7, 8]), 8, truncation=0.7)
+    assert np.array_equal(codes[7:9], part)
     prior = {"weights": np.full((1, 9), 1 / 9), "means": np.arange(9.0)[None, :, None] * np.ones(8)}
-    prior["scales"] = np.zeros((1, 9, 36))  # so a code says which component it is of
+    prior["scales"] = np.zeros((1, 9, 36))  # so that a code tells its component
     chosen = vae.sample_codes(prior, [0] * 500, streams(range(500)), 8, truncation=0.7)
-    assert np.array_equal(
-        chosen[7:9], vae.sample_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7)
-    )
+    part = vae.sample_codes(prior, [0] * 2, streams([7, 8]), 8, truncation=0.7)
+    assert np.array_equal(chosen[7:9], part)
     assert len(np.unique(chosen)) == 9
     free = vae.sample_codes(None, [0] * 500, streams(range(500)), 8)
-    assert np.array_equal(
-        codes[np.abs(free).max(axis=1) <= 0.7], free[np.abs(free).max(axis=1) <= 0.7]
-    )
+    inside = np.abs(free).max(axis=1) <= 0.7
+    assert np.array_equal(codes[inside], free[inside])
 
 
 def test_the_run_ends_with_the_mixture_asked_for(tiny_runs, tmp_path, in_tmp):
     checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
-    assert checkpoint["prior"]["weights"].shape == (10, 2) and checkpoint["prior"][
-        "scales"
-    ].shape == (10, 2, 10)
-    flags = [
-        "--checkpoint",
-        str(tiny_runs("vae")),
-        "--class",
-        "o",
-        "--num-samples",
-        "5",
-        "--output",
-    ]
-    assert (
-        vae.main([*flags, "fitted.npz"])
-        == vae.main([*flags, "normal.npz", "--prior", "normal"])
-        == 0
-    )
+    assert checkpoint["prior"]["weights"].shape == (10, 2)
+    assert checkpoint["prior"]["scales"].shape == (10, 2, 10)
+    flags = ["--checkpoint", str(tiny_runs("vae")), *split("--class o --num-samples 5 --output")]
+    assert vae.main([*flags, "fitted.npz"]) == 0
+    assert vae.main([*flags, "normal.npz", "--prior", "normal"]) == 0
     assert not np.array_equal(np.load("fitted.npz")["x"], np.load("normal.npz")["x"])
 
 
-# --- Figures of the log -----------------------------------------------------------------------------------------
+# --- Log ------------------------------------------------------------------------------------------
 
 
 def test_diversity_is_one_for_real_images_and_falls_with_collapse():
@@ -197,7 +174,7 @@ def test_diversity_is_one_for_real_images_and_falls_with_collapse():
     assert vae.diversity(half, reals) == pytest.approx(0.5, abs=0.1)
 
 
-def test_collapse_is_said_in_words(capsys, data_dir):
+def test_mode_collapse_is_reported(capsys, data_dir):
     data = common.load_data("kmnist", data_dir)
     grid = common.to_float(data.images[data.labels == 0][:4])
     grid = torch.cat([grid, grid[:1].expand(4, -1, -1, -1)])
@@ -212,29 +189,19 @@ def test_collapse_is_said_in_words(capsys, data_dir):
 
 def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monkeypatch):
     monkeypatch.setattr(vae, "LOG_EVERY", 3)
-    flags = [
-        "--train",
-        "--epochs",
-        "2",
-        "--data-dir",
-        data_dir,
-        "--kl-warmup",
-        "1",
-        *TINY_FLAGS["vae"],
-    ]
-    assert vae.main(flags) == 0
+    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
+    assert vae.main([*flags, "--kl-warmup", "1"]) == 0
     lines = [json.loads(line) for line in Path("runs/vae/log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "kl" in line]
-    assert [line["step"] for line in steps] == [3, 6] and steps[0]["kl_weight"] < steps[1][
-        "kl_weight"
-    ] < 0.3
+    assert [line["step"] for line in steps] == [3, 6]
+    assert steps[0]["kl_weight"] < steps[1]["kl_weight"] < 0.3
     ends = [line for line in lines if "active_units" in line]
-    assert (
-        len(ends) == 3 and 0 <= ends[-1]["active_units"] <= 4 and len(ends[-1]["diversity"]) == 10
-    )
+    assert len(ends) == 3
+    assert 0 <= ends[-1]["active_units"] <= 4
+    assert len(ends[-1]["diversity"]) == 10
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
