@@ -1,9 +1,10 @@
-"""What one cold `python infer_onnx.py --class Sneaker --steps 20` costs: wall time and peak memory of whole processes.
+"""What one cold `python infer_onnx.py --class Sneaker --steps 20` costs: wall time and peak memory.
 
     python benchmarks/cold.py
 
-Each command runs six times in turn, each run in a process of its own; the first round warms the disk cache and is not
-counted. Beside it stands a process that only imports torch, where torch is installed. Not for Windows (no resource).
+It is measured over whole processes, beside a process that only imports torch, where that is
+installed.  The commands take turns, six times each; the first round warms the disk cache and is not
+counted.  Not for Windows, which has no module `resource`.
 """
 
 import statistics
@@ -12,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Runs argv[1:] and prints its wall time and peak memory; a process of its own, as the peak is over all children.
+# Runs argv[1:] and prints its wall time and peak memory.  A separate process for each run, because
+# the peak is over all children.
 MEASURE = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -22,9 +24,8 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).
 UNIT = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB, in MiB
 
 script = Path(__file__).parent.parent / "infer_onnx.py"
-commands = {
-    "infer_onnx.py, one Sneaker, 20 steps": [str(script), "--class", "Sneaker", "--steps", "20"]
-}
+flags = ["--class", "Sneaker", "--steps", "20"]
+commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), *flags]}
 if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
     commands["import torch, and nothing else"] = ["-c", "import torch"]
 results = {name: [] for name in commands}

@@ -1,13 +1,14 @@
-"""Our default network beside small class-conditional UNets of two libraries: speed, memory, start-up, in paired runs.
+"""Our default network beside small class-conditional UNets of two libraries, in paired runs.
 
     pip install diffusers denoising-diffusion-pytorch
     python benchmarks/libraries.py
 
-Each measurement is a fresh process: it imports what it needs, builds the network, takes training steps in float32
-(forward, mean squared error, backward, clipping, AdamW) and evaluates the network, on the same 32x32 images of 10
-classes.  The three take turns, and the medians of the rounds are printed with those of the ratios to ours within a
-round.  The libraries are asked for their smallest sensible networks; these are larger than ours, which is the point:
-it was made for two cores.  How good samples are after the same time is not measured here.
+Speed, memory and start-up are measured, each time in a fresh process: it imports what it needs,
+builds the network, takes training steps in float32 (forward, mean squared error, backward,
+clipping, AdamW) and evaluates the network, on the same 32x32 images of 10 classes.  The three take
+turns.  Printed are the medians over the rounds and, in brackets, the medians of the ratios to ours
+within a round.  The libraries' networks are the smallest sensible ones; they are larger than ours,
+which was designed for two cores.  The quality of samples is not measured here.
 """
 
 import argparse
@@ -25,7 +26,8 @@ UNIT = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or Ki
 FIGURES = {  # name: (heading, format)
     "training": ("training, images/s", ".0f"), "one": ("evaluation of 1 image, ms", ".1f"),
     "many": (f"evaluation of {BATCH}, images/s", ".0f"), "memory": ("peak memory, MiB", ".0f"),
-    "start": ("import and build, s", ".2f"), "mmac": ("MMAC an image", ".0f"), "parameters": ("parameters", ",.0f"),
+    "start": ("import and build, s", ".2f"), "mmac": ("MMAC an image", ".0f"),
+    "parameters": ("parameters", ",.0f"),
 }  # fmt: skip
 
 
@@ -35,7 +37,8 @@ def build(subject):
         from diffusers import UNet2DModel
 
         network = UNet2DModel(
-            32, 1, 1, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, num_class_embeds=11,
+            32, 1, 1, block_out_channels=(32, 64, 64), layers_per_block=1,
+            norm_num_groups=8, num_class_embeds=11,
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         )  # fmt: skip
@@ -55,7 +58,7 @@ def build(subject):
 
 
 def seconds(function):
-    """Median seconds of a call, after two that warm up."""
+    """Median seconds of a call, without the first two, which warm up."""
     times = []
     end = time.perf_counter() + SECONDS
     while len(times) < 5 or time.perf_counter() < end:
@@ -66,13 +69,11 @@ def seconds(function):
 
 
 def measure(subject):
-    """The figures of one subject, in this process."""
+    """The figures of one subject, measured in this process."""
     start = time.perf_counter()
     predict, network = build(subject)
-    figures = {
-        "start": time.perf_counter() - start,
-        "parameters": sum(p.numel() for p in network.parameters()),
-    }
+    figures = {"start": time.perf_counter() - start}
+    figures["parameters"] = sum(p.numel() for p in network.parameters())
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,10 +101,9 @@ def measure(subject):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each takes (3)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds of the three (3)")
     parser.add_argument("--subject", choices=SUBJECTS, help="only measure this one, and print JSON")
     args = parser.parse_args()
     if args.subject:
@@ -113,33 +113,25 @@ def main():
     for i in range(args.rounds):
         turn = {}
         for subject in (*SUBJECTS[i % 3 :], *SUBJECTS[: i % 3]):
-            done = subprocess.run(
-                [sys.executable, __file__, "--subject", subject], stdout=subprocess.PIPE, text=True
-            )
+            command = [sys.executable, __file__, "--subject", subject]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"{subject} failed: pip install diffusers denoising-diffusion-pytorch")
             turn[subject] = json.loads(done.stdout.splitlines()[-1])
         rounds.append(turn)
     import torch
 
-    print(
-        f"medians of {args.rounds} rounds, in brackets over ours; {torch.get_num_threads()} threads, ",
-        end="",
-    )
-    print(f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"medians of {args.rounds} rounds, in brackets over ours; ", end="")
+    print(f"{machine}, torch {torch.__version__}")
     for name, (heading, digits) in FIGURES.items():
-        print(f"{heading:28s}", end="")
+        line = f"{heading:28s}"
         for subject in SUBJECTS:
             value = statistics.median(turn[subject][name] for turn in rounds)
-            ratio = statistics.median(
-                turn[subject][name] / turn[SUBJECTS[0]][name] for turn in rounds
-            )
-            print(
-                f"{subject}: {value:{digits}}"
-                + (f" ({ratio:.2f})" if subject != SUBJECTS[0] else ""),
-                end="   ",
-            )
-        print()
+            ratios = [turn[subject][name] / turn[SUBJECTS[0]][name] for turn in rounds]
+            ratio = f" ({statistics.median(ratios):.2f})" if subject != SUBJECTS[0] else ""
+            line += f"{subject}: {value:{digits}}{ratio}   "
+        print(line)
 
 
 if __name__ == "__main__":

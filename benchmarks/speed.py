@@ -1,10 +1,11 @@
-"""How fast this machine trains and samples the default network, and what share of its matrix-product rate that is.
+"""How fast this machine trains and samples the default network, beside its matrix-product rate.
 
     python benchmarks/speed.py
 
-All is measured in this one run, in turn, and the medians are printed: the share is worth quoting, the times are an
-example. One image costs 6 floating point operations per multiply-accumulate (MAC) in training and 2 in an evaluation;
-a guided step takes two evaluations. bfloat16 is compared with the float32 product, too.
+Everything is measured in one run, in turn, and the medians are printed.  The fraction of the
+matrix-product rate can be quoted; the times are those of one machine.  One image costs 6 floating
+point operations per multiply-accumulate (MAC) in training and 2 in an evaluation; a guided step
+takes two evaluations.  bfloat16 is compared with the float32 product, too.
 """
 
 import statistics
@@ -14,21 +15,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ddim
 import infer_onnx
-from common import Muon, UNet, autocast
+from common import UNet
+from runs import Muon, autocast, power_ema
 
 BATCH, ROUNDS = 64, 15
-SIZES = 1, 16, 200  # of the batches that are evaluated: the last is that of 100 guided images
+SIZES = 1, 16, 200  # of the batches that are evaluated; 200 is one of 100 guided images
 
 
 def product():
-    """Four products of 2048 x 2048 float32 matrices, 2 * 2048^3 operations each, into memory that is there already."""
+    """Four products of 2048 x 2048 float32 matrices, 2 * 2048^3 operations each."""
     for _ in range(4):
-        torch.mm(matrix, matrix, out=result)
+        torch.mm(matrix, matrix, out=result)  # without allocating memory
 
 
 def training_step(bf16):
@@ -56,14 +59,12 @@ torch.manual_seed(0)
 torch.set_flush_denormal(True)
 matrix, result = torch.randn(2, 2048, 2048)
 model = UNet().to(memory_format=torch.channels_last)
-optimizer = Muon(model.named_parameters(), 1e-3, 0.01, fused=True)
-ema_model = ddim.AveragedModel(model, multi_avg_fn=ddim.power_ema(0.08))
+optimizer = Muon(model.named_parameters(), 5e-3, 0.01, fused=True)
+ema_model = AveragedModel(model, multi_avg_fn=power_ema(0.08)).eval()
 count = max(SIZES)
-x, t, y = (
-    torch.randn(count, 1, 32, 32),
-    torch.randint(0, 1000, (count,)),
-    torch.randint(0, 10, (count,)),
-)
+x = torch.randn(count, 1, 32, 32)
+t = torch.randint(0, 1000, (count,))
+y = torch.randint(0, 10, (count,))
 shipped = Path(infer_onnx.__file__).parent / "pretrained" / "ddim.onnx"  # the default network, too
 session = infer_onnx.load_model(shipped, "cpu").session
 feed = {"x_t": x.numpy(), "t": t.numpy(), "y": y.numpy()}
@@ -88,17 +89,14 @@ for i in range(ROUNDS + 3):
         function()
         if i >= 3:  # the first rounds warm up
             seconds[name].append(time.perf_counter() - start)
-print(
-    f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-)
-print(
-    f"default network: {sum(p.numel() for p in model.parameters()):,} parameters, {macs / 1e6:.1f} MMAC for an image"
-)
+machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+print(f"{machine}, torch {torch.__version__}")
+parameters = sum(p.numel() for p in model.parameters())
+print(f"default network: {parameters:,} parameters, {macs / 1e6:.1f} MMAC for an image")
 median = {name: statistics.median(s) for name, s in seconds.items()}
 base = work["2048^3 float32 product"][2] / median["2048^3 float32 product"]
 for name, (_, size, operations) in work.items():
     images, rate = size / median[name], size * operations / median[name]
     each = "" if "product" in name else f"{1e3 / images:7.2f} ms an image, {images:6.0f} images/s,"
-    print(
-        f"{name:30s} {each:37s} {rate / 1e9:5.0f} GFLOP/s, {rate / base:4.0%} of the product's rate"
-    )
+    fraction = f"{rate / base:4.0%} of the product's rate"
+    print(f"{name:30s} {each:37s} {rate / 1e9:5.0f} GFLOP/s, {fraction}")

@@ -168,14 +168,13 @@ def tiny_runs(tmp_path_factory, data_dir):
 
 @pytest.fixture
 def fashion(in_tmp, monkeypatch):
-    """A function that sets up small files as fashion-mnist under a folder, with sums to match."""
+    """A function that writes small files as fashion-mnist to a folder, with matching checksums."""
 
     def set_up(folder, **options):
         sums = write_idx(folder, **options)
         dataset_class = common.IDX_SETS["fashion-mnist"][0]
-        monkeypatch.setitem(
-            common.IDX_SETS, "fashion-mnist", (dataset_class, str(in_tmp / "debian"), sums)
-        )
+        entry = (dataset_class, str(in_tmp / "debian"), sums)
+        monkeypatch.setitem(common.IDX_SETS, "fashion-mnist", entry)
         return folder
 
     return set_up

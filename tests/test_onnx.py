@@ -39,7 +39,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def infer(*argv, cwd, script="infer_onnx.py"):
-    """infer_onnx.py, or a script that uses it, in a process of its own, without torch."""
+    """infer_onnx.py, or a script that uses it, in a separate process without torch."""
     command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / script), *map(str, argv)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 

@@ -47,9 +47,8 @@ def test_reconstruction_losses_are_negative_log_likelihoods(kind):
     else:
         values, p = (x + 1) / 2, (x_hat + 1) / 2
         oracle = -(values * p.log() + (1 - values) * (1 - p).log())
-    assert torch.allclose(
-        vae.reconstruction_loss(logits, x, kind), oracle.flatten(1).sum(dim=1), rtol=1e-4, atol=1e-4
-    )
+    found = vae.reconstruction_loss(logits, x, kind)
+    assert torch.allclose(found, oracle.flatten(1).sum(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_optimal_sigma_is_optimal():
@@ -87,7 +86,7 @@ def two_lumps(count=4000):
     return codes, torch.arange(2).repeat_interleave(count)
 
 
-def drawn(prior, label, count=20_000, dim=2):
+def codes_of(prior, label, count=20_000, dim=2):
     arrays = prior and {key: value.numpy() for key, value in prior.items()}
     return vae.sample_codes(arrays, [label] * count, common.noise_streams(3, range(count)), dim)
 
@@ -97,22 +96,22 @@ def test_a_mixture_is_found_again():
     prior = vae.fit_prior(codes, labels, 2, 2, seed=0)
     assert sorted(prior["weights"][0].tolist()) == pytest.approx([0.25, 0.75], abs=0.03)
     assert sorted(prior["means"][0, :, 0].tolist()) == pytest.approx([-1, 3], abs=0.05)
-    found = drawn(prior, 0)
+    found = codes_of(prior, 0)
     assert (found[:, 0] > 1).mean() == pytest.approx(0.25, abs=0.03)
     assert not ((found[:, 0] > 0.5) & (found[:, 0] < 1.5)).any()  # nothing between the lumps
     for label in (0, 1):
-        own, found = codes[labels == label].numpy(), drawn(prior, label)
-        assert np.allclose(found.mean(axis=0), own.mean(axis=0), atol=0.06)
-        assert np.allclose(np.cov(found.T), np.cov(own.T), atol=0.12)
+        given, found = codes[labels == label].numpy(), codes_of(prior, label)
+        assert np.allclose(found.mean(axis=0), given.mean(axis=0), atol=0.06)
+        assert np.allclose(np.cov(found.T), np.cov(given.T), atol=0.12)
 
 
 def test_one_gaussian_needs_no_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     codes, labels = two_lumps()
     prior = vae.fit_prior(codes, labels, 3, 1, seed=0)
-    found = drawn(prior, 1)
+    found = codes_of(prior, 1)
     assert np.allclose(np.cov(found.T), np.cov(codes[labels == 1].numpy().T), atol=0.1)
-    assert np.allclose(np.cov(drawn(prior, 2).T), np.eye(2), atol=0.05)  # a class without images
+    assert np.allclose(np.cov(codes_of(prior, 2).T), np.eye(2), atol=0.05)  # a class without images
 
 
 def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(
