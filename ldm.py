@@ -20,8 +20,8 @@ Differs from the paper: no perceptual and no adversarial loss, class labels by a
 of cross-attention, with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
 cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
 arXiv:2202.00512), stratified t, an EMA over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696), Muon with an annealed rate, gradient clipping, latents standardised by channel,
-and a smaller network.
+arXiv:2312.02696), Muon (in stage 1 AdamW) with an annealed rate, gradient clipping, latents
+standardised by channel, and a smaller network.
 """
 
 import argparse
@@ -451,7 +451,7 @@ def train(args, checkpoint=None):
     if len(args.widths) > 4:
         depth = "latents of 8x8 can be halved three times"
         raise InputError(f"--widths {args.widths} are more than 4: {depth}")
-    # What makes no network is refused before stage 1, not after it.
+    # Numbers that make no network are refused now, not after stage 1.
     UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)
     data = load_run_data(args, checkpoint)
 
@@ -576,7 +576,8 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         print(f"the autoencoder is {path}")
         autoencoder = stage_1["network"]
         stage_1_seconds = stage_1["seconds"]
-        args.kl_weight = stage_1["config"]["kl_weight"]  # perhaps of another run, as the shapes
+        # It may be from a run with other flags; this run's config says those that are true.
+        args.kl_weight = stage_1["config"]["kl_weight"]
     if autoencoder["channels"] != args.channels:
         channels = autoencoder["channels"]
         raise InputError(f"the autoencoder is for --channels {channels}, not {args.channels}")
