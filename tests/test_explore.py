@@ -1,0 +1,623 @@
+"""explore.py: equations against oracles, each command on tiny runs, bad input in one line."""
+
+import contextlib
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS
+from PIL import Image, ImageSequence
+
+import common
+import ddim
+import explore
+from common import InputError
+
+COMMANDS = {
+    "interpolate": ["ddim", "vae", "gan"],
+    "invert": ["ddim", "ldm"],
+    "reconstruct": ["vae", "ldm"],
+    "between": ["vae"],
+    "map": ["vae", "ldm"],
+    "walk": ["vae"],
+    "filmstrip": ["ddpm", "ddim", "ldm"],
+    "gif": ["ddpm", "ddim", "ldm", "vae", "gan"],
+}
+CELL = 34  # pixels of an image in a grid, with its edge
+
+
+@pytest.fixture
+def draw(tiny_runs, in_tmp):
+    """A function: run a command on the tiny run of a model, in three steps if it takes steps."""
+
+    def run(command, name, *flags, steps=3):
+        where = ["--checkpoint", str(tiny_runs(name))]
+        if name in explore.DIFFUSION and command != "reconstruct":
+            where += ["--steps", str(steps)]
+        assert explore.main([command, name, *flags, *where]) == 0
+
+    return run
+
+
+def script_images(name, *flags):
+    """What a model script samples with these flags: int (N, C, 32, 32)."""
+    assert importlib.import_module(name).main([*flags, "--output", "plain.npz"]) == 0
+    return np.load("plain.npz")["x"].astype(int)
+
+
+def images(path):
+    return np.load(path)["x"].astype(int)
+
+
+def pixels(path):
+    """A picture without its enlargement, (H, W), of a grid of the given number of columns."""
+    picture = np.array(Image.open(path).convert("L"))
+    scale = next(k for k in range(8, 0, -1) if (picture.shape[1] // k - 2) % CELL == 0
+                 and picture.shape[1] % k == 0)  # fmt: skip
+    return picture[::scale, ::scale].astype(int)
+
+
+def cell(picture, row, column):
+    """An image of a grid: (32, 32)."""
+    return picture[row * CELL + 2 : (row + 1) * CELL, column * CELL + 2 : (column + 1) * CELL]
+
+
+def gif_frames(path):
+    with Image.open(path) as picture:
+        return [np.array(frame.convert("L")) for frame in ImageSequence.Iterator(picture)]
+
+
+def close(a, b):
+    """Within a grey level, by which batches of other sizes may differ."""
+    return a.shape == b.shape and np.abs(a - b).max() <= 1
+
+
+# --- Method ---------------------------------------------------------------------------------------
+
+
+def test_slerp_keeps_ends_and_length():
+    a, b = torch.randn(2, 1, 1, 32, 32)
+    weight = torch.linspace(0, 1, 5).view(-1, 1, 1, 1)
+    path = explore.slerp(a, b, weight)
+    assert torch.allclose(path[:1], a, atol=1e-5) and torch.allclose(path[-1:], b, atol=1e-5)
+    assert path.flatten(1).norm(dim=1).min() > 0.95 * min(a.norm(), b.norm())
+    middle = (a + b) / (a + b).norm()
+    assert torch.cosine_similarity(path[2].flatten(), middle.flatten(), dim=0) > 0.99
+
+
+def test_slerp_turns_by_equal_angles():
+    a = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+    b = torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)
+    path = explore.slerp(a, b, torch.tensor([1 / 3]).view(-1, 1, 1, 1)).flatten()
+    assert torch.allclose(path, 2 * torch.tensor([3**0.5 / 2, 0.5]))  # 30 degrees of 90
+
+
+def test_codes_keep_their_length_on_the_way():
+    a, b = torch.randn(2, 64)
+    weight = torch.linspace(0, 1, 9)[:, None]
+    z = explore.lerp_with_length(a, b, weight)
+    assert torch.allclose(z[0], a, atol=1e-5) and torch.allclose(z[-1], b, atol=1e-5)
+    expected = torch.lerp(a.norm(), b.norm(), weight[:, 0])
+    assert torch.allclose(z.norm(dim=1), expected, rtol=1e-5)
+    straight = torch.lerp(a, b, weight)
+    assert torch.cosine_similarity(z, straight).min() > 1 - 1e-6
+
+
+def test_blended_denoisers_by_hand():
+    weight = torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1)
+    denoise = explore.blended(lambda x, t: x + 2, lambda x, t: x + t, weight)
+    assert denoise(torch.zeros(3, 1, 2, 2), 6)[:, 0, 0, 0].tolist() == [2, 3, 6]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_inversion_finds_the_noise_that_the_network_knows(prediction):
+    """With a network that knows x_0 and eps, each step lands on DDPM eq. (4)."""
+    alpha_bars = ddim.make_alpha_bars("cosine", 100)
+    x_0 = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    eps = torch.randn_like(x_0)
+    calls = []
+
+    def denoise(x_t, t):
+        calls.append(t)
+        return ddim.target_of(prediction, x_0, eps, alpha_bars[t])
+
+    start = ddim.q_sample(x_0, eps, alpha_bars[0])  # a clean image passes for t = 0
+    pairs = ddim.time_pairs(100, 7)
+    trace = []
+    x_T = explore.ddim_invert(ddim, denoise, start, alpha_bars, pairs, prediction, trace)
+    assert torch.allclose(x_T, ddim.q_sample(x_0, eps, alpha_bars[99]), atol=1e-6)
+    assert calls == [0, *(t for t, _ in reversed(pairs[1:]))]
+    assert [t for t, _, _ in trace] == [-1, *calls[1:]]
+    for (_, x_t, x_0_hat), t in zip(trace, calls, strict=True):
+        assert torch.allclose(x_t, ddim.q_sample(x_0, eps, alpha_bars[t]), atol=1e-6)
+        assert torch.allclose(x_0_hat, x_0, atol=1e-6)
+
+
+def test_inversion_and_sampling_undo_each_other_with_many_steps():
+    """Of Gaussian data the best eps_hat is known: x_t * sqrt(1 - alpha_bar_t) / var(x_t)."""
+    alpha_bars = ddim.make_alpha_bars("cosine", 1000)
+    x_0 = torch.randn(3, 1, 4, 4, dtype=torch.float64) * 0.3
+
+    def denoise(x_t, t):
+        a = alpha_bars[t]
+        return x_t * (1 - a) ** 0.5 / (a * 0.3**2 + 1 - a)
+
+    errors = []
+    for steps in (10, 100, 1000):
+        walk = alpha_bars, ddim.time_pairs(1000, steps), "eps"
+        x_T = explore.ddim_invert(ddim, denoise, x_0, *walk)
+        errors.append((ddim.ddim_sample(denoise, x_T, *walk, clip=False) - x_0).abs().max().item())
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
+
+
+def test_pca_finds_the_plane_that_codes_lie_in():
+    plane, _ = torch.linalg.qr(torch.randn(9, 2))
+    flat = torch.randn(200, 2) * torch.tensor([3.0, 1.0])
+    codes = flat @ plane.T + 5
+    points = explore.in_the_plane(codes, "pca", others=torch.full((1, 9), 5.0))
+    assert points.shape == (201, 2)
+    assert torch.allclose(torch.pdist(points[:200]), torch.pdist(flat), atol=1e-3)
+    assert torch.allclose(points[200].norm(), flat.mean(dim=0).norm(), atol=1e-3)  # the same map
+    variances = points[:200].var(dim=0)
+    assert variances[0] > variances[1]
+
+
+def test_two_numbers_are_their_own_map():
+    codes = torch.randn(5, 2)
+    assert torch.equal(explore.in_the_plane(codes, "pca", codes), torch.cat([codes, codes]))
+
+
+def test_tsne_keeps_lumps_apart(monkeypatch):
+    codes = torch.cat([torch.randn(40, 6), torch.randn(40, 6) + 30])
+    points = explore.in_the_plane(codes, "tsne")
+    near = torch.cdist(points[:40], points[:40]).mean()
+    far = torch.cdist(points[:40], points[40:]).mean()
+    assert points.shape == (80, 2) and far > 2 * near
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(InputError, match="pip install scikit-learn"):
+        explore.in_the_plane(codes, "tsne")
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def steps_of(levels):
+    """A trace of two grey images whose x_t is `level` and x_0_hat minus that, at each step."""
+    grey = torch.ones(2, 1, 32, 32)
+    return [(len(levels) - 1 - i, grey * level, grey * -level) for i, level in enumerate(levels)]
+
+
+def test_a_filmstrip_has_x_t_above_x_0_hat_and_at_most_11_steps():
+    levels = torch.linspace(-0.9, 0.9, 31)
+    strip = np.array(explore.filmstrip(steps_of(levels.tolist())))
+    scale = strip.shape[1] // (11 * CELL + 2)
+    strip = strip[::scale, ::scale]
+    assert strip.shape == (4 * CELL + 2, 11 * CELL + 2)
+    for column in range(11):
+        level = levels[3 * column]
+        for row in range(4):
+            sign = -1 if row % 2 else 1
+            assert (cell(strip, row, column) == common.to_uint8(sign * level).item()).all()
+
+
+def test_frames_have_the_grid_of_x_t_above_that_of_x_0_hat():
+    trace = [(t, x.repeat(2, 1, 1, 1)[:3], y.repeat(2, 1, 1, 1)[:3])
+             for t, x, y in steps_of([0.5, -0.2])]  # fmt: skip
+    frames = explore.trajectory_frames(trace, columns=2)
+    assert len(frames) == 2
+    for frame, level in zip(frames, (0.5, -0.2), strict=True):
+        scale = frame.width // (2 * CELL + 2)
+        picture = np.array(frame)[::scale, ::scale]
+        assert picture.shape == (4 * CELL + 2, 2 * CELL + 2)
+        x_t, x_0_hat = (common.to_uint8(torch.tensor(v)).item() for v in (level, -level))
+        found = [[int(cell(picture, i, j)[5, 5]) for j in range(2)] for i in range(4)]
+        assert found == [[x_t, x_t], [x_t, 0], [x_0_hat, x_0_hat], [x_0_hat, 0]]
+
+
+def test_a_gif_shows_its_frames_in_order_and_rests_on_the_last(tmp_path):
+    explore.save_gif(
+        [Image.new("L", (8, 8), level) for level in (10, 120, 250)], tmp_path / "x.gif"
+    )
+    assert [frame[0, 0] for frame in gif_frames(tmp_path / "x.gif")] == [10, 120, 250]
+    with Image.open(tmp_path / "x.gif") as gif:
+        found = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["loop"] == 0 and found == [80, 80, 1000]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gif"]
+
+
+def colours_of(path):
+    picture = np.array(Image.open(path).convert("RGB")).astype(int)
+    return picture, {tuple(colour) for colour in picture.reshape(-1, 3)}
+
+
+def test_a_map_has_dots_by_class_and_a_line_for_each_walk(tmp_path):
+    points = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1, 2])
+    walks = [(torch.tensor([[0.0, 0.5], [0.5, 0.6], [1.0, 0.5]]), 1)]
+    names = ["a", "b", "c", "unseen"]
+    for name, given in (("plain", []), ("walks", walks)):
+        explore.save_map(explore.new_axes(), points, labels, names, tmp_path / f"{name}.png", given)
+    plain, colours = colours_of(tmp_path / "plain.png")
+    with_walk, _ = colours_of(tmp_path / "walks.png")
+    assert plain.shape == with_walk.shape == (900, 1050, 3)
+    for tab10 in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
+        assert tab10 in colours
+    assert (214, 39, 40) not in colours  # a class without a point
+    left = np.arange(1050) < 970  # of the legend
+    places = [
+        [axis.mean() for axis in np.nonzero((plain == colour).all(axis=2) & left)]
+        for colour in ((31, 119, 180), (255, 127, 14))
+    ]
+    assert places[0][0] > places[1][0] and places[0][1] < places[1][1]  # the y axis points up
+    changed = (plain != with_walk).any(axis=2)
+    assert changed.sum() > 2000
+    columns = np.nonzero(changed.any(axis=0))[0]
+    first, last = changed[:, columns[0] : columns[0] + 8], changed[:, columns[-1] - 8 : columns[-1]]
+    ends = [end.any(axis=1).sum() for end in (first, last)]
+    assert ends[1] > 1.4 * ends[0]  # a small marker, and a large one at the end
+
+
+def test_a_map_of_many_classes_has_a_legend_of_40(tmp_path):
+    names = [f"class {i}" for i in range(100)]
+    explore.save_map(
+        explore.new_axes(), torch.randn(100, 2), torch.arange(100), names, tmp_path / "x.png"
+    )
+    assert len(colours_of(tmp_path / "x.png")[1]) > 50
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS["interpolate"])
+def test_an_interpolation_goes_from_one_plain_sample_to_another(name, draw, tiny_runs):
+    draw("interpolate", name, "--class", "o,ki", "--vary", "noise", "--num-samples", "4",
+         "--output", "noise.npz")  # fmt: skip
+    draw("interpolate", name, "--class", "o,ki", "--num-samples", "4", "--output", "class.npz")
+    flags = ["--checkpoint", str(tiny_runs(name)), "--class", "o", "--num-samples", "2"]
+    flags += ["--steps", "3"] if name == "ddim" else []
+    plain = script_images(name, *flags)
+    noise, classes = images("noise.npz"), images("class.npz")
+    assert len(noise) == 8 and len(classes) == 4
+    assert np.load("noise.npz")["y"].tolist() == [0] * 4 + [1] * 4
+    for found, expected in (
+        (noise[0], plain[0]), (noise[3], plain[1]), (classes[0], plain[0]), (classes[3], noise[4])
+    ):  # fmt: skip
+        assert close(found, expected)
+    assert np.abs(noise[1] - noise[0]).max() > 1 and np.abs(classes[0] - classes[3]).max() > 1
+
+
+@pytest.mark.parametrize("name", COMMANDS["interpolate"])
+def test_interpolations_as_pictures(name, draw):
+    draw("interpolate", name, "--class", "o,ki")
+    assert pixels(f"{name}_interpolate.png").shape == (CELL + 2, 10 * CELL + 2)  # ten frames
+    draw("interpolate", name, "--class", "o,ki,su", "--num-samples", "4", "--output", "x.png")
+    draw("interpolate", name, "--class", "o,ki,su", "--num-samples", "4", "--output", "x.npz")
+    picture, array = pixels("x.png"), images("x.npz")
+    assert picture.shape == (3 * CELL + 2, 4 * CELL + 2)  # three classes: noises in each
+    assert np.array_equal(cell(picture, 2, 1), array[9, 0])
+    flags = ["--class", "o,ki,su", "--num-samples", "4"]
+    draw("interpolate", name, *flags, "--output", "x.gif")
+    draw("interpolate", name, *flags, "--output", "folder", "--batch-size", "3")
+    frames = gif_frames("x.gif")
+    assert len(frames) == 4 and len(list(Path("folder").iterdir())) == 12
+    scale = frames[0].shape[1] // (3 * CELL + 2)
+    last = frames[-1][::scale, ::scale].astype(int)
+    assert np.abs(cell(last, 0, 2) - array[11, 0]).max() <= 8  # a GIF has a palette
+    with Image.open("folder/00011_su.png") as picture:
+        assert close(np.array(picture).astype(int), array[11, 0])
+
+
+def test_flags_of_sampling_change_an_interpolation(draw):
+    found = set()
+    for flags in (
+        [], ["--guidance", "4"], ["--guidance", "4", "--guidance-limit", "0.3"],
+        ["--solver", "dpm++"], ["--no-clip"], ["--seed", "5"], ["--steps", "5"],
+    ):  # fmt: skip
+        steps = int(flags[1]) if "--steps" in flags else 3
+        flags = [] if "--steps" in flags else flags
+        draw("interpolate", "ddim", "--class", "o,ki", "--output", "x.npz", *flags, steps=steps)
+        found.add(images("x.npz").tobytes())
+    for flags in ([], ["--truncation", "0.3"], ["--prior", "normal"]):
+        draw("interpolate", "vae", "--class", "o", "--output", "x.npz", *flags)
+        found.add(images("x.npz").tobytes())
+    assert len(found) == 10
+
+
+def error_of(capsys):
+    return float(capsys.readouterr().out.split("error ")[1].split()[0])
+
+
+@pytest.mark.parametrize("name", COMMANDS["invert"])
+def test_inversion_comes_back_to_the_image_with_many_steps(name, draw, capsys, data_dir):
+    draw("invert", name, "3", "--output", "way.gif")
+    assert len(gif_frames("way.gif")) == 7  # 3 steps there, 3 back, and the end
+    few = error_of(capsys)
+    draw("invert", name, "3", steps=200)
+    many = error_of(capsys)
+    picture = pixels(f"{name}_invert.png")
+    assert picture.shape == (CELL + 2, 3 * CELL + 2)
+    given = common.load_data("kmnist", data_dir, train=False).images[3, 0].numpy()
+    assert np.array_equal(cell(picture, 0, 0), given)
+    assert np.abs(cell(picture, 0, 2) - given).mean() == pytest.approx(many, abs=0.01)
+    if name == "ddim":
+        assert many < 12 and many < few
+    else:  # it comes back to what the autoencoder makes of the image
+        draw("reconstruct", "ldm", "3", "--output", "x.npz")
+        exact = error_of(capsys)
+        assert abs(many - exact) < 0.5 and abs(many - exact) <= abs(few - exact)
+    Image.new("L", (28, 28), 90).save("grey.png")
+    draw("invert", name, "grey.png", "--class", "o", "--output", "x.png", "--guidance", "1.2")
+    assert cell(pixels("x.png"), 0, 0)[16, 16] == 90
+
+
+def test_inversion_takes_100_steps_without_much_guidance(tiny_run, in_tmp, capsys, monkeypatch):
+    seen = []
+    guided = ddim.guided
+    monkeypatch.setattr(ddim, "guided", lambda *a: seen.append(a[2]) or guided(*a))
+    assert explore.main(["invert", "ddim", "3", "--checkpoint", str(tiny_run)]) == 0
+    assert seen == [1.0] and ", 100 steps each way" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS["reconstruct"])
+def test_reconstructions_stand_below_the_images(name, draw, capsys, data_dir):
+    draw("reconstruct", name, "0", "3", "5")
+    error = error_of(capsys)
+    picture = pixels(f"{name}_reconstruct.png")
+    assert picture.shape == (2 * CELL + 2, 3 * CELL + 2)
+    data = common.load_data("kmnist", data_dir, train=False)
+    differences = []
+    for column, index in enumerate((0, 3, 5)):
+        given = data.images[index, 0].numpy().astype(int)
+        assert np.array_equal(cell(picture, 0, column), given)
+        differences.append(np.abs(cell(picture, 1, column) - given).mean())
+    assert np.mean(differences) == pytest.approx(error, abs=0.01)
+    draw("reconstruct", name, "0", "3", "--output", "x.npz")
+    x = np.load("x.npz")
+    assert x["y"].tolist() == data.labels[[0, 3]].repeat(2).tolist()
+    Image.fromarray(x["x"][0, 0]).save("given.png")
+    own = data.class_names[data.labels[0]]
+    draw("reconstruct", name, "given.png", "--class", own, "--output", "file.npz")
+    assert close(images("file.npz")[1], x["x"][2].astype(int))
+
+
+def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(draw):
+    draw("between", "vae", "0", "3")
+    assert pixels("vae_between.png").shape == (CELL + 2, 10 * CELL + 2)
+    draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.npz")
+    draw("reconstruct", "vae", "0", "3", "--output", "ends.npz")
+    way = images("way.npz")
+    assert len(way) == 5 and close(way[[0, -1]], images("ends.npz")[2:])
+    assert np.abs(way[2] - way[0]).max() > 1 and np.abs(way[2] - way[4]).max() > 1
+    draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.gif")
+    assert 2 <= len(gif_frames("way.gif")) <= 5
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize("name", COMMANDS["map"])
+def test_a_map_has_a_colour_for_each_class(name, method, draw):
+    draw("map", name, "--method", method, "--class", "o,ki")
+    picture, colours = colours_of(f"{name}_map.png")
+    assert picture.shape == (900, 1050, 3)
+    from matplotlib import colormaps
+
+    for y in range(10):
+        assert tuple(round(255 * v) for v in colormaps["tab10"](y)[:3]) in colours
+    outlines = (picture == 0).all(axis=2).sum()
+    draw("map", name, "--method", method, "--class", "o,ki,su", "--output", "more.png")
+    more = (colours_of("more.png")[0] == 0).all(axis=2).sum()
+    assert (more > outlines) == (name == "ldm")  # the paths have black edges
+
+
+@pytest.mark.parametrize("latent_dim", ["1", "2"])
+def test_a_walk_is_for_two_latent_numbers_and_a_map_for_two_or_more(
+    latent_dim, in_tmp, data_dir, capsys
+):
+    import vae
+
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
+    assert vae.main([*flags, "--latent-dim", latent_dim]) == 0
+    if latent_dim == "1":
+        message = "walk is for a VAE trained with --latent-dim 2, here it is 1"
+        assert message in refused(["walk", "vae", "--class", "o"], capsys)
+        assert "map is for a VAE of --latent-dim 2" in refused(["map", "vae"], capsys)
+        return
+    assert explore.main(["walk", "vae", "--class", "o"]) == 0
+    assert pixels("vae_walk.png").shape == (16 * CELL + 2, 16 * CELL + 2)
+    assert explore.main(["walk", "vae", "--class", "o", "--num-samples", "5",
+                         "--output", "walk.npz"]) == 0  # fmt: skip
+    found = images("walk.npz")
+    checkpoint = torch.load("runs/vae/vae.pt", weights_only=True)
+    model = vae.ema_network(checkpoint, torch.device("cpu"))
+    corner = torch.tensor([[-2.5, 2.5], [2.5, 2.5], [0, 0]])  # above left, above right, the middle
+    expected = vae.decode(model, corner, vae.one_hot(torch.zeros(3, dtype=torch.int64), 10))
+    expected = common.to_uint8(expected).numpy().astype(int)
+    assert len(found) == 25 and close(found[[0, 4, 12]], expected)
+    assert explore.main(["map", "vae"]) == 0 and Path("vae_map.png").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS["filmstrip"])
+def test_a_filmstrip_ends_in_the_images_of_plain_sampling(name, draw, tiny_runs):
+    flags = ["--class", "o,ki", "--num-samples", "2"]
+    draw("filmstrip", name, *flags)
+    strip = pixels(f"{name}_filmstrip.png")
+    assert strip.shape == (8 * CELL + 2, 4 * CELL + 2)  # 4 images, 2 rows; 3 steps and the end
+    flags += ["--checkpoint", str(tiny_runs(name)), "--steps", "3"]
+    for i, image in enumerate(script_images(name, *flags)):
+        assert close(cell(strip, 2 * i, 3), image[0]) and close(cell(strip, 2 * i + 1, 3), image[0])
+    assert cell(strip, 0, 0).std() > cell(strip, 1, 0).std()  # noise above what it is taken for
+
+
+@pytest.mark.parametrize("name", COMMANDS["gif"])
+def test_a_gif_shows_the_steps_or_one_sample_after_the_other(name, draw, tiny_runs):
+    draw("gif", name, "--class", "o,ki", "--num-samples", "3")
+    frames = gif_frames(f"{name}_gif.gif")
+    flags = ["--checkpoint", str(tiny_runs(name)), "--class", "o,ki", "--num-samples", "3"]
+    flags += ["--steps", "3"] if name in explore.DIFFUSION else []
+    plain = script_images(name, *flags)
+    columns, rows = (3, 4) if name in explore.DIFFUSION else (2, 1)
+    scale = frames[-1].shape[1] // (columns * CELL + 2)
+    last = frames[-1][::scale, ::scale].astype(int)
+    assert last.shape == (rows * CELL + 2, columns * CELL + 2)
+    if name in explore.DIFFUSION:
+        assert len(frames) == 4  # three steps and the end
+        expected = plain[4, 0]  # x_t in two rows, x_0_hat in two, and at the end both are the image
+        assert np.abs(cell(last, 1, 1) - expected).max() <= 8
+        assert np.abs(cell(last, 3, 1) - expected).max() <= 8
+    else:
+        assert len(frames) == 3  # the third sample of each class
+        assert np.abs(cell(last, 0, 1) - plain[5, 0]).max() <= 8
+
+
+def test_samplers_flags_reach_the_walk(draw):
+    found = set()
+    for name, flags in (
+        ("ddpm", []), ("ddpm", ["--variance", "large"]), ("ddim", []), ("ddim", ["--eta", "0.7"]),
+        ("ddim", ["--solver", "dpm++"]), ("ldm", []), ("ldm", ["--eta", "1"]),
+        ("ldm", ["--guidance", "5"]),
+    ):  # fmt: skip
+        draw("filmstrip", name, "--class", "o", "--output", "x.png", *flags)
+        found.add(pixels("x.png").tobytes())
+    assert len(found) == 8
+
+
+def test_a_gif_of_a_gan_has_ten_samples(draw):
+    draw("gif", "gan", "--class", "o")
+    assert len(gif_frames("gan_gif.gif")) > 2
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def refused(argv, capsys):
+    """Run with bad input; returns the message after checking its one line and the exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        explore.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("explore.py"), error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "arguments are required: COMMAND"),
+        ("draw ddim", "invalid choice: 'draw'"),
+        ("interpolate ldm", "invalid choice: 'ldm'"),
+        ("interpolate ddim --class o --vary class", "--vary class needs two classes"),
+        ("interpolate ddim --class o,ki,su --vary class", "--vary class needs two classes"),
+        ("interpolate ddim --class o,ki --num-samples 1", "'1' is not a whole number from 2"),
+        ("interpolate ddim --class nothing", "no class 'nothing'"),
+        ("interpolate ddim --eta 0.5", "unrecognized arguments: --eta"),
+        ("interpolate ddim --steps 1001", "--steps 1001 is more than the 1000 of training"),
+        ("interpolate ddim --truncation 1", "ddim has no --truncation, only vae and gan"),
+        ("interpolate ddim --output x.jpg", "must end in .png or .npz or .gif, or be a folder"),
+        ("interpolate vae --steps 3", "vae has no --steps, only ddpm and ddim and ldm"),
+        ("interpolate gan --truncation 0", "from 0.1"),
+        ("invert ddim", "the following arguments are required: IMAGE"),
+        ("invert ddim 60", "there is no image 60: they are 0 to 59"),
+        ("invert ddim 1 2", "unrecognized arguments: 2"),
+        ("invert ddim nowhere.png --class o", "nowhere.png is not a readable image"),
+        ("invert ddim nowhere.png", "nowhere.png needs one --class"),
+        ("invert ddim ./given.png --class o --output given.png", "is an image that is given"),
+        ("invert ldm 0 --no-clip", "ldm has no --clip, only ddpm and ddim"),
+        ("reconstruct vae 99", "there is no image 99: they are 0 to 59"),
+        ("reconstruct vae nowhere.png --class o", "nowhere.png is not a readable image"),
+        ("reconstruct vae nowhere.png", "needs one --class"),
+        (f"reconstruct vae {' '.join(map(str, range(21)))}", "21 images are too many: at most 20"),
+        ("between vae 1", "the following arguments are required: IMAGE"),
+        ("between vae 0 given.png --class o --output given.png", "is an image that is given"),
+        ("between vae 0 1 --num-samples 1", "from 2"),
+        ("map vae --method umap", "invalid choice: 'umap'"),
+        ("map vae --output x.gif", "must end in .png"),
+        ("map vae --steps 3", "vae has no --steps"),
+        ("walk vae", "the following arguments are required: --class"),
+        ("walk vae --class o", "walk is for a VAE trained with --latent-dim 2, here it is 4"),
+        ("walk vae --class o --num-samples 21", "from 2 to 20"),
+        ("filmstrip ddim --output x.npz", "must end in .png"),
+        ("filmstrip ddim --variance large", "ddim has no --variance, only ddpm"),
+        ("filmstrip ddpm --eta 1", "ddpm has no --eta, only ddim and ldm"),
+        ("filmstrip ddim --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
+        ("filmstrip ldm --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
+        ("gif ddim --output x.png", "must end in .gif"),
+        ("gif gan --steps 5", "gan has no --steps"),
+        ("gif ddim --checkpoint nowhere.pt", "there is no nowhere.pt"),
+        ("gif ddim --device cuda", "--device cuda is not available on this machine"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(argv, message, tiny_runs, in_tmp, capsys):
+    argv = argv.split()
+    if "given.png" in " ".join(argv):
+        Image.new("L", (28, 28), 90).save("given.png")
+    before = {path: path.read_bytes() for path in in_tmp.iterdir()}
+    if len(argv) > 1 and argv[1] in COMMANDS.get(argv[0], ()) and "--checkpoint" not in argv:
+        argv += ["--checkpoint", str(tiny_runs(argv[1]))]
+    assert message in refused(argv, capsys)
+    assert {path: path.read_bytes() for path in in_tmp.iterdir()} == before
+
+
+def test_a_map_without_matplotlib_says_what_to_install(tiny_runs, in_tmp, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = refused(["map", "vae", "--checkpoint", str(tiny_runs("vae"))], capsys)
+    assert "a map needs matplotlib: pip install matplotlib" in error
+
+
+@pytest.mark.parametrize("command", ["interpolate", "filmstrip", "gif", "invert"])
+def test_images_that_are_not_finite_are_refused(command, tiny_run, in_tmp, capsys):
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    checkpoint["ema"]["head.bias"][:] = torch.nan
+    torch.save(checkpoint, "broken.pt")
+    image = ["3"] if command == "invert" else []
+    flags = ["--checkpoint", "broken.pt", "--steps", "2", "--class", "o"]
+    assert "not finite" in refused([command, "ddim", *image, *flags], capsys)
+    assert [path.name for path in in_tmp.iterdir()] == ["broken.pt"]
+
+
+def test_without_dropped_labels_guidance_is_fixed(in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
+    assert ddim.main([*flags, "--label-dropout", "1", "--num-timesteps", "30"]) == 0
+    assert explore.main(["invert", "ddim", "3"]) == 0  # unconditional, in 30 steps
+    assert "30 steps each way" in capsys.readouterr().out
+    message = "the label dropout of the training leaves only --guidance 0.0"
+    assert message in refused(["invert", "ddim", "3", "--guidance", "1"], capsys)
+
+
+def test_help_has_an_example_of_each_command_that_parses(capsys):
+    with contextlib.suppress(SystemExit):
+        explore.main(["--help"])
+    text = capsys.readouterr().out
+    examples = [line.split("  ")[0].split() for line in map(str.strip, text.splitlines())
+                if line.startswith("python explore.py") and "COMMAND" not in line]  # fmt: skip
+    parsed = [explore.build_parser().parse_args(example[2:]) for example in examples]
+    assert {args.command for args in parsed} == {*COMMANDS}
+    for command in COMMANDS:
+        with contextlib.suppress(SystemExit):
+            explore.main([command, "--help"])
+        assert f"usage: explore.py {command}" in capsys.readouterr().out
+    with contextlib.suppress(SystemExit):
+        explore.main(["interpolate", "--help"])
+    assert "ddim can jump between two frames" in " ".join(capsys.readouterr().out.split())
+
+
+def test_one_script_is_imported_and_matplotlib_only_for_a_map(tiny_run, in_tmp):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import explore
+explore.main(["gif", "ddim", "--checkpoint", {str(tiny_run)!r}, "--steps", "2", "--class", "o"])
+found = {{"ddpm", "ddim", "ldm", "vae", "gan", "matplotlib", "sklearn"}} & {{*sys.modules}}
+assert found == {{"ddim"}}, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=in_tmp)
+    assert done.returncode == 0 and done.stdout.startswith("wrote ddim_gif.gif"), done.stderr
+
+
+def test_the_shipped_weights_serve_without_a_run(in_tmp):
+    assert explore.main(["interpolate", "ddim", "--class", "Sneaker,Bag", "--steps", "4",
+                         "--num-samples", "3", "--output", "x.npz"]) == 0  # fmt: skip
+    x = images("x.npz")
+    assert x.shape == (3, 1, 32, 32) and x[0, 0].max() > 150 and x[0, 0, :4].max() < 30
