@@ -54,7 +54,7 @@ def images(path):
 
 
 def pixels(path):
-    """A picture without its enlargement, (H, W), of a grid of the given number of columns."""
+    """A grid without its enlargement: int (H, W)."""
     picture = np.array(Image.open(path).convert("L"))
     scale = next(k for k in range(8, 0, -1) if (picture.shape[1] // k - 2) % CELL == 0
                  and picture.shape[1] % k == 0)  # fmt: skip
