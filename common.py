@@ -1,8 +1,8 @@
 """What the model scripts share: data loading, noise, embeddings and the UNet.
 
-Nothing here belongs to the algorithm box of a paper: schedules, losses, samplers, EMA and training
-loops are in the scripts, where a reader of the paper looks for them.  What a training run needs
-besides (flags, checkpoints, logs) is in runs.py.
+Nothing here belongs to the algorithm box of a paper: schedules, losses, samplers and training loops
+are in the scripts, where a reader of the paper looks for them.  Flags, checkpoints, logs, the
+learning rate and the EMA are in runs.py.
 
 Images are uint8 in 0..255 on disk and in memory, and float32 in [-1, 1] everywhere else; `to_float`
 and `to_uint8` convert between the two.
@@ -144,7 +144,7 @@ def _load_idx(name, data_dir, train):
     found = _find_idx(places, dataset_class.__name__, wanted)
     if found is None and data_dir is not None:
         raw = f"{dataset_class.__name__}/raw"
-        raise InputError(f"--data-dir {data_dir} has no {wanted[0]} (or .gz), nor has its {raw}")
+        raise InputError(f"--data-dir {data_dir} and its {raw} have no {wanted[0]} (or .gz)")
     if found is None:
         _download(dataset_class, Path("data"))
         found = _find_idx(places, dataset_class.__name__, wanted)
@@ -230,7 +230,7 @@ def _read_verified(file, sha256):
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, ValueError, gzip.zlib.error) as error:
         raise InputError(
-            f"{file} is broken ({error}): delete it and run again, or name another --data-dir"
+            f"{file} is corrupted ({error}): delete it and run again, or name another --data-dir"
         ) from error
     if sha256 and hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(
@@ -256,7 +256,7 @@ def load_image(path, channels):
     """An image file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # pillow would clip these to white without a word
+            if image.mode.startswith(("I", "F")):  # pillow would clip these to white silently
                 raise ValueError("more than 8 bits a channel")
             return _to_image_size(
                 TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None]
@@ -275,7 +275,7 @@ def _load_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("x", "y", "class_names") if key in file}
-    except Exception as error:  # numpy's readers stumble over a broken file in many ways
+    except Exception as error:  # NumPy raises errors of many types here
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a readable .npz of plain arrays ({reason})") from error
     if "x" not in arrays or "y" not in arrays:
@@ -287,7 +287,9 @@ def _load_npz(path):
         x = x.transpose(0, 3, 1, 2)
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
         found = f"{arrays['x'].dtype} {arrays['x'].shape}"
-        raise InputError(f"{path}: x is {found}; it must be uint8 (N, H, W) or (N, H, W, 1|3)")
+        raise InputError(
+            f"{path}: x is {found}; it must be uint8 (N, H, W), (N, H, W, 1|3) or (N, 1|3, H, W)"
+        )
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
         raise InputError(
             f"{path}: y is {y.dtype} {y.shape}; it must be {len(x)} integers from 0 up"
@@ -522,7 +524,8 @@ class UNet(nn.Module):
         super().__init__()
         if not widths or len(widths) != len(depths) or min(*widths, *depths) < 1:
             raise InputError(
-                f"--widths {widths} and --depths {depths} must be equally many, all 1 or more"
+                f"--widths {widths} and --depths {depths} must have the same length, "
+                "and be 1 or more"
             )
         last = widths[-1]
         if attention and last > 32 and last % 32:

@@ -14,7 +14,7 @@ arXiv:2102.09672).
 
     python ddpm.py --train --epochs 50     train on Fashion-MNIST
     python ddpm.py --train --minutes 1     see it run
-    python ddpm.py --class Sneaker         draw a Sneaker with the newest weights
+    python ddpm.py --class Sneaker         sample a Sneaker with the newest weights
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
@@ -33,13 +33,14 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, NULL_LABEL, InputError, UNet, next_noise, noise_streams, parse_classes, to_float,
+    IMAGE_SIZE, NULL_LABEL, InputError, UNet, next_noise, noise_streams, to_float,
 )  # fmt: skip
 
 NAME = "ddpm"
 SAMPLES_FROM = ("ddpm", "ddim")  # both scripts train the same network in the same way
 STEPS = 250  # default number of sampling steps
 GRID_STEPS = 50  # of the grids of samples written while training
+SAMPLER_FLAGS = ("guidance_limit", "variance", "clip")  # passed on to sample()
 GUIDANCE = 1.6  # default
 GUIDANCE_LIMIT = 0.8  # default, a fraction of T
 
@@ -95,8 +96,8 @@ def target_of(prediction, x_0, eps, alpha_bar_t):
 def predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t, clip=False):
     """x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
-    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
+    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDPM (15)
+    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho
     With clip, x_0_hat is limited to [-1, 1] and eps_hat is derived again: both still make up x_t.
 
     output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
@@ -130,6 +131,20 @@ def stratified_t(batch_size, num_timesteps, generator):
 
 
 # --- Sampling -------------------------------------------------------------------------------------
+
+
+def walk_length(alpha_bars, prediction):
+    """How many timesteps, counted from t = 0, a walk covers: T, or fewer where eps is predicted.
+
+    x_0_hat divides by sqrt(alpha_bar_t).  At the end of the cosine schedule, alpha_bar = 2.4e-9, an
+    error of eps_hat would count 20,000 times: there a walk starts at the largest t whose alpha_bar
+    is above 3e-5 instead, where x_t is as good as noise.
+
+    alpha_bars: (T,), falling.
+    """
+    if prediction == "eps":
+        return int((alpha_bars > 3e-5).sum())
+    return len(alpha_bars)
 
 
 def time_pairs(num_timesteps, steps):
@@ -229,7 +244,8 @@ def sample(
     device = next(model.parameters()).device
     shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
-    pairs = time_pairs(config["num_timesteps"], steps)
+    prediction = config["prediction"]
+    pairs = time_pairs(walk_length(alpha_bars, prediction), steps)
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -240,10 +256,16 @@ def sample(
 
         until = guidance_limit * config["num_timesteps"]
         denoise = guided(model, labels[part].to(device), guidance, until)
-        walk = denoise, noise(), alpha_bars, pairs, config["prediction"]
-        x_0 = ddpm_sample(*walk, variance, clip, noise, trace)
+        x_T = noise()
+        x_0 = ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance, clip, noise, trace)
         images.append(x_0.cpu())
     return torch.cat(images)
+
+
+def max_steps(config):
+    """The largest number of sampling steps: one for each timestep of a walk."""
+    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    return walk_length(alpha_bars, config["prediction"])
 
 
 def default_guidance(config):
@@ -266,9 +288,9 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, find_checkpoint, learning_rate,
-    load_checkpoint, load_run_data, number, optimisation_flags, output_path, parallel, parse_run,
-    pick_device, power_ema, run_parser, save_images, training_device, whole_numbers,
+    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, learning_rate, load_run_data,
+    number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device, power_ema,
+    run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -283,19 +305,23 @@ def train(args, checkpoint=None):
     images = data.images.to(device)
     labels = data.labels.to(device)
     if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
-        size = f"--patch {args.patch} and {len(args.widths)} --widths"
-        raise InputError(f"{size} do not divide {IMAGE_SIZE} pixels")
+        raise InputError(
+            f"--patch {args.patch} and {len(args.widths)} --widths do not divide "
+            f"{IMAGE_SIZE} pixels"
+        )
 
-    # The network, its optimiser, and the average of its weights that samples are drawn with.
+    # The network, its optimiser, and the average of its weights that samples come from.
     keys = ("channels", "widths", "depths", "patch", "attention", "emb_channels")
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
     forward = parallel(torch.compile(model) if args.compile else model)
-    kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
+        args.optimizer
+    ]
     fused = device.type != "mps"
     named = model.named_parameters()
-    optimizer = kind(named, args.lr, weight_decay=args.weight_decay, fused=fused)
+    optimizer = optimizer_class(named, args.lr, weight_decay=args.weight_decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # by tenth of t: the loss, and that of output 0
     if checkpoint:
@@ -311,7 +337,7 @@ def train(args, checkpoint=None):
     def save():
         grid = sample(
             model=ema_model.module, config=config, labels=grid_labels,
-            steps=min(GRID_STEPS, args.num_timesteps), guidance=default_guidance(config),
+            steps=min(GRID_STEPS, max_steps(config)), guidance=default_guidance(config),
         )  # fmt: skip
         state = {
             "config": config, "network": network, "class_names": data.class_names,
@@ -360,11 +386,11 @@ def train(args, checkpoint=None):
             ema_model.update_parameters(model)
 
             # Where in t does it learn?  A ratio near 1 means no better than the output 0.
-            nothing = image_losses(torch.zeros_like(target), target, args.loss)
-            both = torch.stack([losses.detach(), nothing]) / len(t)
+            losses_of_zero = image_losses(torch.zeros_like(target), target, args.loss)
+            both = torch.stack([losses.detach(), losses_of_zero])
             tenths = t * 10 // args.num_timesteps
-            means = run.mean(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
-            by_tenth += means * args.batch_size
+            sums = torch.zeros_like(by_tenth).index_add_(1, tenths, both)
+            by_tenth += run.mean(sums) * (args.batch_size // len(t))  # the sum over all processes
             if (step + 1) % LOG_EVERY == 0:
                 ratios = [a / b if b else None for a, b in by_tenth.T.tolist()]
                 run.log({
@@ -387,6 +413,23 @@ FIXED = (
 FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
 
 # --- Command line ---------------------------------------------------------------------------------
+
+
+def sampling_flags(parser):
+    """Add the flags of a walk, which explore.py has too."""
+    # fmt: off
+    add = parser.add_argument_group("sampling").add_argument
+    add("--guidance", type=number(float, 0),
+        help=f"guidance weight: 0 ignores the class, 1 is conditional, above 1 guided ({GUIDANCE})")
+    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT,
+        help=f"guide only at timesteps below this fraction of T, 0 to 1 ({GUIDANCE_LIMIT})")
+    add("--steps", type=number(int, 1),
+        help=f"number of sampling steps, 1 to T, the number of training timesteps ({STEPS})")
+    add("--variance", choices=("small", "large"), default="small",
+        help="variance of the noise: small is the posterior's, large is beta_t (small)")
+    add("--clip", action=argparse.BooleanOptionalAction, default=True,
+        help="limit x_0_hat to [-1, 1] (on)")
+    # fmt: on
 
 
 def build_parser():
@@ -418,22 +461,9 @@ def build_parser():
         help="fraction of labels dropped in training, for guidance, 0 to 1 (0.1)")
     add = optimisation_flags(parser, lr=5e-3)
     add("--optimizer", choices=("muon", "adamw", "adam"), default="muon",
-        help="optimiser; muon has AdamW for the first and the last layer (muon)")
-    add("--weight-decay", type=number(float, 0), default=0.01,
-        help="decoupled weight decay, 0 or more (0.01)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0,
-        help="largest norm of the gradient, above 0 (1)")
-    add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0),
-        help="strength of the class: 0 none, 1 plain conditional, above 1 guided (1.6)")
-    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT,
-        help="guide only at timesteps below this fraction of T, 0 to 1 (0.8)")
-    add("--steps", type=number(int, 1), help="number of sampling steps, 1 to T (250)")
-    add("--variance", choices=("small", "large"), default="small",
-        help="variance of the noise, the posterior's or beta_t (small)")
-    add("--clip", action=on_off, default=True, help="limit x_0_hat to [-1, 1] (on)")
+        help="optimiser; muon takes AdamW for the outer layers and all vectors (muon)")
     # fmt: on
+    sampling_flags(parser)
     return parser
 
 
@@ -442,28 +472,26 @@ def check_sampling(config, steps, guidance):
     only = default_guidance(config)
     if config["label_dropout"] in (0, 1) and guidance != only:
         raise InputError(f"the label dropout of the training leaves only --guidance {only}")
-    if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of training")
+    if steps > max_steps(config):
+        raise InputError(
+            f"--steps {steps} is more than the {max_steps(config)} timesteps of a walk"
+        )
 
 
 def draw(args):
     """Sample from a checkpoint and write the images."""
-    path = find_checkpoint((NAME,), args.checkpoint, SAMPLES_FROM)
-    checkpoint = load_checkpoint(path, SAMPLES_FROM)
+    path, checkpoint, classes, output = open_checkpoint(args, NAME, SAMPLES_FROM)
     config = checkpoint["config"]
-    names = checkpoint["class_names"]
-    classes = parse_classes(args.class_, names)
-    output = output_path(args, NAME, classes, names)
     guidance = default_guidance(config) if args.guidance is None else args.guidance
-    steps = min(STEPS, config["num_timesteps"]) if args.steps is None else args.steps
+    steps = min(STEPS, max_steps(config)) if args.steps is None else args.steps
     check_sampling(config, steps, guidance)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
+    model = ema_network(checkpoint, pick_device(args.device))
+    options = {key: getattr(args, key) for key in (*SAMPLER_FLAGS, "seed", "batch_size")}
     images = sample(
-        model=ema_network(checkpoint, pick_device(args.device)), config=config, labels=labels,
-        steps=steps, guidance=guidance, guidance_limit=args.guidance_limit,
-        variance=args.variance, clip=args.clip, seed=args.seed, batch_size=args.batch_size,
-    )  # fmt: skip
-    save_images(images, labels, names, output, args.num_samples)
+        model=model, config=config, labels=labels, steps=steps, guidance=guidance, **options
+    )
+    save_images(images, labels, checkpoint["class_names"], output, args.num_samples)
     print(f"wrote {output} (weights: {path})")
     return 0
 

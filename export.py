@@ -185,7 +185,7 @@ def diffusion_card(script, config, network):
     card = {
         "null_label": NULL_LABEL,
         "prediction": config["prediction"],
-        "steps": min(script.STEPS, config["num_timesteps"]),
+        "steps": min(script.STEPS, script.max_steps(config)),
         "guidance": script.default_guidance(config),
         "guidance_limit": script.GUIDANCE_LIMIT,
         # With labels dropped never or always, one value of the guidance is all that was learned.
@@ -262,7 +262,7 @@ def compare(script, checkpoint, network, graphs, path):
     settings = {"seed": 1}  # of both
     known = {}  # to torch alone; the file has it in its card
     if card["kind"] == "diffusion":
-        settings["steps"] = min(COMPARE_STEPS, len(card["alpha_bars"]))
+        settings["steps"] = min(COMPARE_STEPS, script.max_steps(checkpoint["config"]))
         settings["guidance"] = card["guidance"]
         known["config"] = checkpoint["config"]
     if "prior" in checkpoint:

@@ -13,12 +13,12 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
 
     python gan.py --train --epochs 50      train on Fashion-MNIST
     python gan.py --train --minutes 1      see it run
-    python gan.py --class Sneaker          draw a Sneaker with the newest weights
+    python gan.py --class Sneaker          sample a Sneaker with the newest weights
 
 Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018,
 arXiv:1802.05637), residual convolutions, no batch norm, the R1 penalty (Mescheder et al. 2018,
-arXiv:1801.04406), on every n-th step alone (Karras et al. 2019, arXiv:1912.04958), no momentum, an
-annealed learning rate, and an EMA of the generator over a fraction of the run (Karras et al. 2024,
+arXiv:1801.04406), on every n-th step alone (Karras et al. 2019, arXiv:1912.04958, but without their
+correction of Adam's rates), no momentum, an annealed learning rate, and an EMA of the generator over a fraction of the run (Karras et al. 2024,
 arXiv:2312.02696).  Losses of later papers: hinge (Miyato et al. 2018, arXiv:1802.05957),
 relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties: Huang et al. 2024,
 arXiv:2501.05441).
@@ -34,10 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, ResidualBlock, group_norm, next_noise, noise_streams, parse_classes, to_float,
+    IMAGE_SIZE, ResidualBlock, group_norm, next_noise, noise_streams, to_float,
 )  # fmt: skip
 
 NAME = "gan"
@@ -107,7 +106,8 @@ class Discriminator(nn.Module):
     """(x, classes) -> logits (B,): how real x is, as an image of its class.
 
     Projection discriminator, Miyato & Koyama eq. (4): logit = <out, h(x)> + <row of the class,
-    h(x)>, the latter here divided by the square root of h's length.
+    h(x)>.  The latter is divided by the square root of h's length here, but not where it is
+    spectrally normalised: the class would hardly count.
 
     x: (B, channels, 32, 32) in [-1, 1];  classes: as in Generator;  widths: channels at 16x16,
     8x8, ...;  spectral: with every layer spectrally normalised (Miyato et al. 2018).
@@ -122,6 +122,7 @@ class Discriminator(nn.Module):
         self.features = nn.Linear(widths[-1] * bottom**2, 128)
         self.out = nn.Linear(128, 1)
         self.label = nn.Linear(num_classes, 128, bias=False)
+        self.scale = 1.0 if spectral else 128**0.5
         layers = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         if spectral:
             for layer in layers:
@@ -130,7 +131,8 @@ class Discriminator(nn.Module):
     def forward(self, x, classes):
         h = self.blocks(self.stem(F.pixel_unshuffle(x, 2)))
         h = F.leaky_relu(self.features(F.leaky_relu(h, 0.2).flatten(1)), 0.2)
-        return self.out(h)[:, 0] + (self.label(classes) * h).sum(dim=1) / h.shape[1] ** 0.5
+        projection = (self.label(classes) * h).sum(dim=1)
+        return self.out(h)[:, 0] + projection / self.scale
 
 
 # --- Method ---------------------------------------------------------------------------------------
@@ -172,31 +174,6 @@ def gradient_penalty(discriminator, x, classes):
     x = x.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(discriminator(x, classes).sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(dim=1).mean()
-
-
-def class_diversity(grid, labels, data, warn):
-    """{class name: diversity} of a grid of samples, against the first 100 images of each class.
-
-    grid: (N, C, H, W) in [-1, 1];  labels: (N,);  data: ImageData;  warn: print the low ones.
-    """
-    found = {}
-    for y in labels.unique().tolist():
-        reals = to_float(data.images[data.labels == y][:100])
-        if len(reals) > 1:
-            found[data.class_names[y]] = diversity(grid[labels == y], reals)
-    collapsed = [f"{name} ({value:.2f})" for name, value in found.items() if value < 0.4]
-    if collapsed and warn:
-        names = ", ".join(collapsed)
-        tqdm.write(f"collapse: samples vary far less than real images, of {names}")
-    return found
-
-
-def diversity(samples, reals):
-    """Mean distance of two samples over that of two real images: 1 is as varied, 0 collapsed.
-
-    samples: (N, C, H, W), reals: (M, C, H, W), of one class.
-    """
-    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(reals.flatten(1)).mean()).item()
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -266,9 +243,9 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, find_checkpoint, learning_rate,
-    load_checkpoint, load_run_data, number, optimisation_flags, output_path, parallel, parse_run,
-    pick_device, power_ema, run_parser, save_images, training_device, whole_numbers,
+    LOG_EVERY, RUN_FLAGS, Run, autocast, class_diversity, errors_in_one_line, learning_rate,
+    load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
+    power_ema, run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -284,7 +261,7 @@ def train(args, checkpoint=None):
     labels = data.labels.to(device)
     num_classes = len(data.class_names)
 
-    # The generator, the average of its weights that samples are drawn with, and its opponent.
+    # The generator, the average of its weights that samples come from, and its opponent.
     keys = ("channels", "latent_dim", "widths", "emb_channels")
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = num_classes
@@ -324,8 +301,10 @@ def train(args, checkpoint=None):
             "optimizer_d": optimizer_d.state_dict(), "sums": sums.tolist(),
             "penalty": last_penalty.item(),
         }  # fmt: skip
+        run.watch(samples=grid.abs().max().item())
+        trained = ema_model.n_averaged > 0  # at the start all samples are alike
+        run.log({"diversity": class_diversity(grid, grid_labels, data, warn=trained)})
         run.save(state, grid)
-        run.log({"diversity": class_diversity(grid, grid_labels, data, warn=run.progress > 0)})
 
     size_g = sum(p.numel() for p in model.parameters())
     size_d = sum(p.numel() for p in discriminator.parameters())
@@ -364,7 +343,7 @@ def train(args, checkpoint=None):
                 if args.loss == "relativistic":
                     penalty = penalty + gradient_penalty(discriminator, fake.float(), classes)  # R2
                 loss = loss_d + args.gamma / 2 * args.penalty_every * penalty
-                last_penalty = run.mean(penalty.detach().clone())
+                last_penalty = run.mean(penalty.detach())
             optimizer_d.zero_grad(set_to_none=True)
             loss.backward()
             optimizer_d.step()
@@ -411,6 +390,15 @@ FREE = (*RUN_FLAGS, "lr", "warmup", "bf16")
 # --- Command line ---------------------------------------------------------------------------------
 
 
+def sampling_flags(parser):
+    """Add the flags of sampling, which explore.py has too."""
+    # fmt: off
+    add = parser.add_argument_group("sampling").add_argument
+    add("--truncation", type=number(float, 0.1),
+        help="resample noise beyond +- this many standard deviations, from 0.1 (off)")
+    # fmt: on
+
+
 def build_parser():
     parser = run_parser(NAME, __doc__)
     # fmt: off
@@ -430,27 +418,21 @@ def build_parser():
         help="weight of R1 (nonsaturating) or R1 + R2 (relativistic), 0 or more (1)")
     add("--penalty-every", type=number(int, 1), default=8,
         help="steps from one penalty to the next, each weighted by this number, 1 or more (8)")
-    optimisation_flags(parser, lr=1e-3)
-    add = parser.add_argument_group("sampling").add_argument
-    add("--truncation", type=number(float, 0.1),
-        help="sample noise beyond +- this value again, 0.1 or more (no limit)")
+    optimisation_flags(parser, lr=1e-3, clipped=False)
     # fmt: on
+    sampling_flags(parser)
     return parser
 
 
 def draw(args):
     """Sample from a checkpoint and write the images."""
-    path = find_checkpoint((NAME,), args.checkpoint, SAMPLES_FROM)
-    checkpoint = load_checkpoint(path, SAMPLES_FROM)
-    names = checkpoint["class_names"]
-    classes = parse_classes(args.class_, names)
-    output = output_path(args, NAME, classes, names)
+    path, checkpoint, classes, output = open_checkpoint(args, NAME, SAMPLES_FROM)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     images = sample(
         model=ema_network(checkpoint, pick_device(args.device)),
         labels=labels, truncation=args.truncation, seed=args.seed, batch_size=args.batch_size,
     )  # fmt: skip
-    save_images(images, labels, names, output, args.num_samples)
+    save_images(images, labels, checkpoint["class_names"], output, args.num_samples)
     print(f"wrote {output} (weights: {path})")
     return 0
 

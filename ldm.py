@@ -2,19 +2,19 @@
 
 Robin Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2021
 (arXiv:2112.10752).  Stage 1 trains an autoencoder, stage 2 a diffusion model on its latents, with
-the method of DDIM (Song et al. 2020, arXiv:2010.02502); z_0 of a latent takes the place of x_0.
+the method of DDIM (Song et al. 2020, arXiv:2010.02502); the latent z_0 takes the place of x_0.
 DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside the sampler.
 
-    reparameterise  z = mu + sigma * eps, a sample of q(z | x) = N(mu, exp(logvar))      section 3.1
-    kl_divergence   stage 1: | x - decoder(z) | + kl_weight * KL(q(z | x) || N(0, 1))    section 3.1
-    to_latents      z_0 = (mu - latent_mean) / latent_std, of each channel            cf. appendix G
-    q_sample        z_t = sqrt(alpha_bar_t) * z_0 + sqrt(1 - alpha_bar_t) * eps             DDPM (4)
-    image_losses    stage 2: || target - denoiser(z_t, t, y) ||^2,  target = eps or v            (3)
-    ddim_step       z_prev of z_t;  at the end to_images(z_0)                              DDIM (12)
+    reparameterise     z = mu + sigma * eps, a sample of q(z | x)        Kingma & Welling 2013 (10)
+    train_autoencoder  | x - decoder(z) | + kl_weight * KL(q(z | x) || N(0, 1))          section 3.1
+    to_latents         z_0 = (mu - latent_mean) / latent_std, of each channel         cf. appendix G
+    q_sample           z_t = sqrt(alpha_bar_t) * z_0 + sqrt(1 - alpha_bar_t) * eps          DDPM (4)
+    image_losses       stage 2: || target - denoiser(z_t, t, y) ||^2,  target = eps or v         (3)
+    ddim_step          z_prev of z_t;  at the end to_images(z_0)                           DDIM (12)
 
     python ldm.py --train --epochs 50      train both stages on Fashion-MNIST
     python ldm.py --train --minutes 1      see it run
-    python ldm.py --class Sneaker          draw a Sneaker with the newest weights
+    python ldm.py --class Sneaker          sample a Sneaker with the newest weights
 
 Differs from the paper: no perceptual and no adversarial loss, class labels by an embedding in place
 of cross-attention, with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
@@ -35,14 +35,15 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    NULL_LABEL, InputError, UNet, group_norm, next_noise, noise_streams, parse_classes, to_float,
-    to_uint8, zero_init,
+    NULL_LABEL, InputError, UNet, group_norm, next_noise, noise_streams, to_float, to_uint8,
+    zero_init,
 )  # fmt: skip
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one samples from
 STEPS = 20  # default number of sampling steps
 GRID_STEPS = 20  # of the grids of samples written while training
+SAMPLER_FLAGS = ("guidance_limit", "eta", "solver")  # passed on to sample()
 GUIDANCE = 2.5  # default
 GUIDANCE_LIMIT = 0.8  # default, a fraction of T
 
@@ -221,8 +222,8 @@ def target_of(prediction, x_0, eps, alpha_bar_t):
 def predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t, clip=False):
     """x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
-    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
+    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDPM (15)
+    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho
     With clip, x_0_hat is limited to [-1, 1] and eps_hat is derived again: both still make up x_t.
 
     output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
@@ -256,6 +257,20 @@ def stratified_t(batch_size, num_timesteps, generator):
 
 
 # --- Sampling -------------------------------------------------------------------------------------
+
+
+def walk_length(alpha_bars, prediction):
+    """How many timesteps, counted from t = 0, a walk covers: T, or fewer where eps is predicted.
+
+    x_0_hat divides by sqrt(alpha_bar_t).  At the end of the cosine schedule, alpha_bar = 2.4e-9, an
+    error of eps_hat would count 20,000 times: there a walk starts at the largest t whose alpha_bar
+    is above 3e-5 instead, where x_t is as good as noise.
+
+    alpha_bars: (T,), falling.
+    """
+    if prediction == "eps":
+        return int((alpha_bars > 3e-5).sum())
+    return len(alpha_bars)
 
 
 def time_pairs(num_timesteps, steps):
@@ -302,9 +317,8 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     eta: 0 is deterministic, 1 as noisy as DDPM;  noise: like x_0_hat, used where eta > 0;
     x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.
     """
-    sigma_t = (
-        eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
-    )
+    beta_t = 1 - alpha_bar_t / alpha_bar_prev
+    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t) ** 0.5
     direction = max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5
     x_prev = alpha_bar_prev**0.5 * x_0_hat + direction * eps_hat
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
@@ -393,7 +407,8 @@ def sample(
     device = next(model.parameters()).device
     shape = (config["latent_channels"], 8, 8)
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
-    pairs = time_pairs(config["num_timesteps"], steps)
+    prediction = config["prediction"]
+    pairs = time_pairs(walk_length(alpha_bars, prediction), steps)
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -404,13 +419,19 @@ def sample(
 
         until = guidance_limit * config["num_timesteps"]
         denoise = guided(model.denoiser, labels[part].to(device), guidance, until)
-        walk = denoise, noise(), alpha_bars, pairs, config["prediction"]
+        z_T = noise()
         if solver == "ddim":
-            z_0 = ddim_sample(*walk, eta, clip=False, noise=noise, trace=trace)
+            z_0 = ddim_sample(denoise, z_T, alpha_bars, pairs, prediction, eta, False, noise, trace)
         else:
-            z_0 = dpm_sample(*walk, clip=False, trace=trace)
+            z_0 = dpm_sample(denoise, z_T, alpha_bars, pairs, prediction, False, trace)
         images.append(model.to_images(z_0).cpu())
     return torch.cat(images)
+
+
+def max_steps(config):
+    """The largest number of sampling steps: one for each timestep of a walk."""
+    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    return walk_length(alpha_bars, config["prediction"])
 
 
 def default_guidance(config):
@@ -434,8 +455,8 @@ def ema_network(checkpoint, device):
 
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, find_checkpoint, learning_rate,
-    load_checkpoint, load_run_data, number, optimisation_flags, output_path, parallel, parse_run,
-    pick_device, power_ema, run_parser, save_images, training_device, whole_numbers,
+    load_checkpoint, load_run_data, number, open_checkpoint, optimisation_flags, parallel,
+    parse_run, pick_device, power_ema, run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -449,8 +470,9 @@ def train(args, checkpoint=None):
     if len(widths) != 2 or min(widths) < 4:
         raise InputError(f"--autoencoder-widths {widths} must be two numbers from 4")
     if len(args.widths) > 4:
-        depth = "latents of 8x8 can be halved three times"
-        raise InputError(f"--widths {args.widths} are more than 4: {depth}")
+        raise InputError(
+            f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times"
+        )
     # Numbers that make no network are refused now, not after stage 1.
     UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)
     data = load_run_data(args, checkpoint)
@@ -602,13 +624,15 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         model.latent_std, model.latent_mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
         latents = (latents - model.latent_mean) / model.latent_std
 
-    # The denoiser's optimiser, and the average of its weights that samples are drawn with.
+    # The denoiser's optimiser, and the average of its weights that samples come from.
     forward = parallel(torch.compile(model.denoiser) if args.compile else model.denoiser)
-    kind = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
+        args.optimizer
+    ]
     fused = device.type != "mps"
     parameters = list(model.denoiser.parameters())
     named = model.denoiser.named_parameters()
-    optimizer = kind(named, args.lr, weight_decay=args.weight_decay, fused=fused)
+    optimizer = optimizer_class(named, args.lr, weight_decay=args.weight_decay, fused=fused)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     by_tenth = torch.zeros(2, 10, device=device)  # by tenth of t: the loss, and that of output 0
     if checkpoint:
@@ -626,7 +650,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
     def save():
         grid = sample(
             model=ema_model.module, config=config, labels=grid_labels,
-            steps=min(GRID_STEPS, args.num_timesteps), guidance=default_guidance(config),
+            steps=min(GRID_STEPS, max_steps(config)), guidance=default_guidance(config),
         )  # fmt: skip
         state = {
             "config": config, "network": network, "autoencoder": autoencoder,
@@ -676,11 +700,11 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
             ema_model.update_parameters(model)
 
             # Where in t does it learn?  A ratio near 1 means no better than the output 0.
-            nothing = image_losses(torch.zeros_like(target), target, args.loss)
-            both = torch.stack([losses.detach(), nothing]) / len(t)
+            losses_of_zero = image_losses(torch.zeros_like(target), target, args.loss)
+            both = torch.stack([losses.detach(), losses_of_zero])
             tenths = t * 10 // args.num_timesteps
-            means = run.mean(torch.zeros_like(by_tenth).index_add_(1, tenths, both))
-            by_tenth += means * args.batch_size
+            sums = torch.zeros_like(by_tenth).index_add_(1, tenths, both)
+            by_tenth += run.mean(sums) * (args.batch_size // len(t))  # the sum over all processes
             if (step + 1) % LOG_EVERY == 0:
                 ratios = [a / b if b else None for a, b in by_tenth.T.tolist()]
                 run.log({
@@ -706,6 +730,23 @@ FREE = (
 )  # fmt: skip
 
 # --- Command line ---------------------------------------------------------------------------------
+
+
+def sampling_flags(parser):
+    """Add the flags of a walk, which explore.py has too."""
+    # fmt: off
+    add = parser.add_argument_group("sampling").add_argument
+    add("--guidance", type=number(float, 0),
+        help=f"guidance weight: 0 ignores the class, 1 is conditional, above 1 guided ({GUIDANCE})")
+    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT,
+        help=f"guide only at timesteps below this fraction of T, 0 to 1 ({GUIDANCE_LIMIT})")
+    add("--steps", type=number(int, 1),
+        help=f"number of sampling steps, 1 to T, the number of training timesteps ({STEPS})")
+    add("--solver", choices=("ddim", "dpm++"), default="ddim",
+        help="sampler: ddim, or dpm++, of second order, for few steps (ddim)")
+    add("--eta", type=number(float, 0, 1), default=0.0,
+        help="noise added in each step, from 0, deterministic, to 1, as in DDPM (0)")
+    # fmt: on
 
 
 def build_parser():
@@ -749,23 +790,9 @@ def build_parser():
         help="fraction of labels dropped in training, for guidance, 0 to 1 (0.1)")
     add = optimisation_flags(parser, lr=3e-3)
     add("--optimizer", choices=("muon", "adamw", "adam"), default="muon",
-        help="optimiser; muon has AdamW for the first and the last layer (muon)")
-    add("--weight-decay", type=number(float, 0), default=0.01,
-        help="decoupled weight decay, 0 or more (0.01)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0,
-        help="largest norm of the gradient, above 0 (1)")
-    add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0),
-        help="strength of the class: 0 none, 1 plain conditional, above 1 guided (2.5)")
-    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT,
-        help="guide only at timesteps below this fraction of T, 0 to 1 (0.8)")
-    add("--steps", type=number(int, 1), help="number of sampling steps, 1 to T (20)")
-    add("--solver", choices=("ddim", "dpm++"), default="ddim",
-        help="sampler; dpm++ is of second order, for few steps (ddim)")
-    add("--eta", type=number(float, 0, 1), default=0.0,
-        help="noise in each step, 0 deterministic to 1 as in DDPM (0)")
+        help="optimiser; muon takes AdamW for the outer layers and all vectors (muon)")
     # fmt: on
+    sampling_flags(parser)
     return parser
 
 
@@ -774,28 +801,26 @@ def check_sampling(config, steps, guidance):
     only = default_guidance(config)
     if config["label_dropout"] in (0, 1) and guidance != only:
         raise InputError(f"the label dropout of the training leaves only --guidance {only}")
-    if steps > config["num_timesteps"]:
-        raise InputError(f"--steps {steps} is more than the {config['num_timesteps']} of training")
+    if steps > max_steps(config):
+        raise InputError(
+            f"--steps {steps} is more than the {max_steps(config)} timesteps of a walk"
+        )
 
 
 def draw(args):
     """Sample from a checkpoint and write the images."""
-    path = find_checkpoint((NAME,), args.checkpoint, SAMPLES_FROM)
-    checkpoint = load_checkpoint(path, SAMPLES_FROM)
+    path, checkpoint, classes, output = open_checkpoint(args, NAME, SAMPLES_FROM)
     config = checkpoint["config"]
-    names = checkpoint["class_names"]
-    classes = parse_classes(args.class_, names)
-    output = output_path(args, NAME, classes, names)
     guidance = default_guidance(config) if args.guidance is None else args.guidance
-    steps = min(STEPS, config["num_timesteps"]) if args.steps is None else args.steps
+    steps = min(STEPS, max_steps(config)) if args.steps is None else args.steps
     check_sampling(config, steps, guidance)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
+    model = ema_network(checkpoint, pick_device(args.device))
+    options = {key: getattr(args, key) for key in (*SAMPLER_FLAGS, "seed", "batch_size")}
     images = sample(
-        model=ema_network(checkpoint, pick_device(args.device)), config=config, labels=labels,
-        steps=steps, guidance=guidance, guidance_limit=args.guidance_limit,
-        eta=args.eta, solver=args.solver, seed=args.seed, batch_size=args.batch_size,
-    )  # fmt: skip
-    save_images(images, labels, names, output, args.num_samples)
+        model=model, config=config, labels=labels, steps=steps, guidance=guidance, **options
+    )
+    save_images(images, labels, checkpoint["class_names"], output, args.num_samples)
     print(f"wrote {output} (weights: {path})")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a training run needs besides its paper: flags, devices, checkpoints, a log, image files.
+"""Everything about a run that is in no paper: flags, devices, checkpoints, a log, image files.
 
 A train loop names ten things of a Run and can be understood without opening this file: steps,
 progress, seed, batch, shard, mean, watch, log, save, end.
@@ -28,7 +28,9 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import IDX_SETS, InputError, epoch_batches, file_stem, load_data, to_uint8
+from common import (
+    IDX_SETS, InputError, epoch_batches, file_stem, load_data, parse_classes, to_float, to_uint8,
+)  # fmt: skip
 
 try:
     import fcntl
@@ -39,15 +41,15 @@ FORMAT = 2  # of the checkpoint file
 LOG_EVERY = 50  # steps
 # The flags of every script that may change when a run is resumed.
 RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")
-# Flags that the scripts had once: the command of explore.py that has taken their place.
+# Commands of explore.py that were flags of these scripts once.
 MOVED = {
-    "--interpolate": "interpolate",
-    "--invert": "invert",
-    "--reconstruct": "reconstruct",
-    "--between": "between",
-    "--map": "map",
-    "--walk": "walk",
-    "--filmstrip": "filmstrip",
+    "interpolate": ("ddim", "vae", "gan"),
+    "invert": ("ddim", "ldm"),
+    "reconstruct": ("vae", "ldm"),
+    "between": ("vae",),
+    "map": ("vae", "ldm"),
+    "walk": ("vae",),
+    "filmstrip": ("ddpm", "ddim", "ldm"),
 }
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def run_parser(name, doc, batch_size=64):
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="device to compute on; auto is CUDA or MPS where available, else the CPU (auto)")
     add("--deterministic", action=on_off, default=False,
-        help="train with bit-identical results on CUDA too, where that is slower (off)")
+        help="bit-identical training on CUDA too, where it is slower (off)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of initial weights, data order and noise, 0 or more (0)")
     add("--batch-size", type=number(int, 1), default=batch_size,
@@ -109,9 +111,9 @@ def run_parser(name, doc, batch_size=64):
     add("--epochs", type=number(float, 0, above=True),
         help="length in passes over the data, fractions allowed (20)")
     add("--minutes", type=number(float, 0, above=True),
-        help="length in minutes of wall time, also when resumed; the learning rate ends at 0")
+        help="length in minutes of training, summed over resumed sessions (none: --epochs 20)")
     add("--save-every", type=number(float, 0), default=3.0,
-        help="minutes between checkpoints, each with a grid of samples (3)")
+        help="minutes between checkpoints, 0 or more, each with a grid of samples (3)")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="fashion-mnist",
         help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x and y")
@@ -127,13 +129,16 @@ def run_parser(name, doc, batch_size=64):
     add("--checkpoint", type=Path,
         help="a .pt file or a run's folder to sample from (newest run, else the shipped weights)")
     add("--output", type=Path,
-        help="a .png for a grid, an .npz for arrays, or a folder for PNGs (NAME_CLASS.png)")
+        help="a .png grid, an .npz of arrays, or a folder for PNGs (NAME_CLASS.png)")
     # fmt: on
     return parser
 
 
-def optimisation_flags(parser, lr):
-    """Add the flags of the optimiser and of the EMA; returns the group's add_argument."""
+def optimisation_flags(parser, lr, clipped=True):
+    """Add the flags of the optimiser and of the EMA; returns the group's add_argument.
+
+    clipped: with --weight-decay, --grad-clip and --compile, which a GAN has no use for.
+    """
     on_off = argparse.BooleanOptionalAction
     # fmt: off
     add = parser.add_argument_group("optimisation").add_argument
@@ -145,6 +150,12 @@ def optimisation_flags(parser, lr):
         help="EMA length as a fraction of the run, above 0 to 0.5 (0.08)")
     add("--bf16", action=on_off,
         help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
+    if clipped:
+        add("--weight-decay", type=number(float, 0), default=0.01,
+            help="decoupled weight decay, 0 or more (0.01)")
+        add("--grad-clip", type=number(float, 0, above=True), default=1.0,
+            help="largest norm of the gradient, above 0 (1)")
+        add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
     # fmt: on
     return add
 
@@ -157,16 +168,21 @@ def parse_run(parser, argv, names, fixed):
     together.
     """
     argv = sys.argv[1:] if argv is None else argv
+    script = Path(parser.prog).stem
     for flag in (text.split("=")[0] for text in argv):
-        if flag in MOVED:
-            script = Path(parser.prog).stem
-            raise InputError(f"{flag} is now: python explore.py {MOVED[flag]} {script}")
+        command = flag.removeprefix("--")
+        if flag.startswith("--") and script in MOVED.get(command, ()):
+            raise InputError(f"{flag} is now: python explore.py {command} {script}")
     args = parser.parse_args(argv)
+    if args.output and args.output.suffix == ".gif":
+        raise InputError(f"a .gif is now: python explore.py gif {script} --output {args.output}")
     training = args.train or args.resume
     if args.epochs and args.minutes:
         raise InputError("give --epochs or --minutes, not both")
     if args.checkpoint and training:
-        raise InputError("--checkpoint is to sample from; use --resume --run-dir FOLDER to train")
+        raise InputError(
+            "--checkpoint is to sample from; to train on, give --resume --run-dir FOLDER"
+        )
     if not training and (args.run_dir or args.epochs or args.minutes):
         raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
     if not training and "LOCAL_RANK" in os.environ:
@@ -189,7 +205,7 @@ def parse_run(parser, argv, names, fixed):
     for key in fixed:
         if getattr(args, key) != config[key]:
             flag = key.replace("_", "-")
-            raise InputError(f"--{flag} is {config[key]} and cannot change in a run")
+            raise InputError(f"--{flag} is {config[key]} and cannot change in a resumed run")
     return args, checkpoint
 
 
@@ -198,11 +214,13 @@ def errors_in_one_line(parser):
     """End the program with one line: exit code 2 for wrong input, 130 for Ctrl-C."""
     try:
         yield
-    except (InputError, argparse.ArgumentTypeError, OSError) as error:
+    except (InputError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (MemoryError, RuntimeError) as error:
-        if of_lost_process(error):
-            parser.exit(2, f"{parser.prog}: error: another process has ended; see torchrun\n")
+        if is_lost_process(error):
+            parser.exit(
+                2, f"{parser.prog}: error: another process has ended: see the output of torchrun\n"
+            )
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not out_of_memory and "allocate memory" not in str(error):  # on a CPU: RuntimeError
             raise
@@ -227,7 +245,7 @@ def pick_device(name):
         name = next(device for device in available if available[device])
     if not available[name]:
         raise InputError(f"--device {name} is not available on this machine: use --device auto")
-    torch.set_flush_denormal(True)  # CPUs are many times slower on numbers next to zero
+    torch.set_flush_denormal(True)  # CPUs are many times slower on denormal numbers
     if name == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; on a CPU it costs a third of the speed
     return torch.device(name)
@@ -257,19 +275,24 @@ def training_device(args):
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     world = dist.get_world_size()
     if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is no multiple of the {world} processes")
+        raise InputError(
+            f"--batch-size {args.batch_size} is not a multiple of the {world} processes"
+        )
     if dist.get_rank():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
     return device
 
 
-def of_lost_process(error):
+def is_lost_process(error):
     """Whether a RuntimeError says that another process has ended; gloo has no type of its own."""
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def parallel(model):
-    """The model as it is trained: with several processes, their gradients are averaged."""
+    """The model as it is trained: with several processes, their gradients are averaged.
+
+    Weights stay equal in all of them, and so do the averages that each process keeps.
+    """
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
@@ -341,7 +364,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix):
-    """About U V^T of a matrix U S V^T: five Newton-Schulz steps (Jordan et al. 2024)."""
+    """Approximately U V^T of a matrix U S V^T: five Newton-Schulz steps, Jordan et al. 2024."""
     wide = len(matrix) <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / x.norm().clamp(min=1e-7)
@@ -386,14 +409,16 @@ def load_checkpoint(path, names):
         version = checkpoint["format"]
     except Exception as error:  # readers of foreign or broken files fail in many ways
         wanted = " or ".join(names)
-        raise InputError(f"{path} is not a checkpoint of {wanted}, or not a whole one") from error
+        raise InputError(
+            f"{path} is not a checkpoint of {wanted}, or is incomplete or corrupted"
+        ) from error
     if name not in names:
         raise InputError(f"{path} is a checkpoint of {name}, not of {' or '.join(names)}")
     if version != FORMAT:
         raise InputError(f"{path} has checkpoint format {version}; these scripts read {FORMAT}")
     if missing := {"config", "network", "class_names", "ema", "step", "seconds"} - set(checkpoint):
         missing = ", ".join(sorted(missing))
-        raise InputError(f"{path} is not a whole checkpoint: it lacks {missing}")
+        raise InputError(f"{path} is an incomplete checkpoint: it lacks {missing}")
     return checkpoint
 
 
@@ -408,7 +433,9 @@ def load_run_data(args, checkpoint=None):
     print(data)
     if checkpoint and data.class_names != checkpoint["class_names"]:
         before = checkpoint["class_names"]
-        raise InputError(f"the data has the classes {data.class_names}, the run {before}")
+        raise InputError(
+            f"the data has the classes {data.class_names}, the run began with {before}"
+        )
     return data
 
 
@@ -485,17 +512,17 @@ class Run:
 
     def _new_folder(self, asked):
         """Make the folder asked for, if it holds no run, else runs/NAME, runs/NAME-2, ...."""
-        box = [asked]
+        folders = [asked]
         if self.rank == 0 and asked:
             files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}
             if any((asked / file).exists() for file in files):
                 raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
             asked.mkdir(parents=True, exist_ok=True)
         elif self.rank == 0:
-            box = [new_folder(self.name)]
+            folders = [new_folder(self.name)]
         if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
+            dist.broadcast_object_list(folders)
+        return folders[0]
 
     def __enter__(self):
         self._guard = self._guarded()
@@ -512,22 +539,25 @@ class Run:
         Raises InputError where the folder is another process's, where files cannot be written, and
         where other processes have ended.
         """
-        shown = tqdm(
-            total=1.0, initial=min(self.fraction_done(), 1.0), disable=self.rank > 0,
-            bar_format="{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a file needs fewer lines
-        )  # fmt: skip
+        options = {
+            "total": 1.0, "initial": min(self.fraction_done(), 1.0), "disable": self.rank > 0,
+            "bar_format": "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
+            "mininterval": 0.5 if sys.stderr.isatty() else 30,  # seconds; a file needs fewer lines
+        }  # fmt: skip
         resume = self._command("--resume --run-dir")
         kept = f"what {self.folder} holds is kept. Resume with:  {resume}"
         try:
-            with self._locked_folder(), signals_caught() as self.signals, shown as self.bar:
+            locked, signals = self._locked_folder(), signals_caught()
+            with locked, signals as self.signals, tqdm(**options) as self.bar:
                 yield
         except OSError as error:
             raise InputError(f"cannot write ({error}); {kept}") from error
         except RuntimeError as error:
-            if not of_lost_process(error):
+            if not is_lost_process(error):
                 raise
-            raise InputError(f"another process has ended, see torchrun; {kept}") from error
+            raise InputError(
+                f"another process has ended: see the output of torchrun; {kept}"
+            ) from error
 
     @contextmanager
     def _locked_folder(self):
@@ -597,7 +627,7 @@ class Run:
         """The fraction of --epochs or --minutes that is over, from 0 on."""
         if self.args.epochs:
             total = math.ceil(round(self.args.epochs * self.fraction * self.steps_per_epoch, 6))
-            return self.step / total
+            return self.step / max(total, 1)
         return self._seconds() / 60 / (self.args.minutes * self.fraction)
 
     def _seconds(self):
@@ -607,7 +637,7 @@ class Run:
         return (self.step + self.in_step) / self.steps_per_epoch
 
     def seed(self, generator):
-        """Make what a step draws depend on (seed, step) alone, so that no generator is saved."""
+        """Make what a step samples depend on (seed, step) alone, so that no generator is saved."""
         sequence = np.random.SeedSequence([self.args.seed, self.step])
         generator.manual_seed(int(sequence.generate_state(1)[0]))
 
@@ -623,6 +653,7 @@ class Run:
     def mean(self, values):
         """The mean of a tensor over the processes, each of which has that of its shard."""
         if self.world > 1:
+            values = values.clone()
             dist.all_reduce(values)
         return values / self.world
 
@@ -646,10 +677,10 @@ class Run:
         """Add a line, a dict of numbers, to log.jsonl."""
         if self.rank:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
+        self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
         at = {"step": self.step + self.in_step, "epoch": self._epoch(), "seconds": self._seconds()}
         with (self.folder / self.log_file).open("a") as file:
-            file.write(json.dumps({**at, **line}) + "\n")
+            file.write(json.dumps({**at, **line}, allow_nan=False) + "\n")
 
     def _save_due(self):
         waited = time.monotonic() - self.last_save
@@ -703,6 +734,33 @@ class Run:
         return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
 
 
+def class_diversity(grid, labels, data, warn):
+    """{class name: diversity} of a grid of samples, against the first 100 images of each class.
+
+    grid: (N, C, H, W) in [-1, 1];  labels: (N,);  data: ImageData;  warn: print the low ones.
+    """
+    found = {}
+    for y in labels.unique().tolist():
+        reals = to_float(data.images[data.labels == y][:100])
+        if len(reals) > 1:
+            found[data.class_names[y]] = diversity(grid[labels == y], reals)
+    low = {name: value for name, value in found.items() if value is not None and value < 0.4}
+    collapsed = [f"{name} ({value:.2f})" for name, value in low.items()]
+    if collapsed and warn:
+        names = ", ".join(collapsed)
+        tqdm.write(f"collapse: samples vary far less than real images in {names}")
+    return found
+
+
+def diversity(samples, reals):
+    """Mean distance of two samples over that of two real images: 1 is as varied, 0 collapsed.
+
+    samples: (N, C, H, W), reals: (M, C, H, W), of one class.  None where all reals are equal.
+    """
+    real = torch.pdist(reals.flatten(1)).mean().item()
+    return torch.pdist(samples.flatten(1)).mean().item() / real if real else None
+
+
 # --- Image files ----------------------------------------------------------------------------------
 
 
@@ -734,8 +792,8 @@ def check_output(path, suffixes, given=()):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
         raise InputError(f"--output {path} is a file, not a folder for images: name another")
-    if path.resolve() in [Path(name).resolve() for name in given if name]:
-        raise InputError(f"{path} is an image that is given: name another --output")
+    if path.resolve() in [Path(name).resolve() for name in given]:
+        raise InputError(f"{path} is one of the input images: name another --output")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
@@ -743,14 +801,20 @@ def check_output(path, suffixes, given=()):
         raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
-def output_path(args, name, classes, class_names):
-    """Where samples go: --output, or NAME_CLASS.png; InputError if it could not be written."""
-    what = file_stem(class_names[classes[0]]) if len(classes) == 1 else "samples"
-    path = args.output or Path(f"{name}_{what}.png")
-    if path.suffix == ".gif":
-        raise InputError(f"a .gif is now: python explore.py gif {name} --output {path}")
-    check_output(path, [".png", ".npz", ""])
-    return path
+def open_checkpoint(args, name, samples_from):
+    """What --checkpoint, --class and --output ask for: (path, checkpoint, classes, output).
+
+    classes: indices;  output: --output, or NAME_CLASS.png.  Raises InputError where it is not there
+    or cannot be written.
+    """
+    path = find_checkpoint((name,), args.checkpoint, samples_from)
+    checkpoint = load_checkpoint(path, samples_from)
+    names = checkpoint["class_names"]
+    classes = parse_classes(args.class_, names)
+    what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
+    output = args.output or Path(f"{name}_{what}.png")
+    check_output(output, [".png", ".npz", ""])
+    return path, checkpoint, classes, output
 
 
 def image_grid(images, columns):

@@ -11,7 +11,7 @@ Diederik Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2013 (arXiv:131
 
     python vae.py --train --epochs 50      train on Fashion-MNIST
     python vae.py --train --minutes 1      see it run
-    python vae.py --class Sneaker          draw a Sneaker with the newest weights
+    python vae.py --class Sneaker          sample a Sneaker with the newest weights
 
 Differs from the paper: class labels for encoder and decoder (Kingma et al. 2014, arXiv:1406.5298),
 residual convolutions, a Gaussian p(x | z) whose scale adapts (sigma-VAE, Rybkin et al. 2020,
@@ -22,7 +22,6 @@ a Gaussian mixture over the codes of its images, which are less normal than the 
 et al. 2019, arXiv:1903.12436).
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -36,8 +35,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, ResidualBlock, group_norm, next_noise, noise_streams, parse_classes, subsample,
-    to_float,
+    IMAGE_SIZE, ResidualBlock, group_norm, next_noise, noise_streams, subsample, to_float,
 )  # fmt: skip
 
 NAME = "vae"
@@ -207,31 +205,6 @@ def fit_prior(codes, labels, num_classes, components, seed):
     }
 
 
-def class_diversity(grid, labels, data, warn):
-    """{class name: diversity} of a grid of samples, against the first 100 images of each class.
-
-    grid: (N, C, H, W) in [-1, 1];  labels: (N,);  data: ImageData;  warn: print the low ones.
-    """
-    found = {}
-    for y in labels.unique().tolist():
-        reals = to_float(data.images[data.labels == y][:100])
-        if len(reals) > 1:
-            found[data.class_names[y]] = diversity(grid[labels == y], reals)
-    collapsed = [f"{name} ({value:.2f})" for name, value in found.items() if value < 0.4]
-    if collapsed and warn:
-        names = ", ".join(collapsed)
-        tqdm.write(f"collapse: samples vary far less than real images, of {names}")
-    return found
-
-
-def diversity(samples, reals):
-    """Mean distance of two samples over that of two real images: 1 is as varied, 0 collapsed.
-
-    samples: (N, C, H, W), reals: (M, C, H, W), of one class.
-    """
-    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(reals.flatten(1)).mean()).item()
-
-
 # --- Sampling -------------------------------------------------------------------------------------
 
 
@@ -311,9 +284,9 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, find_checkpoint, learning_rate,
-    load_checkpoint, load_run_data, number, optimisation_flags, output_path, parallel, parse_run,
-    pick_device, power_ema, run_parser, save_images, training_device, whole_numbers,
+    LOG_EVERY, RUN_FLAGS, Run, autocast, class_diversity, errors_in_one_line, learning_rate,
+    load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
+    power_ema, run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -329,7 +302,7 @@ def train(args, checkpoint=None):
     labels = data.labels.to(device)
     num_classes = len(data.class_names)
 
-    # The network, its optimiser, and the average of its weights that samples are drawn with.
+    # The network, its optimiser, and the average of its weights that samples come from.
     keys = ("channels", "latent_dim", "widths", "emb_channels")
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = num_classes
@@ -370,11 +343,13 @@ def train(args, checkpoint=None):
             "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
             "optimizer": optimizer.state_dict(), "sums": sums.tolist(), "prior": prior,
         }  # fmt: skip
-        run.save(state, grid)
         # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
+        run.watch(samples=grid.abs().max().item())
         active_units = (mu.var(dim=0) > 0.01).sum().item()
-        found = class_diversity(grid, grid_labels, data, warn=run.progress > 0)
+        trained = ema_model.n_averaged > 0  # at the start all samples are alike
+        found = class_diversity(grid, grid_labels, data, warn=trained)
         run.log({"active_units": active_units, "diversity": found})
+        run.save(state, grid)
 
     def finish():
         if components:
@@ -405,7 +380,9 @@ def train(args, checkpoint=None):
             logits = logits.float()
 
             # sigma^2 is that of the whole batch, of which this process sees its shard.
-            sigma_squared = run.mean(optimal_sigma_squared(logits, x))
+            sigma_squared = None
+            if args.reconstruction == "sigma":
+                sigma_squared = run.mean(optimal_sigma_squared(logits, x))
             losses = reconstruction_loss(logits, x, args.reconstruction, sigma_squared)
             reconstruction = losses.mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
@@ -450,8 +427,18 @@ FREE = (
 # --- Command line ---------------------------------------------------------------------------------
 
 
+def sampling_flags(parser):
+    """Add the flags of sampling, which explore.py has too."""
+    # fmt: off
+    add = parser.add_argument_group("sampling").add_argument
+    add("--prior", choices=("fitted", "normal"), default="fitted",
+        help="sample codes from the mixture fitted to each class, or from N(0, 1) (fitted)")
+    add("--truncation", type=number(float, 0.1),
+        help="resample noise beyond +- this many standard deviations, from 0.1 (off)")
+    # fmt: on
+
+
 def build_parser():
-    on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__, batch_size=128)
     # fmt: off
     add = parser.add_argument_group("network").add_argument
@@ -470,35 +457,22 @@ def build_parser():
         help="fraction of the run in which the KL weight grows from 0, 0 to 1 (0.1)")
     add("--prior-components", type=number(int, 0, 1000), default=15,
         help="Gaussians fitted to the codes of each class, 0 to 1000; 0 leaves N(0, 1) (15)")
-    add = optimisation_flags(parser, lr=2e-3)
-    add("--weight-decay", type=number(float, 0), default=0.01,
-        help="decoupled weight decay, 0 or more (0.01)")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0,
-        help="largest norm of the gradient, above 0 (1)")
-    add("--compile", action=on_off, default=False, help="torch.compile the network (off)")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--prior", choices=("fitted", "normal"), default="fitted",
-        help="sample codes from the mixture fitted to each class, or from N(0, 1) (fitted)")
-    add("--truncation", type=number(float, 0.1),
-        help="sample noise beyond +- this value again, 0.1 or more (no limit)")
+    optimisation_flags(parser, lr=2e-3)
     # fmt: on
+    sampling_flags(parser)
     return parser
 
 
 def draw(args):
     """Sample from a checkpoint and write the images."""
-    path = find_checkpoint((NAME,), args.checkpoint, SAMPLES_FROM)
-    checkpoint = load_checkpoint(path, SAMPLES_FROM)
-    names = checkpoint["class_names"]
-    classes = parse_classes(args.class_, names)
-    output = output_path(args, NAME, classes, names)
+    path, checkpoint, classes, output = open_checkpoint(args, NAME, SAMPLES_FROM)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     images = sample(
         model=ema_network(checkpoint, pick_device(args.device)),
         prior=checkpoint["prior"] if args.prior == "fitted" else None, labels=labels,
         truncation=args.truncation, seed=args.seed, batch_size=args.batch_size,
     )  # fmt: skip
-    save_images(images, labels, names, output, args.num_samples)
+    save_images(images, labels, checkpoint["class_names"], output, args.num_samples)
     print(f"wrote {output} (weights: {path})")
     return 0
 

@@ -118,7 +118,7 @@ def flip(file):
 def test_a_broken_file_is_named(fashion, in_tmp, compress, corrupt, which):
     file = fashion(in_tmp / "d", compress=compress) / (which + ".gz" * compress)
     corrupt(file)
-    with pytest.raises(InputError, match=f"{file.name} (is broken|is not the published file)"):
+    with pytest.raises(InputError, match=f"{file.name} (is corrupted|is not the published file)"):
         load_data("fashion-mnist", "d")
 
 
@@ -151,7 +151,7 @@ def test_a_set_without_sums_is_still_checked(in_tmp, file, content, message):
 def test_missing_files_and_folders_are_named(in_tmp):
     with pytest.raises(InputError, match="nowhere is not a folder"):
         load_data("kmnist", "nowhere")
-    with pytest.raises(InputError, match="has no train-images-idx3-ubyte"):
+    with pytest.raises(InputError, match="have no train-images-idx3-ubyte"):
         load_data("kmnist", in_tmp)
     write_idx(in_tmp)
     (in_tmp / "train-labels-idx1-ubyte").unlink()

@@ -21,6 +21,9 @@ from PIL import Image
 
 import common
 import ddim
+import ddpm
+import infer_onnx
+import ldm
 import runs
 from common import NULL_LABEL, InputError, UNet
 
@@ -186,6 +189,67 @@ def test_sampler_turns_noise_into_a_gaussian_of_the_right_mean_and_width(predict
     pairs = ddim.time_pairs(1000, 1000)
     found = ddim.ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=False)
     assert torch.allclose(found, 0.4 + 0.1 * x_T, atol=5e-3)
+
+
+class Erring(torch.nn.Module):
+    """The optimal network for images ~ N(0.4, 0.1^2), whose output is off by 1 %, at random."""
+
+    def __init__(self, schedule, prediction):
+        super().__init__()
+        self.alpha_bars = ddim.make_alpha_bars(schedule, 1000)
+        self.prediction = prediction
+        self.on_cpu = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t, t, y):
+        a = self.alpha_bars[t].view(-1, 1, 1, 1)
+        away = (x_t - a**0.5 * 0.4) / (a * 0.01 + 1 - a)
+        eps_hat = (1 - a) ** 0.5 * away
+        x_0_hat = 0.4 + a**0.5 * 0.01 * away
+        output = ddim.target_of(self.prediction, x_0_hat, eps_hat, a)
+        return output + 0.01 * torch.randn(x_t.shape, dtype=output.dtype)
+
+    denoiser = property(lambda self: self)
+
+    def to_images(self, z_0):
+        return z_0
+
+
+SAMPLERS = {
+    "ddim": (ddim, {"clip": False}),
+    "ddim, eta 1": (ddim, {"clip": False, "eta": 1.0}),
+    "dpm++": (ddim, {"clip": False, "solver": "dpm++"}),
+    "ddpm": (ddpm, {"clip": False}),
+    "ddpm, large": (ddpm, {"clip": False, "variance": "large"}),
+    "ldm": (ldm, {}),
+    "ldm, dpm++": (ldm, {"solver": "dpm++"}),
+}
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_network_that_errs_by_one_percent_is_sampled_from(sampler, schedule, prediction):
+    """Without clipping, a walk from alpha_bar = 2e-9 turns an error of 1 % in eps into 200."""
+    script, options = SAMPLERS[sampler]
+    config = {"schedule": schedule, "num_timesteps": 1000, "prediction": prediction}
+    config |= {"channels": 1, "latent_channels": 4}
+    model = Erring(schedule, prediction)
+    labels = torch.zeros(40, dtype=torch.int64)
+    images = script.sample(
+        model=model, config=config, labels=labels, steps=20, guidance=1.0, **options
+    )
+    assert images.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert 0.05 < images.std().item() < 0.13
+
+
+def test_a_walk_starts_where_an_error_of_eps_stays_small():
+    """The largest t whose alpha_bar is above 3e-5; the published linear schedule ends above it."""
+    cosine = ddim.make_alpha_bars("cosine", 1000)
+    length = ddim.walk_length(cosine, "eps")
+    assert 990 < length < 1000 and cosine[length - 1] > 3e-5 >= cosine[length]
+    assert ddim.walk_length(cosine, "v") == 1000
+    assert ddim.walk_length(ddim.make_alpha_bars("linear", 1000), "eps") == 1000
+    assert infer_onnx.walk_length(cosine.numpy(), "eps") == length
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -514,7 +578,7 @@ def test_the_command_printed_at_the_end_works_for_few_timesteps(in_tmp, data_dir
 def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
     flags = [*flags, "--schedule", "linear", "--num-timesteps", "30", "--channels", "3", "--bf16"]
     assert ddim.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *flags, *TINY]) == 0
-    assert ddim.main(["--class", "o,ki", "--steps", "30", "--eta", "1", "--output", "x.npz"]) == 0
+    assert ddim.main(["--class", "o,ki", "--steps", "20", "--eta", "1", "--output", "x.npz"]) == 0
     assert np.load("x.npz")["x"].shape == (2, 3, 32, 32)
 
 
@@ -608,7 +672,7 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--train", "--minutes", "inf"], "'inf' is not a number above 0"),
         (["--train", "--minutes", "1", "--epochs", "1"], "not both"),
         (["--train", "--widths", "32,a"], "'a' is not a whole number from 1"),
-        (["--train", "--depths", "1"], "equally many"),
+        (["--train", "--depths", "1"], "must have the same length"),
         (["--train", "--batch-size", "61"], r"--batch-size 61 is not in 1..60"),
         (["--train", "--label-dropout", "1.1"], "from 0 to 1"),
         (["--train", "--ema-length", "0.6"], "above 0 to 0.5"),

@@ -11,6 +11,7 @@ from test_ddim import Oracle
 
 import ddim
 import ddpm
+import runs
 
 
 @pytest.mark.parametrize("t", [1, 500, 999])
@@ -62,7 +63,7 @@ def test_sampler_finds_the_image_that_the_network_knows(steps, prediction, varia
 @pytest.mark.parametrize("steps", [5, 100])
 def test_the_same_as_ddim_with_eta_1(tiny_run, steps):
     """With eta = 1 DDIM's step has DDPM's posterior: from the same noise, the same image."""
-    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
+    checkpoint = runs.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     options = {
         "model": ddim.ema_network(checkpoint, torch.device("cpu")),
         "config": {**checkpoint["config"], "num_timesteps": 100},

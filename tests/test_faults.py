@@ -96,7 +96,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
 def test_another_network_size_cannot_be_resumed(name, tiny_runs, capsys):
     script = importlib.import_module(name)
     flags = ["--resume", "--run-dir", tiny_runs(name), "--epochs", "9", "--emb-channels", "32"]
-    assert "--emb-channels is 16 and cannot change in a run" in refused(script.main, flags, capsys)
+    assert "--emb-channels is 16 and cannot change in a resumed run" in refused(
+        script.main, flags, capsys
+    )
 
 
 # --- Folders and disks ----------------------------------------------------------------------------

@@ -109,7 +109,11 @@ COMBINATIONS = [
     (SCRIPTS, ["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
     (DIFFUSION, ["--steps", "1001"], "--steps 1001 is more than the 1000"),
     (DIFFUSION, ["--train", "--widths", "16,16,16,16,16"], "--widths"),
-    (("ddpm", "ddim"), ["--train", "--widths", "16", "--depths", "1,2"], "equally many"),
+    (
+        ("ddpm", "ddim"),
+        ["--train", "--widths", "16", "--depths", "1,2"],
+        "must have the same length",
+    ),
     (("ddpm", "ddim", "ldm"), ["--train", "--widths", "48", "--depths", "1"], "a multiple of 32"),
     (DIFFUSION, ["--train", "--emb-channels", "18"], "a multiple of 4"),
     (SCRIPTS, ["--output", "x.gif"], "python explore.py gif "),

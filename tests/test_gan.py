@@ -113,6 +113,24 @@ def test_there_is_no_batch_norm_and_an_image_does_not_depend_on_its_batch():
     assert images.shape == (6, 1, 32, 32) and images.abs().max() <= 1
 
 
+def test_with_spectral_norm_the_class_counts_as_much_as_the_image():
+    """Miyato & Koyama eq. (4): the two terms of the logit, each of a layer of spectral norm 1."""
+    discriminator = gan.Discriminator(1, 10, (8, 16), spectral=True).eval()
+    for _ in range(20):
+        discriminator.train()(torch.randn(4, 1, 32, 32), torch.eye(10)[:4])
+    discriminator.eval()
+    x = torch.randn(200, 1, 32, 32)
+    by_class = torch.stack([discriminator(x, torch.eye(10)[[y] * 200]) for y in range(10)])
+    features = []
+    hook = discriminator.out.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    discriminator(x, torch.eye(10)[[0] * 200])
+    hook.remove()
+    weight = discriminator.label.weight
+    expected = (features[0] @ weight).T
+    found = by_class - discriminator.out(features[0])[:, 0]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_hinge_bounds_the_discriminator_spectrally():
     discriminator = gan.Discriminator(1, 2, (4, 8), spectral=True)
     for _ in range(30):

@@ -120,7 +120,7 @@ def test_the_torchrun_command_of_the_readme_and_a_batch_that_cannot_be_divided(i
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run runs/ddim on cpu") == 1 and Path("runs/ddim/ddim.pt").is_file()
     done = torchrun(ROOT / "ddim.py", *FLAGS["ddim"], "--data-dir", data_dir, "--batch-size", "21")
-    assert "--batch-size 21 is no multiple of the 2 processes" in done.stderr
+    assert "--batch-size 21 is not a multiple of the 2 processes" in done.stderr
     done = torchrun(ROOT / "ddim.py", "--class", "ki")
     assert "torchrun is for --train and --resume" in done.stderr and not list(Path().glob("*.png"))
 

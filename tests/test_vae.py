@@ -12,6 +12,7 @@ from conftest import TINY_FLAGS
 from torch import distributions
 
 import common
+import runs
 import vae
 
 
@@ -167,10 +168,10 @@ def test_the_run_ends_with_the_mixture_asked_for(tiny_runs, tmp_path, in_tmp):
 
 def test_diversity_is_one_for_real_images_and_falls_with_collapse():
     reals = torch.rand(40, 1, 8, 8)
-    assert vae.diversity(reals[:20], reals[20:]) == pytest.approx(1, abs=0.05)
-    assert vae.diversity(reals[:1].expand(20, -1, -1, -1), reals) == pytest.approx(0, abs=1e-3)
+    assert runs.diversity(reals[:20], reals[20:]) == pytest.approx(1, abs=0.05)
+    assert runs.diversity(reals[:1].expand(20, -1, -1, -1), reals) == pytest.approx(0, abs=1e-3)
     half = 0.5 * reals[:20] + 0.5 * reals[:1]
-    assert vae.diversity(half, reals) == pytest.approx(0.5, abs=0.1)
+    assert runs.diversity(half, reals) == pytest.approx(0.5, abs=0.1)
 
 
 def test_mode_collapse_is_reported(capsys, data_dir):
@@ -178,11 +179,11 @@ def test_mode_collapse_is_reported(capsys, data_dir):
     grid = common.to_float(data.images[data.labels == 0][:4])
     grid = torch.cat([grid, grid[:1].expand(4, -1, -1, -1)])
     labels = torch.tensor([0] * 4 + [1] * 4)
-    found = vae.class_diversity(grid, labels, data, warn=True)
+    found = runs.class_diversity(grid, labels, data, warn=True)
     assert found["o"] > 0.8 and found["ki"] == pytest.approx(0, abs=1e-3)
     said = capsys.readouterr().out
     assert "collapse" in said and "ki (0.00)" in said and "o (" not in said
-    vae.class_diversity(grid, labels, data, warn=False)
+    runs.class_diversity(grid, labels, data, warn=False)
     assert capsys.readouterr().out == ""
 
 
