@@ -14,9 +14,9 @@
     python infer_onnx.py --model vae --class Bag         vae, gan, ddpm, ddim, ldm, or an .onnx file
     python infer_onnx.py --info                          what the model file says about itself
 
-The model is the newest runs/*/NAME.onnx (written by export.py), else pretrained/NAME.onnx. The
-file contains everything that is needed to use it. The same seed gives the same image as in torch,
-whatever the batch size.
+The model is the newest runs/*/NAME.onnx (written by export.py), else pretrained/NAME.onnx, else
+NAME.onnx. The file contains everything that is needed to use it. The same seed gives the same image
+as in torch, whatever the batch size.
 
 Exit codes: 0 done, 2 wrong flags, 3 model file cannot be used, 4 provider not available,
 5 run failed, 130 Ctrl-C.
@@ -82,17 +82,13 @@ class RunError(Exception):
     """The model ran and failed."""
 
 
-EXIT_CODES = {
-    InputError: 2, ModelError: 3, ProviderError: 4, RunError: 5, MemoryError: 5, OSError: 5,
-}  # fmt: skip
-
-
 # --- Model ----------------------------------------------------------------------------------------
 
 
 def find_model(name):
-    """The path of a model: a path as it is, else the newest runs/*/NAME.onnx, else a shipped file.
+    """The path of a model.
 
+    A path as it is, else the newest runs/*/NAME.onnx, else pretrained/NAME.onnx, else NAME.onnx.
     Raises ModelError if there is none of these.
     """
     if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
@@ -102,7 +98,8 @@ def find_model(name):
     for path in [*reversed(runs), *(folder / f"{name}.onnx" for folder in folders)]:
         if path.is_file():
             return path
-    raise ModelError(f"no model {name!r} in runs/ or pretrained/: run export.py, or name a file")
+    places = "runs/, pretrained/ or this folder"
+    raise ModelError(f"no model {name!r} in {places}: run export.py, or name a file")
 
 
 @dataclass
@@ -231,7 +228,7 @@ def run_session(session, **feed):
         raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {reason}") from error
 
 
-def denoiser(session, y, guidance, null_label, until=math.inf):
+def denoiser(session, y, guidance, null_label, until):
     """denoise(x_t, t) -> network output, with classifier-free guidance (Ho & Salimans 2022).
 
     output = output_u + guidance * (output_c - output_u), where u is without a class and c is with
@@ -261,6 +258,20 @@ def is_guided(guidance, t, until):
 # The same functions as in ddim.py and ddpm.py: they work on NumPy arrays and on torch tensors.
 
 
+def walk_length(alpha_bars, prediction):
+    """How many timesteps, counted from t = 0, a walk covers: T, or fewer where eps is predicted.
+
+    x_0_hat divides by sqrt(alpha_bar_t).  At the end of the cosine schedule, alpha_bar = 2.4e-9, an
+    error of eps_hat would count 20,000 times: there a walk starts at the largest t whose alpha_bar
+    is above 3e-5 instead, where x_t is as good as noise.
+
+    alpha_bars: (T,), falling.
+    """
+    if prediction == "eps":
+        return int((alpha_bars > 3e-5).sum())
+    return len(alpha_bars)
+
+
 def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
@@ -277,8 +288,8 @@ def time_pairs(num_timesteps, steps):
 def predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t, clip=False):
     """x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
-    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
+    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDPM (15)
+    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho
     With clip, x_0_hat is limited to [-1, 1] and eps_hat is derived again: both still make up x_t.
 
     output, x_t: (B, C, H, W);  alpha_bar_t: a number in (0, 1), or (B, 1, 1, 1).
@@ -303,9 +314,8 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     eta: 0 is deterministic, 1 as noisy as DDPM;  noise: like x_0_hat, used where eta > 0;
     x_0_hat, eps_hat: (B, C, H, W);  alpha_bar_t < alpha_bar_prev <= 1: numbers.
     """
-    sigma_t = (
-        eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
-    )
+    beta_t = 1 - alpha_bar_t / alpha_bar_prev
+    sigma_t = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t) ** 0.5
     direction = max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5
     x_prev = alpha_bar_prev**0.5 * x_0_hat + direction * eps_hat
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
@@ -423,7 +433,7 @@ def ddpm_sample(
     return x_t
 
 
-# --- Picture --------------------------------------------------------------------------------------
+# --- Sample and picture ---------------------------------------------------------------------------
 
 
 def sample(
@@ -451,9 +461,7 @@ def sample(
     if solver not in SOLVERS or (solver == "dpm++" and eta > 0):
         raise ValueError(f"solver {solver!r} with eta {eta}: it must be ddim, or dpm++ with eta 0")
     alpha_bars = np.array(card["alpha_bars"], np.float64)
-    options = diffusion_options(card, steps, guidance, guidance_limit)
-    pairs = time_pairs(len(alpha_bars), options["steps"])
-    until = len(alpha_bars) * options["guidance_limit"]
+    pairs, guidance, until = walk_of(card, steps, guidance, guidance_limit)
     latent_shape = card.get("latent_shape")  # of an LDM
     clip = not latent_shape
 
@@ -464,7 +472,7 @@ def sample(
             return next_noise(streams, latent_shape or card["image_shape"])
 
         y = np.array([labels[i] for i in indices], np.int64)
-        denoise = denoiser(model.session, y, options["guidance"], card["null_label"], until)
+        denoise = denoiser(model.session, y, guidance, card["null_label"], until)
         arguments = (denoise, noise(), alpha_bars, pairs, card["prediction"])
         if card["model"] == "ddpm":
             x_0 = ddpm_sample(*arguments, variance=variance, clip=clip, noise=noise)
@@ -481,21 +489,28 @@ def sample(
     return in_batches(model, walk, len(labels), batch_size)
 
 
-def diffusion_options(card, steps=None, guidance=None, guidance_limit=None):
-    """{"steps", "guidance", "guidance_limit"}: where one is None, the model's default."""
-    given = {"steps": steps, "guidance": guidance, "guidance_limit": guidance_limit}
-    return {key: card[key] if value is None else value for key, value in given.items()}
+def walk_of(card, steps=None, guidance=None, guidance_limit=None):
+    """(pairs, guidance, until) of a diffusion model's walk; None is the model's default.
+
+    pairs: from time_pairs;  until: guidance above 1 applies at t < until only.
+    """
+    steps = card["steps"] if steps is None else steps
+    guidance = card["guidance"] if guidance is None else guidance
+    limit = card["guidance_limit"] if guidance_limit is None else guidance_limit
+    return time_pairs(steps_limit(card), steps), guidance, len(card["alpha_bars"]) * limit
+
+
+def steps_limit(card):
+    """The largest number of sampling steps of a diffusion model."""
+    return walk_length(np.array(card["alpha_bars"]), card["prediction"])
 
 
 def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
     """Network evaluations per image, with options as in `sample`: a guided step takes two."""
     if card["kind"] == "codes":
         return 1
-    num_timesteps = len(card["alpha_bars"])
-    options = diffusion_options(card, steps, guidance, guidance_limit)
-    until = num_timesteps * options["guidance_limit"]
-    pairs = time_pairs(num_timesteps, options["steps"])
-    return sum(2 if is_guided(options["guidance"], t, until) else 1 for t, _ in pairs)
+    pairs, guidance, until = walk_of(card, steps, guidance, guidance_limit)
+    return sum(2 if is_guided(guidance, t, until) else 1 for t, _ in pairs)
 
 
 def fitted_prior(card):
@@ -509,7 +524,7 @@ def fitted_prior(card):
     return arrays
 
 
-def decode_codes(model, codes, classes, batch_size=100):
+def decode_codes(model, codes, classes, batch_size):
     """uint8 images of codes float32 (N, D) of a VAE or GAN; classes: from class_weights."""
 
     def decode(indices):
@@ -740,9 +755,10 @@ def check(model):
     networks = {card["model"]: (model.session, card["probe"])}
     networks |= {name: (model.parts[name], part) for name, part in card["parts"].items()}
     limit = 1e-4 if model.provider == CPU else 1e-2  # CUDA: TF32
+    differences = {}
     for name, (session, exported) in networks.items():
         if "output" not in exported:
-            raise RunError(f"the {name} was exported before exports were checked: export it again")
+            raise RunError(f"{name} has no reference output in its metadata: export it again")
         shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
         inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
         expected = np.array(exported["output"], np.float32)
@@ -751,6 +767,8 @@ def check(model):
         if not difference <= limit:
             differ = f"{name}'s outputs differ by {difference:.1e} from the export's"
             raise RunError(f"the check failed: {differ}, limit {limit:.0e}")
+        differences[name] = difference
+    for name, difference in differences.items():
         print(f"check passed: {name}'s outputs within {difference:.1e} of those at the export")
 
 
@@ -865,30 +883,37 @@ def add_model_flags(parser):
     """Add the flags that choose a model, where it runs and how it samples."""
     add = parser.add_argument
     add("--model", default="ddim",
-        help="an .onnx file, or a name to look for in runs/ and pretrained/ (ddim)")
+        help="an .onnx file, or a name to look for in runs/, pretrained/ and this folder (ddim)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
         help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
     add("--threads", type=number(int, 0, 1024), default=0,
-        help="threads on the CPU, 0 for one per core (0)")
+        help="threads on the CPU, 0 to 1024; 0 is one per core (0)")
     add("--no-tf32", dest="tf32", action="store_false",
-        help="on CUDA, multiply in full float32 instead of TF32: slower (off)")
+        help="on CUDA, multiply in full float32, which is slower (default: TF32)")
+    # Where no value is given, the defaults of the sampling flags are those of the model.
     add("--steps", type=number(int, 1),
-        help="number of sampling steps, 1 to T (the model's default)")
+        help="number of sampling steps, 1 to T, the number of training timesteps; "
+             "diffusion models only (the model's default)")
     add("--guidance", type=number(float, 0),
-        help="classifier-free guidance weight, 0 or more: 0 ignores the class, 1 is plain "
-             "conditional sampling, above 1 is guided (the model's default)")
+        help="guidance weight: 0 ignores the class, 1 is conditional, above 1 guided; "
+             "diffusion models only (the model's default)")
     add("--guidance-limit", type=number(float, 0, 1),
-        help="guide only at t below this fraction of T, 0 to 1 (the model's default)")
+        help="guide only at timesteps below this fraction of T, 0 to 1; "
+             "diffusion models only (the model's default)")
     add("--solver", choices=SOLVERS,
-        help="of ddim and ldm: dpm++ is DPM-Solver++(2M), of second order, for few steps (ddim)")
+        help="sampler: ddim, or dpm++, of second order, for few steps; ddim and ldm only (ddim)")
     add("--eta", type=number(float, 0, 1),
-        help="of ddim and ldm: noise of each step, from 0, deterministic, to 1, as in DDPM (0)")
+        help="noise added in each step, from 0, deterministic, to 1, as in DDPM; "
+             "ddim and ldm only (0)")
     add("--variance", choices=("small", "large"),
-        help="of ddpm: variance of each step: small is the posterior's, large is beta_t (small)")
+        help="variance of the noise: small is the posterior's, large is beta_t; "
+             "ddpm only (small)")
     add("--truncation", type=number(float, 0.1),
-        help="of vae and gan: sample noise beyond +- this value again, 0.1 or more (no limit)")
+        help="resample noise beyond +- this many standard deviations, from 0.1; "
+             "vae and gan only (off)")
     add("--prior", choices=("fitted", "normal"),
-        help="of vae: sample codes from the mixture fitted to each class, or from N(0, 1) (fitted)")
+        help="sample codes from the mixture fitted to each class, or from N(0, 1); "
+             "vae only (fitted)")
 
 
 def build_parser():
@@ -897,20 +922,25 @@ def build_parser():
                     allow_abbrev=False)
     add = parser.add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
-        help="class name or index, several separated by commas, or all (all)")
+        help="class names or indices, separated by commas, or all (all)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
-        help="number of images of each class, or of frames between two images (1)")
+        help="number of images of each class, or of frames between two, 1 to 1,000,000 (1)")
     add_model_flags(parser)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--interpolate", choices=("noise", "class"),
-        help="of vae and gan: --num-samples frames between two noises of a class, or two classes")
+        help="frames, --num-samples of them, between two noises of each class, or between "
+             "two classes; vae and gan only")
     group.add_argument("--reconstruct", metavar="FILE", nargs="+",
-        help="of vae: these images of one --class, and the images decoded from their codes")
+        help="these images, all of one --class, above the images decoded from their codes; "
+             "vae only")
     group.add_argument("--between", metavar="FILE", nargs=2,
-        help="of vae: --num-samples frames between two images of one --class")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (0)")
+        help="frames, --num-samples of them, between two images of one --class; vae only")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="seed of the noise, 0 or more (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
-    add("--output", type=Path, help="a .png (grid), an .npz, or a folder for PNGs (CLASS.png)")
+    add("--output", type=Path,
+        help="a .png (grid), an .npz, or a folder for PNGs "
+             "(CLASS.png; several classes: samples.png)")
     add("--shard", type=shard, metavar="I/N",
         help="only the I-th of N parts of the images, to share work between machines (all)")
     add("--info", action="store_true", help="print what the model file says about itself (off)")
@@ -934,12 +964,14 @@ def sampling_options(args, card):
     options = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     if card["kind"] == "codes":
         return options
-    options |= diffusion_options(card, args.steps, args.guidance, args.guidance_limit)
-    num_timesteps = len(card["alpha_bars"])
-    if options["steps"] > num_timesteps:
-        raise InputError(f"--steps {options['steps']} is more than the {num_timesteps} of training")
+    for key in DIFFUSION_OPTIONS:
+        value = getattr(args, key)
+        options[key] = card[key] if value is None else value
+    limit = steps_limit(card)
+    if options["steps"] > limit:
+        raise InputError(f"--steps {options['steps']} is more than the {limit} timesteps of a walk")
     if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
-        raise InputError(f"this model supports no other --guidance than {card['guidance']}")
+        raise InputError(f"this model was trained for --guidance {card['guidance']:g} only")
     return options
 
 
@@ -956,8 +988,8 @@ def check_output(path, suffixes, given=()):
         raise InputError(f"--output {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
         raise InputError(f"--output {path} is a file, not a folder for images: name another")
-    if path.resolve() in [Path(name).resolve() for name in given if name]:
-        raise InputError(f"{path} is an image that is given: name another --output")
+    if path.resolve() in [Path(name).resolve() for name in given]:
+        raise InputError(f"{path} is one of the input images: name another --output")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
@@ -980,8 +1012,8 @@ def shard_bounds(args, count):
     part, parts = args.shard or (1, 1)
     first = count * (part - 1) // parts
     stop = count * part // parts
-    no_samples = args.interpolate or args.reconstruct or args.between
-    if args.shard and (no_samples or first == stop or not args.output or args.output.suffix):
+    from_codes = args.interpolate or args.reconstruct or args.between
+    if args.shard and (from_codes or first == stop or not args.output or args.output.suffix):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
     return first, stop
 
@@ -1008,8 +1040,12 @@ def run(args):
     first, stop = shard_bounds(args, len(classes) * args.num_samples)
     stem = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
     output = args.output or Path(f"{stem}.png")
-    shared = args.shard and output.is_dir()  # with other shards, which may be writing to it
-    if not (shared and all(file.name.lstrip(".")[:5].isdecimal() for file in output.iterdir())):
+    joins_other_shards = (  # which may be writing to this folder now
+        bool(args.shard)
+        and output.is_dir()
+        and all(file.name.lstrip(".")[:5].isdecimal() for file in output.iterdir())
+    )
+    if not joins_other_shards:
         check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())
     start = time.perf_counter()
     images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
@@ -1027,8 +1063,22 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def run_command(parser, command, argv=None):
-    """Call command(flags); an error ends the program with one line and its exit code."""
+EXIT_CODES = {
+    InputError: 2,
+    ImportError: 2,  # of a package that only some flags need
+    ModelError: 3,
+    ProviderError: 4,
+    RunError: 5,
+    MemoryError: 5,
+    OSError: 5,
+}
+
+
+def run_command(parser, command, argv=None, stopped="stopped"):
+    """Call command(flags); an error ends the program with one line and its exit code.
+
+    stopped: what to say after Ctrl-C.
+    """
     ort.set_default_logger_severity(4)
     args = parser.parse_args(argv)
     try:
@@ -1037,7 +1087,7 @@ def run_command(parser, command, argv=None):
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+        parser.exit(130, f"{parser.prog}: {stopped}\n")
     return 0
 
 

@@ -109,7 +109,7 @@ def test_the_metadata_says_all(loaded, tiny_run):
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
-    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
+    checkpoint = runs.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
     x_t, t = torch.randn(batch, 1, 32, 32), torch.randint(0, 1000, (batch,))
     y = torch.arange(batch) % 11 - 1
@@ -128,7 +128,7 @@ def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
     ],
 )
 def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit, eta, solver):
-    checkpoint = ddim.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
+    checkpoint = runs.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
     options = {
         "steps": steps, "guidance": guidance, "guidance_limit": limit, "eta": eta,
@@ -340,14 +340,16 @@ def test_every_model_is_sampled_checked_and_timed_without_torch(exports, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
-def test_the_check_is_of_the_second_file_too(exports, name, part):
+def test_the_check_is_of_the_second_file_too(exports, capsys, name, part):
     model = infer_onnx.load_model(exports(name), "cpu")
     infer_onnx.check(model)
+    assert capsys.readouterr().out.count("check passed: ") == 2
     model.card["parts"][part]["output"][3] += 0.01
     with pytest.raises(infer_onnx.RunError, match=f"{part}'s outputs differ by 1.0e-02"):
         infer_onnx.check(model)
+    assert capsys.readouterr().out == ""  # nothing has passed before all has
     del model.card["parts"][part]["output"]  # as in files of an earlier export.py
-    with pytest.raises(infer_onnx.RunError, match=f"the {part} was exported before"):
+    with pytest.raises(infer_onnx.RunError, match=f"{part} has no reference output"):
         infer_onnx.check(model)
 
 
@@ -443,7 +445,7 @@ def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys
         (["--reconstruct", "a.png"], "need one --class"),
         (
             ["--reconstruct", "a.png", "--class", "o", "--output", "./a.png"],
-            "a.png is an image that is given",
+            "a.png is one of the input images",
         ),
         (["--reconstruct", "a.png", "--class", "o"], "a.png is not a readable image"),
     ],
@@ -754,7 +756,7 @@ def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):
 def test_fixed_guidance_is_refused(exported, in_tmp, capsys):
     with_card(exported, "x.onnx", lambda card: {**card, "guidance": 1.0, "guidance_fixed": True})
     code, error = main_code(["--model", "x.onnx", "--guidance", "2"], capsys)
-    assert code == 2 and "no other --guidance than 1.0" in error
+    assert code == 2 and "this model was trained for --guidance 1 only" in error
 
 
 def test_unknown_model_names_exit_with_3(in_tmp, capsys):
@@ -940,6 +942,18 @@ def test_inline_metadata_equals_the_requirements():
     required = [line for line in (ROOT / "requirements-infer.txt").read_text().splitlines() if line]
     assert [line.replace("'", '"') for line in inline["dependencies"]] == required
     assert inline["requires-python"] == ">=3.11"
+
+
+@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
+def test_help_texts_are_the_words_of_the_scripts(name):
+    """But for the models that have a flag and the default, which is that of the model."""
+    parsers = [importlib.import_module(module).build_parser() for module in (name, "infer_onnx")]
+    script, without_torch = ({a.dest: a.help for a in parser._actions} for parser in parsers)
+    flags = script.keys() & infer_onnx.MODEL_FLAGS[name]
+    for dest in flags:
+        words = script[dest].rsplit(" (", 1)[0]
+        assert without_torch[dest].startswith(f"{words}; "), dest
+    assert len(flags) >= {"vae": 2, "gan": 1}.get(name, 4)
 
 
 @pytest.mark.parametrize("file", ["ddim.onnx", "ddim.pt"])
