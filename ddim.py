@@ -541,7 +541,7 @@ def draw(args):
 def main(argv=None):
     parser = build_parser()
     with errors_in_one_line(parser):
-        args, checkpoint = parse_run(parser, argv, (NAME,), FIXED)
+        args, checkpoint = parse_run(parser, argv, (NAME,), FIXED, FREE)
         return train(args, checkpoint) if args.train or args.resume else draw(args)
 
 

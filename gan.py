@@ -18,10 +18,10 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
 Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018,
 arXiv:1802.05637), residual convolutions, no batch norm, the R1 penalty (Mescheder et al. 2018,
 arXiv:1801.04406), on every n-th step alone (Karras et al. 2019, arXiv:1912.04958, but without their
-correction of Adam's rates), no momentum, an annealed learning rate, and an EMA of the generator over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696).  Losses of later papers: hinge (Miyato et al. 2018, arXiv:1802.05957),
-relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties: Huang et al. 2024,
-arXiv:2501.05441).
+correction of Adam), no momentum, an annealed learning rate, and an EMA of the generator over a
+fraction of the run (Karras et al. 2024, arXiv:2312.02696).  Losses of later papers: hinge (Miyato
+et al. 2018, arXiv:1802.05957), relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both
+penalties: Huang et al. 2024, arXiv:2501.05441).
 """
 
 import itertools
@@ -440,7 +440,7 @@ def draw(args):
 def main(argv=None):
     parser = build_parser()
     with errors_in_one_line(parser):
-        args, checkpoint = parse_run(parser, argv, (NAME,), FIXED)
+        args, checkpoint = parse_run(parser, argv, (NAME,), FIXED, FREE)
         return train(args, checkpoint) if args.train or args.resume else draw(args)
 
 

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -160,12 +161,20 @@ def optimisation_flags(parser, lr, clipped=True):
     return add
 
 
-def parse_run(parser, argv, names, fixed):
+def typed_flags(parser, argv):
+    """The names of the flags that are typed, whatever their values."""
+    unset = object()
+    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    typed = parser.parse_args(argv, nothing)
+    return [key for key, value in vars(typed).items() if value is not unset]
+
+
+def parse_run(parser, argv, names, fixed, free):
     """The flags, and with --resume the checkpoint, whose flags count where none are given.
 
-    names: stems of the checkpoint files that can be resumed;  fixed: flags that a resumed run
-    cannot change.  Returns (args, checkpoint or None).  Raises InputError for flags that do not go
-    together.
+    names: stems of the checkpoint files that can be resumed;  fixed, free: flags of the training
+    that a resumed run cannot or can change.  Returns (args, checkpoint or None).  Raises InputError
+    for flags that do not go together, or would be ignored.
     """
     argv = sys.argv[1:] if argv is None else argv
     script = Path(parser.prog).stem
@@ -183,8 +192,17 @@ def parse_run(parser, argv, names, fixed):
         raise InputError(
             "--checkpoint is to sample from; to train on, give --resume --run-dir FOLDER"
         )
-    if not training and (args.run_dir or args.epochs or args.minutes):
-        raise InputError("--run-dir, --epochs and --minutes go with --train or --resume")
+    shared = {"train", "resume", "seed", "batch_size", "device"}
+    to_train = {*fixed, *free, "run_dir"}
+    useless = [
+        "--" + key.strip("_").replace("_", "-")
+        for key in typed_flags(parser, argv)
+        if key not in shared and (key in to_train) != training
+    ]
+    if useless and training:
+        raise InputError(f"{', '.join(useless)}: to sample from a model, not to train one")
+    if useless:
+        raise InputError(f"{', '.join(useless)}: to train a model, with --train or --resume")
     if not training and "LOCAL_RANK" in os.environ:
         raise InputError("torchrun is for --train and --resume: sample with python")
     if not args.resume:
@@ -197,10 +215,12 @@ def parse_run(parser, argv, names, fixed):
     if "optimizer" not in checkpoint:
         raise InputError(f"{path} has weights to sample with, but no training state to resume")
     defaults = dict(config)
-    if args.epochs or args.minutes:  # a new length takes the place of the old one
+    new_length = bool(args.epochs or args.minutes)
+    if new_length:  # it takes the place of the old one
         defaults |= {"epochs": None, "minutes": None}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)  # again: what is typed wins over the checkpoint
+    args.new_length = new_length
     args.run_dir = path.parent
     for key in fixed:
         if getattr(args, key) != config[key]:
@@ -444,14 +464,22 @@ def load_run_data(args, checkpoint=None):
 
 @contextmanager
 def signals_caught():
-    """Yield a list that collects the first Ctrl-C or SIGTERM; the second ends the program."""
+    """Yield a list that collects the first Ctrl-C, SIGTERM or SIGHUP; the second ends the program.
+
+    Outside the main thread, where Python sets no handlers, it stays empty.
+    """
     caught = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):  # a terminal that is closed; not on Windows
+        numbers.append(signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, handlers[number])
 
-    handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -506,6 +534,9 @@ class Run:
         earlier = checkpoint["seconds"] if checkpoint else 0
         self.clock = self.start - earlier  # as if it had never been interrupted
         self.progress = 0.0
+        if checkpoint and getattr(args, "new_length", False) and self.fraction_done() >= 1:
+            done = f"{self._epoch():.2f} epochs and {earlier / 60:.1f} minutes"
+            raise InputError(f"{self.folder} is already at {done}: give a greater length")
 
     def __str__(self):
         return str(self.folder)

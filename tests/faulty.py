@@ -5,6 +5,7 @@
 FAULT: none, KIND:STEP or KIND:STEP:RANK; steps are counted over all stages, the default rank is 0:
     kill    SIGKILL after the step, before it is saved
     term    SIGTERM after the step
+    hup     SIGHUP after the step, as from a terminal that is closed
     half    SIGKILL while the checkpoint that follows the step is written
     full    after the step no file can grow beyond 20,000 bytes, as on a full disk
     gone    the run's folder is deleted after the step
@@ -29,6 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runs
 
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP}
+
 
 def main():
     fault, name, *argv = sys.argv[1:]
@@ -49,8 +52,8 @@ def main():
             time.sleep(3)
         elif here and kind == "wait":
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        elif here and kind in ("kill", "term"):
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind])
+        elif here and kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[kind])
         elif here and kind == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         elif here and kind == "gone":

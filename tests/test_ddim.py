@@ -682,8 +682,8 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--resume", "--run-dir", "RUN", "--seed", "1"], "--seed is 0 and cannot change"),
         (["--resume", "--checkpoint", "RUN"], "--resume --run-dir FOLDER"),
         (["--train", "--checkpoint", "RUN"], "--checkpoint is to sample from"),
-        (["--run-dir", "RUN"], "go with --train or --resume"),
-        (["--epochs", "50"], "go with --train or --resume"),
+        (["--run-dir", "RUN"], "--run-dir: to train a model, with --train or --resume"),
+        (["--lr", "1", "--widths", "8,8"], "--widths, --lr: to train a model"),
         (
             ["--train", "--widths", "8,8,8,8,8", "--depths", "1,1,1,1,1", "--patch", "4"],
             "do not divide 32 pixels",

@@ -99,8 +99,8 @@ COMBINATIONS = [
     (SCRIPTS, ["--class", "10"], "no class '10'"),
     (SCRIPTS, ["--output", "x.jpg"], "must end in"),
     (SCRIPTS, ["--checkpoint", "nowhere.pt"], "there is no nowhere.pt"),
-    (SCRIPTS, ["--epochs", "3"], "go with --train or --resume"),
-    (SCRIPTS, ["--run-dir", "x"], "go with --train or --resume"),
+    (SCRIPTS, ["--epochs", "3"], "--epochs: to train a model, with --train or --resume"),
+    (SCRIPTS, ["--train", "--class", "0"], "--class: to sample from a model, not to train"),
     (SCRIPTS, ["--train", "--epochs", "1", "--minutes", "1"], "not both"),
     (SCRIPTS, ["--train", "--data", "nowhere"], "no data set 'nowhere'"),
     (SCRIPTS, ["--train", "--data", "mnist", "--data-dir", "nowhere"], "nowhere is not a folder"),
@@ -117,8 +117,8 @@ COMBINATIONS = [
     (("ddpm", "ddim", "ldm"), ["--train", "--widths", "48", "--depths", "1"], "a multiple of 32"),
     (DIFFUSION, ["--train", "--emb-channels", "18"], "a multiple of 4"),
     (SCRIPTS, ["--output", "x.gif"], "python explore.py gif "),
-    (SCRIPTS, ["--interpolate=noise"], "python explore.py interpolate "),
-    (SCRIPTS, ["--filmstrip"], "python explore.py filmstrip "),
+    (("ddim", "vae", "gan"), ["--interpolate=noise"], "python explore.py interpolate "),
+    (DIFFUSION, ["--filmstrip"], "python explore.py filmstrip "),
     (("ldm",), ["--train", "--autoencoder-widths", "8"], "must be two numbers"),
     (("ldm",), ["--train", "--stage", "2", "--autoencoder", "nowhere"], "there is no nowhere"),
 ]
@@ -130,12 +130,12 @@ def test_what_does_not_go_together_is_refused_in_a_line(
     name, flags, message, tiny_runs, in_tmp, data_dir, capsys
 ):
     if "--train" in flags:
-        flags = [*TINY_FLAGS[name], *flags]
+        flags = [*TINY_FLAGS[name], "--data-dir", data_dir, *flags]
     elif "--resume" not in flags:
         flags = ["--checkpoint", str(tiny_runs(name)), *flags]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(name).main(["--data-dir", data_dir, *flags])
+        importlib.import_module(name).main(flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
     assert not list(in_tmp.glob("*.p*")) and not list(in_tmp.rglob("*.pt"))

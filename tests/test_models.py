@@ -117,7 +117,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
         (["--train", "--batch-size", "61", "--data", "kmnist"], "not in 1..60"),
         (["--train", "--data", "nowhere"], "no data set 'nowhere'"),
         (["--train", "--lr", "nan"], "not a number above 0"),
-        (["--epochs", "1"], "go with --train"),
+        (["--epochs", "1"], "--epochs: to train a model"),
         (["--resume"], "train first"),
         (["--class", "Sneakr"], "no class 'Sneakr'"),
         (["--num-samples", "0"], "from 1"),

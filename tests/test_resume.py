@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -93,6 +94,12 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(
     assert all(equal(whole[key], broken[key]) for key in whole)
 
 
+def test_a_closed_terminal_saves_as_sigterm_does(in_tmp, data_dir):
+    done = faulty("hup:7", "gan", *FLAGS["gan"], "--data-dir", data_dir, "--run-dir", "run")
+    assert done.returncode == 130, done.stderr
+    assert torch.load("run/gan.pt", weights_only=True)["step"] == 7
+
+
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data_dir):
     done = faulty("gone:8", "ddim", *FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run")
     assert done.returncode == 0, done.stderr
@@ -130,7 +137,9 @@ def lr_at(path):
     return [line["lr"] for line in map(json.loads, path.read_text().splitlines())]
 
 
-def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, data_dir, monkeypatch):
+def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(
+    in_tmp, data_dir, monkeypatch, capsys
+):
     monkeypatch.setattr(ddim, "LOG_EVERY", 1)
     flags = ["--data-dir", data_dir, "--warmup", "0"]
     assert ddim.main([*FLAGS["ddim"], *flags, "--run-dir", "longer"]) == 0
@@ -138,9 +147,21 @@ def test_more_epochs_than_first_asked_for_follow_the_longer_schedule(in_tmp, dat
     first, last = np.split(np.array(lr_at(in_tmp / "longer/log.jsonl")), 2)
     rate = 5e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(24) / np.array([12] * 12 + [24] * 12)))
     assert np.allclose([*first, *last], rate)
-    # nothing is left to do
-    assert ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"]) == 0
+    before = (in_tmp / "longer/ddim.pt").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        ddim.main(["--resume", "--run-dir", "longer", "--epochs", "2"])
+    assert "longer is already at 8.00 epochs" in capsys.readouterr().err
+    assert (in_tmp / "longer/ddim.pt").read_bytes() == before
     assert len(lr_at(in_tmp / "longer/log.jsonl")) == 24
+
+
+def test_training_outside_the_main_thread_needs_no_signals(in_tmp, data_dir):
+    codes = []
+    flags = [*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]
+    thread = threading.Thread(target=lambda: codes.append(ddim.main(flags)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and (in_tmp / "run/ddim.pt").exists()
 
 
 def test_minutes_resume_where_they_were(in_tmp, data_dir, monkeypatch):
