@@ -1,6 +1,7 @@
 """Score exported models against real images, without torch.
 
-    python evaluate.py                                     the newest of each, else the shipped one
+    python evaluate.py                                     the newest of each, else the shipped one;
+                                                           ddpm takes an hour on two cores
     python evaluate.py ddim gan --steps 10,20 --seeds 3    these, at several numbers of steps
     python evaluate.py ddim --guidance 1,1.5,2             at several strengths of guidance
     python evaluate.py ddim --steps 5 --solver ddim,dpm++  with both solvers
@@ -11,10 +12,10 @@ Frechet distance is called F-FID: compare it with the row "real images" of the s
 a published FID.  A second extractor, of another architecture and seed, checks that the order of the
 models does not depend on the first.  benchmarks/extractor.py trains both.
 
-results.json, its table and diagrams (of benchmarks/report.py) and pictures of samples go to
-results/ and replace those of the previous run.  Samples are cached in results/cache under all that
+results.json goes to results/, and benchmarks/report.py adds its table, diagrams and pictures of
+samples: they replace those of the previous run.  Samples are cached in results/cache under all that
 they depend on: a stopped run resumes, and only new samples are generated.  Needs the packages of
-infer_onnx.py; matplotlib for diagrams, scikit-learn for --tsne, torch for --cas.
+infer_onnx.py; matplotlib for diagrams, scikit-learn too for --tsne, requirements.txt for --cas.
 
 Exit codes: 0 done, 2 wrong flags or data, 3 wrong model file, 4 provider not available, 5 the run
 failed, 130 Ctrl-C.
@@ -38,31 +39,19 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from PIL import Image, ImageDraw, ImageFont
 
 import infer_onnx
-from benchmarks.report import (
-    DIAGRAMS, FEW, plot_map, plot_results, table, write_picture, write_text,
-)  # fmt: skip
 from infer_onnx import InputError, ModelError, number, written_whole
 
 try:
     from tqdm import tqdm
 except ImportError:
-
-    class tqdm(contextlib.AbstractContextManager):
-        """Without tqdm there is no bar, only a line for each part of the work."""
-
-        def __init__(self, **_): ...
-        def __exit__(self, *_): ...
-        def update(self, _): ...
-        def set_description(self, text, **_):
-            print(text, file=sys.stderr)
-
+    tqdm = None
 
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
 QUERIES = 2000  # images whose nearest neighbours are looked for, pixel by pixel
+FEW = 2000  # with fewer samples than this, a table marks its scores, as benchmarks/report.py says
 CHUNK = 1000  # images in a file of the cache
 BATCH = 100  # images generated at a time
 TIMED_BATCHES = (1, 4, 16, 64, 100)
@@ -126,9 +115,12 @@ def load_split(name, data_dir, train):
     folders = [path for place in places for path in (place / folder / "raw", place)]
     home = next((path for path in folders if any(path.glob(f"{wanted[0]}*"))), None)
     if home is None:
+        command = "python ddim.py --train"
+        if name != "fashion-mnist":
+            command += f" --data {name}"
         raise InputError(
-            f"no {wanted[0]} (or .gz) in {' and '.join(map(str, places))}: "
-            "give the folder of the IDX files with --data-dir"
+            f"no {wanted[0]} (or .gz) in {' and '.join(map(str, places))}: give the folder of the "
+            f"IDX files with --data-dir; {command} downloads them to data/"
         )
     arrays = []
     for file_name in wanted:
@@ -370,6 +362,12 @@ def make_reference(extractors, train, test):
     return Reference([*sessions], [*features], radii, train_pixels, held_out, others, limit)
 
 
+def neighbours(images, reference):
+    """The nearest training image of each image: uint8 (N, 1, 28, 28)."""
+    found = reference.train[nearest(as_pixels(images), reference.train)[1]]
+    return (found * 255).round().astype(np.uint8).reshape(-1, 1, 28, 28)
+
+
 def score_images(reference, images, labels, queries=None):
     """Every score of uint8 images (N, 1, 32, 32), a dict.  Raises InputError.
 
@@ -452,8 +450,8 @@ def find_settings(args, class_names):
         options = setting_options(args, name, model.card)
         settings += [Setting(name, path, model, option) for option in options]
     if not settings:
-        message = "no model in runs/ or pretrained/: make one with export.py, or give an .onnx file"
-        raise InputError(message)
+        places = "runs/, pretrained/ or this folder"
+        raise InputError(f"no model in {places}: make one with export.py, or give an .onnx file")
     return settings
 
 
@@ -461,11 +459,11 @@ def setting_options(args, name, card):
     """The options of each setting of a model; prints which flags it cannot follow."""
     if card["kind"] == "codes":
         return [{}]
-    trained = len(card["alpha_bars"])
-    if args.steps and max(args.steps) > trained:
-        excess = f"--steps {max(args.steps)} is more than the {trained} of its training"
-        print(f"{name}: {excess}, {trained} are used")
-    steps = dict.fromkeys(min(count, trained) for count in args.steps or [card["steps"]])
+    most = infer_onnx.steps_limit(card)
+    if args.steps and max(args.steps) > most:
+        excess = f"--steps {max(args.steps)} is more than the {most} timesteps of a walk"
+        print(f"{name}: {excess}, {most} are used")
+    steps = dict.fromkeys(min(count, most) for count in args.steps or [card["steps"]])
     guidances = args.guidance or [card["guidance"]]
     if args.guidance and card["guidance_fixed"]:
         guidances = [card["guidance"]]
@@ -501,7 +499,7 @@ def chunk_file(cache, setting, seed, first, stop):
     key = {
         "version": CACHE_VERSION,
         "model": setting.model.sha256,
-        "provider": setting.model.session.get_providers()[0],
+        "provider": setting.model.provider,
         "options": setting.options,
         "images": [seed, first, stop],
     }
@@ -524,13 +522,14 @@ def sample_chunk(cache, setting, seed, first, stop, bar):
     images = read_chunk(path, stop - first)
     if images is not None:
         return images
-    bar.set_description(f"{setting.title()}, seed {seed}", refresh=False)
+    show(bar, f"{setting.title()}, seed {seed}")
     parts = []
     for start in range(first, stop, BATCH):
         labels = balanced_labels(start, min(start + BATCH, stop))
         options = {"seed": seed, "first": start, **setting.options}
         parts.append(infer_onnx.sample(setting.model, labels, **options))
-        bar.update(len(labels) * setting.evaluations())
+        if bar is not None:
+            bar.update(len(labels) * setting.evaluations())
     images = np.concatenate(parts)
     with written_whole(path) as scratch, scratch.open("wb") as file:
         np.savez_compressed(file, x=images)
@@ -543,13 +542,36 @@ def sample_set(cache, setting, seed, count, bar):
     return np.concatenate(parts)
 
 
+def missing(cache, parts):
+    """Those parts of the samples, (setting, seed, first, stop), that have no file in the cache."""
+    return [part for part in parts if not chunk_file(cache, *part).is_file()]
+
+
 def sample_shard(cache, parts):
-    """Only put these parts of the samples, (setting, seed, first, stop), into the cache."""
-    with sampling_bar(cache, parts) as bar:
-        for part in parts:
+    """Only put these parts of the samples into the cache."""
+    absent = missing(cache, parts)
+    with sampling_bar(absent) as bar:
+        for part in absent:
             sample_chunk(cache, *part, bar)
     print(f"{len(parts)} files of samples are in {cache}")
     print("add those of the other shards, then run the same command without --shard")
+
+
+def sampling_bar(parts):
+    """A progress bar of the network evaluations that these parts take; None without tqdm."""
+    if tqdm is None:
+        return contextlib.nullcontext()
+    total = sum((stop - first) * setting.evaluations() for setting, _, first, stop in parts)
+    seconds = 0.5 if sys.stderr.isatty() else 30  # between updates: fewer lines in a log file
+    return tqdm(total=total, unit=" evaluations", unit_scale=True, mininterval=seconds)
+
+
+def show(bar, text):
+    """Say what is being done: on the bar, or on a line where there is none."""
+    if bar is None:
+        print(text, file=sys.stderr)
+    else:
+        bar.set_description(text, refresh=sys.stderr.isatty())
 
 
 def latency(setting):
@@ -571,50 +593,6 @@ def latency(setting):
     return {"batch": times, "best": min(times, key=times.get)}
 
 
-# --- Pictures -------------------------------------------------------------------------------------
-
-
-def write_tsne(folder, setting, reference):
-    """A map of features, real and generated, fitted to both together.  A picture, not a score."""
-    from sklearn.manifold import TSNE
-
-    features = extract(reference.sessions[0], setting.shown)[0]
-    count = len(features)
-    both = np.concatenate([reference.features[0][:count], features])
-    perplexity = min(30, len(both) / 4)
-    points = TSNE(random_state=0, perplexity=perplexity).fit_transform(both)
-    title = f"t-SNE of {len(both) - count:,} real images and {count:,} samples: {setting.title()}"
-    path = folder / f"tsne_{infer_onnx.file_stem(setting.title())}.png"
-    plot_map(path, title, points[:-count], points[-count:], setting.model.card["class_names"])
-
-
-def write_samples(folder, title, images, reference):
-    """Two pictures of samples: ten of each class, and each above the nearest training image."""
-    stem = infer_onnx.file_stem(title)
-    by_class = np.concatenate([images[:100][y::10] for y in range(10)])
-    grid = infer_onnx.to_picture(by_class, len(by_class) // 10)
-    write_picture(grid, folder / f"samples_{stem}.png")
-    few = as_pixels(images[:20])
-    found = reference.train[nearest(few, reference.train)[1]]
-    pairs = np.stack([few.reshape(-1, 10, 784), found.reshape(-1, 10, 784)], axis=1)
-    tiles = (pairs.reshape(-1, 1, 28, 28) * 255).round().astype(np.uint8)
-    write_picture(infer_onnx.to_picture(tiles, 10), folder / f"nearest_{stem}.png")
-
-
-def write_side_by_side(path, settings):
-    """A row for each setting: a sample of each class, from one seed."""
-    images = np.concatenate([setting.shown[:10] for setting in settings])
-    grid = infer_onnx.to_picture(images, 10)
-    picture = Image.new("L", (grid.width + 330, grid.height), "white")
-    picture.paste(grid, (330, 0))
-    draw = ImageDraw.Draw(picture)
-    draw.font = ImageFont.load_default(13)
-    for i, setting in enumerate(settings):
-        height = (i + 0.5) * grid.height / len(settings)
-        draw.text((320, height), setting.title(), "black", anchor="rm")
-    write_picture(picture, path)
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -629,14 +607,6 @@ def solver(text):
     return text
 
 
-class MovedToExtractor(argparse.Action):
-    """A flag of earlier versions: an error that names the command that replaces it."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        moved = f"{option_string} has moved to python benchmarks/extractor.py"
-        parser.exit(2, f"{parser.prog}: error: {moved}\n")
-
-
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = infer_onnx.Parser(
@@ -645,40 +615,45 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("models", nargs="*", metavar="MODEL",
-        help=f"models to score: {', '.join(NAMES)}, or .onnx files (default: all that are found)")
+        help=f"models to score: {', '.join(NAMES)}, or .onnx files (all that are found)")
     add("--num-samples", type=number(int, 20, 1_000_000), default=10_000,
-        help="number of samples of each seed, a multiple of 10, 20 to 1000000 (default 10000)")
+        help="number of samples of each seed, a multiple of 10, 20 to 1,000,000 (10000)")
     add("--seeds", type=number(int, 1, 100), default=1,
-        help="number of sampling seeds, 1 to 100; the spread over them is reported (default 1)")
+        help="number of sampling seeds, 1 to 100; the spread over them is reported (1)")
     add("--steps", type=several(number(int, 1)), metavar="S,...",
-        help="numbers of sampling steps of diffusion models, 1 to T (default: the model's)")
+        help="numbers of sampling steps of diffusion models, 1 to T (the model's default)")
     add("--guidance", type=several(number(float, 0)), metavar="W,...",
-        help="diffusion guidance: 0 no class, 1 plain class, above 1 guided (default: the model's)")
+        help="guidance weights: 0 ignores the class, 1 is conditional, above 1 guided "
+             "(the model's default)")
     add("--guidance-limit", type=several(number(float, 0, 1)), metavar="F,...",
-        help="guide only at t below these fractions of T, 0 to 1 (default: the model's)")
+        help="guide only at timesteps below these fractions of T, 0 to 1 (the model's default)")
     add("--solver", type=several(solver), default=["ddim"], metavar="NAME,...",
-        help="solvers of ddim and ldm: ddim, dpm++ or both (default ddim)")
+        help="samplers of ddim and ldm: ddim, dpm++ or both (ddim)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist",
-        help="data set of the real images (default fashion-mnist)")
+        help="data set of the real images (fashion-mnist)")
     add("--data-dir", metavar="FOLDER",
-        help="folder of the real images' IDX files (default: data/, else Debian's folder)")
+        help="folder of the real images' IDX files; nothing is downloaded "
+             "(data/, else Debian's folder)")
     add("--output", type=Path, default=Path("results"), metavar="FOLDER",
-        help="folder for scores, pictures and the cache of samples (default results)")
+        help="folder for scores, pictures and the cache of samples (results)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
-        help="where the models run; auto is CUDA where it is available, else CPU (default auto)")
+        help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
     add("--threads", type=number(int, 0, 1024), default=0,
-        help="number of CPU threads, 0 to 1024; 0 is one per core (default 0)")
+        help="threads on the CPU, 0 to 1024; 0 is one per core (0)")
     add("--shard", type=infer_onnx.shard, metavar="I/N",
-        help="only generate part I of N of the samples, for several machines (default: all)")
-    add("--no-timing", dest="timing", action="store_false", help="do not measure latency")
+        help="only sample the I-th of N parts of the images, to share work between machines (all)")
+    add("--no-timing", dest="timing", action="store_false",
+        help="do not measure latency (default: measure it)")
     add("--tsne", action="store_true",
-        help="also plot t-SNE maps of real and generated features (needs scikit-learn)")
+        help="plot t-SNE maps of real and generated features, too "
+             "(needs scikit-learn and matplotlib)")
     add("--cas", action="store_true",
         help="also train a classifier on as many samples as there are training images and score "
-        "it on the test images (needs torch)")
+             "it on the test images (needs requirements.txt)")
     add("--extractors", type=Path, default=Path(__file__).parent / "pretrained", metavar="FOLDER",
-        help="folder of the extractors' .onnx files (default: pretrained)")
-    add("--train-extractor", "--epochs", nargs="?", action=MovedToExtractor, help=argparse.SUPPRESS)
+        help="folder of the extractors' .onnx files (pretrained/)")
+    add("--train-extractor", action="store_true", help=argparse.SUPPRESS)  # moved to benchmarks/
+    add("--epochs", help=argparse.SUPPRESS)  # of --train-extractor
     # fmt: on
     return parser
 
@@ -692,7 +667,7 @@ def machine(args, model):
         name = platform.processor() or platform.machine()
     return {
         "processor": name, "cores": os.cpu_count(), "threads": args.threads,
-        "provider": model.session.get_providers()[0], "python": platform.python_version(),
+        "provider": model.provider, "python": platform.python_version(),
         "numpy": np.__version__, "onnxruntime": ort.__version__,
     }  # fmt: skip
 
@@ -772,18 +747,28 @@ def load_extractors(args, test):
     return [load_extractor(file, args.data, test, args.threads) for file in files]
 
 
-def sampling_bar(cache, parts):
-    """A progress bar of the network evaluations that the samples not yet cached take."""
-    absent = [part for part in parts if not chunk_file(cache, *part).is_file()]
-    total = sum((stop - first) * setting.evaluations() for setting, _, first, stop in absent)
-    seconds = 0.5 if sys.stderr.isatty() else 30  # between updates: fewer lines in a log file
-    return tqdm(total=total, unit=" evaluations", unit_scale=True, mininterval=seconds)
+def check_packages(args):
+    """Raise InputError if a flag needs what is not installed: now, and not after the work."""
+    needs = {}
+    if args.tsne:
+        modules = ("sklearn.manifold", "matplotlib.figure", "benchmarks.report")
+        needs["--tsne needs scikit-learn and matplotlib"] = modules
+    if args.cas:
+        needs["--cas needs the packages of requirements.txt"] = ("benchmarks.extractor",)
+    for message, modules in needs.items():
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"{message}: {infer_onnx.one_line(error)}") from error
 
 
 def score_models(args):
     """Generate, score and picture the samples of every setting; scores are written at the end."""
-    for module in ("sklearn",) * args.tsne + ("benchmarks.extractor",) * args.cas:
-        importlib.import_module(module)  # a missing package ends the run now, not after the work
+    if args.train_extractor or args.epochs:
+        command = f"python benchmarks/extractor.py --data {args.data} --output FOLDER"
+        raise InputError(f"--train-extractor is now: {command}")
+    check_packages(args)
     n = args.num_samples
     if n % 10:
         raise InputError(f"--num-samples {n} is not a multiple of 10, the number of classes")
@@ -814,55 +799,57 @@ def score_models(args):
         "floor": score_floor(reference, train, test, extractors[0][2]["accuracy"], args),
         "rows": [],
     }  # fmt: skip
-    with sampling_bar(cache, parts) as bar:
+    with sampling_bar(missing(cache, parts)) as bar:
         for setting in settings:
             sets = [sample_set(cache, setting, seed, size, bar) for seed, size in enumerate(sizes)]
-            bar.set_description(f"{setting.title()}, scoring")
+            show(bar, f"{setting.title()}, scoring")
             results["rows"].append(score_setting(setting, reference, sets, test, args))
-            write_samples(args.output, setting.title(), sets[0], reference)
             setting.shown = sets[0][: min(n, 1000)]
-    write_text(json.dumps(results, indent=1) + "\n", args.output / "results.json")
-    write_text(table(results), args.output / "table.md")
-    write_side_by_side(args.output / "side_by_side.png", settings)
-    for name in DIAGRAMS:  # no old ones beside new scores, also where none can be drawn
-        (args.output / name).unlink(missing_ok=True)
+    write_results(args, results, settings, reference)
+
+
+def write_results(args, results, settings, reference):
+    """results.json, and what benchmarks/report.py makes of it and of the samples."""
+    folder = args.output
+    file = folder / "results.json"
+    text = json.dumps(results, indent=1) + "\n"
+    unchanged = file.is_file() and file.read_text() == text
+    with written_whole(file) as scratch:
+        scratch.write_text(text)
     try:
-        plot_results(results, args.output)
-        for setting in settings if args.tsne else ():
-            write_tsne(args.output, setting, reference)
+        from benchmarks import report  # here, so that a copy of this file alone can score
     except ImportError as error:
-        print(f"no diagrams{' and no t-SNE maps' * args.tsne}, {error}: pip install matplotlib")
-    print(table(results))
-    print(f"wrote {args.output}: results.json, table.md and pictures")
-
-
-def run_in_one_line(parser, command, args, stopped=""):
-    """Run command(args); an error becomes one line and an exit code, Ctrl-C 130."""
-    ort.set_default_logger_severity(4)
-    codes = {
-        InputError: 2,
-        ImportError: 2,
-        ModelError: 3,
-        infer_onnx.ProviderError: 4,
-        infer_onnx.RunError: 5,
-        MemoryError: 5,
-        OSError: 5,
-    }
+        reason = infer_onnx.one_line(error)
+        print(f"wrote {file}; table and pictures need the folder benchmarks/: {reason}")
+        return
+    report.write_text(report.table(results), folder / "table.md")
+    class_names = results["extractors"][0]["class_names"]
+    for setting in settings:
+        title, shown = setting.title(), setting.shown
+        report.write_samples(folder, title, shown[:100], neighbours(shown[:20], reference))
+        if args.tsne:
+            features = extract(reference.sessions[0], shown)[0]
+            real = reference.features[0][: len(features)]
+            report.write_tsne(folder, title, real, features, class_names)
+    rows = {setting.title(): setting.shown[:10] for setting in settings}
+    report.write_side_by_side(folder / "side_by_side.png", rows)
     try:
-        command(args)
-    except tuple(codes) as error:
-        code = next(code for kind, code in codes.items() if isinstance(error, kind))
-        parser.exit(code, f"{parser.prog}: error: {infer_onnx.one_line(error)}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped{stopped}\n")
-    return 0
+        report.plot_results(results, folder)
+    except ImportError:
+        old = [folder / name for name in report.DIAGRAMS if (folder / name).is_file()]
+        said = "no new diagrams"
+        if old and not unchanged:
+            for path in old:
+                path.unlink()
+            said = "old diagrams removed"
+        print(f"{said}: pip install matplotlib, then python benchmarks/report.py {folder}")
+    print(report.table(results))
+    print(f"wrote {folder}: results.json, table.md and pictures")
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    stopped = "; samples are cached, the same command resumes"
-    return run_in_one_line(parser, score_models, args, stopped)
+    stopped = "stopped; samples are cached, the same command resumes"
+    return infer_onnx.run_command(build_parser(), score_models, argv, stopped)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/extractor.py --output runs/judges     those of Fashion-MNIST
     python benchmarks/extractor.py --data mnist             those of MNIST, for evaluate.py to find
 
-An extractor is a small classifier of the training images; it is never a loss, a discriminator, or
-what a checkpoint is chosen by.  The second has another architecture and seed.  On one machine, with
-as many threads, the files come out the same.
+An extractor is a small classifier of the training images.  It is never used as a loss, as a
+discriminator or to choose a checkpoint.  The second has another architecture and seed.  On one
+machine, with as many threads, the files come out the same.
 """
 
 import argparse
@@ -148,20 +148,19 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("--data", choices=[*evaluate.IDX_SETS], default="fashion-mnist",
-        help="data set to classify (default fashion-mnist)")
+        help="data set to classify (fashion-mnist)")
     add("--data-dir", metavar="FOLDER",
-        help="folder of its IDX files (default: data/, else Debian's folder)")
+        help="folder of its IDX files; nothing is downloaded (data/, else Debian's folder)")
     add("--epochs", type=infer_onnx.number(int, 1, 1000),
-        help=f"passes over the training images, 1 to 1000 (default {EPOCHS[1]}, then {EPOCHS[2]})")
+        help=f"passes over the training images, 1 to 1000 ({EPOCHS[1]}, then {EPOCHS[2]})")
     add("--output", type=Path, default=Path(evaluate.__file__).parent / "pretrained",
-        metavar="FOLDER", help="folder for the two files (default: pretrained, where they ship)")
+        metavar="FOLDER", help="folder for the two files (pretrained/, where they ship)")
     # fmt: on
     return parser
 
 
 def main(argv=None):
-    parser = build_parser()
-    return evaluate.run_in_one_line(parser, train_both, parser.parse_args(argv))
+    return infer_onnx.run_command(build_parser(), train_both, argv)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/report.py                  write results/table.md and the diagrams there anew
     python benchmarks/report.py results/steps    those of another folder
+    python benchmarks/report.py --overview results results/ddpm    print the table of README.md
 
-Nothing is sampled or scored. Diagrams need matplotlib, which nothing else does.
+Nothing is sampled or scored. Diagrams need matplotlib.
 """
 
 import argparse
@@ -14,13 +15,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer_onnx import Parser, one_line, written_whole
+from infer_onnx import Parser, file_stem, one_line, to_picture, written_whole
 
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
-FEW = 2000  # with fewer samples than this, a table marks its scores
+FEW = 2000  # with fewer samples than this, evaluate.py marks a row
 # Columns of the table: (name of the score, heading, format).
 SCORES = (
     ("ffid", "F-FID", ".3g"),
@@ -143,8 +144,8 @@ NOTES = """\
   samples both F-FIDs grow, coverage falls, and the others move a little: compare within this table
   only, and with its floor.
 - real images: the floor, as many training images scored in place of samples. Its label accuracy,
-  copy ratio and copies are those of test images, since the extractor and the search for copies know
-  the training images.
+  copy ratio and copies are those of test images, since the extractor was trained on the training
+  images, and each of them is its own nearest neighbour.
 - Precision, recall, density, coverage: k = {k}, all against all.
 - Label accuracy: fraction of samples that the extractor classifies as the requested class. Class
   entropy: of the classes that it sees; 1 is uniform.
@@ -158,7 +159,7 @@ NOTES = """\
   on {train:,} samples; for real images, of the same classifier trained on the training images.
 """
 
-# --- Diagrams -------------------------------------------------------------------------------------
+# --- Pictures of samples --------------------------------------------------------------------------
 
 
 def write_picture(picture, path):
@@ -171,6 +172,37 @@ def write_picture(picture, path):
 def write_text(text, path):
     with written_whole(path) as scratch:
         scratch.write_text(text)
+
+
+def write_samples(folder, title, images, neighbours):
+    """Two pictures of samples: ten of each class, and each above the nearest training image.
+
+    images: uint8 (N, 1, 32, 32), the classes in turn;  neighbours: uint8 (M, 1, 28, 28), the
+    nearest training images of the first M.
+    """
+    by_class = np.concatenate([images[y::10] for y in range(10)])
+    grid = to_picture(by_class, len(by_class) // 10)
+    write_picture(grid, folder / f"samples_{file_stem(title)}.png")
+    middles = images[: len(neighbours), :, 2:30, 2:30]
+    rows = [array.reshape(-1, 10, 28, 28) for array in (middles, neighbours)]
+    tiles = np.stack(rows, axis=1).reshape(-1, 1, 28, 28)
+    write_picture(to_picture(tiles, 10), folder / f"nearest_{file_stem(title)}.png")
+
+
+def write_side_by_side(path, rows):
+    """A row of ten samples for each title: rows {title: uint8 (10, 1, 32, 32)}."""
+    grid = to_picture(np.concatenate([*rows.values()]), 10)
+    picture = Image.new("L", (grid.width + 330, grid.height), "white")
+    picture.paste(grid, (330, 0))
+    draw = ImageDraw.Draw(picture)
+    draw.font = ImageFont.load_default(13)
+    for i, title in enumerate(rows):
+        height = (i + 0.5) * grid.height / len(rows)
+        draw.text((320, height), title, "black", anchor="rm")
+    write_picture(picture, path)
+
+
+# --- Diagrams -------------------------------------------------------------------------------------
 
 
 def new_diagram(title, x_label="", y_label=""):
@@ -229,8 +261,23 @@ def plot_map(path, title, real, samples, class_names):
     write_diagram(figure, path)
 
 
+def write_tsne(folder, title, real, samples, class_names):
+    """A map of features, fitted to real and samples together.  A picture, not a score."""
+    from sklearn.manifold import TSNE
+
+    both = np.concatenate([real, samples])
+    perplexity = min(30, len(both) / 4)
+    points = TSNE(random_state=0, perplexity=perplexity).fit_transform(both)
+    heading = f"t-SNE of {len(real):,} real images and {len(samples):,} samples: {title}"
+    path = folder / f"tsne_{file_stem(title)}.png"
+    plot_map(path, heading, points[: len(real)], points[len(real) :], class_names)
+
+
 def plot_results(results, folder):
-    """The diagrams of results.json: F-FID against latency and steps; classes of the samples."""
+    """The diagrams of results.json: F-FID against latency and steps; classes of the samples.
+
+    Old ones that these results have no figures for are removed.
+    """
     by_time = {}
     by_steps = {}
     for row in results["rows"]:
@@ -242,13 +289,17 @@ def plot_results(results, folder):
         if row["steps"]:
             by_steps.setdefault(name, []).append((row["steps"], ffid, ""))
     floor = results["floor"]["scores"]["ffid"]["mean"]
+    histograms = {row["title"]: row["scores"]["histogram"] for row in results["rows"]}
+    plot_classes(folder / "classes.png", histograms, results["extractors"][0]["class_names"])
     if by_time:
         x_label = "ms per image, at the best batch size"
         plot_curves(folder / "quality_latency.png", x_label, by_time, floor)
-    if by_steps:
+    else:
+        (folder / "quality_latency.png").unlink(missing_ok=True)
+    if any(len(points) > 1 for points in by_steps.values()):
         plot_curves(folder / "steps.png", "number of sampling steps", by_steps, floor)
-    histograms = {row["title"]: row["scores"]["histogram"] for row in results["rows"]}
-    plot_classes(folder / "classes.png", histograms, results["extractors"][0]["class_names"])
+    else:
+        (folder / "steps.png").unlink(missing_ok=True)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -257,22 +308,33 @@ def plot_results(results, folder):
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("report.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    text = "folder that holds results.json (default results)"
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help=text)
+    add = parser.add_argument
+    # fmt: off
+    add("folders", nargs="*", type=Path, default=[Path("results")], metavar="FOLDER",
+        help="folders that hold a results.json each (results)")
+    add("--overview", action="store_true",
+        help="only print the table of README.md for these folders together (off)")
+    # fmt: on
     return parser
 
 
 def main(argv=None):
     parser = build_parser()
-    folder = parser.parse_args(argv).folder
+    args = parser.parse_args(argv)
     try:
-        results = json.loads((folder / "results.json").read_text())
-        write_text(table(results), folder / "table.md")
-        plot_results(results, folder)
+        several = [json.loads((folder / "results.json").read_text()) for folder in args.folders]
+        if args.overview:
+            print(overview(*several), end="")
+            return 0
+        for folder, results in zip(args.folders, several, strict=True):
+            write_text(table(results), folder / "table.md")
+            plot_results(results, folder)
+            print(f"wrote {folder}: table.md and diagrams")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        hint = ": pip install matplotlib" * isinstance(error, ImportError)
-        parser.exit(2, f"{parser.prog}: error: {one_line(error)}{hint}\n")
-    print(f"wrote {folder}: table.md and diagrams")
+        message = one_line(error)
+        if isinstance(error, ImportError):
+            message += ": pip install matplotlib"
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
     return 0
 
 

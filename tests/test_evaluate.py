@@ -308,7 +308,8 @@ def test_broken_data_is_one_line(tmp_path, content, message):
 
 
 def test_data_of_another_sum_or_none_is_refused(tmp_path):
-    with pytest.raises(infer_onnx.InputError, match="--data-dir"):
+    download = "python ddim.py --train --data mnist downloads them to data/"
+    with pytest.raises(infer_onnx.InputError, match=f"--data-dir; {download}"):
         evaluate.load_split("mnist", str(tmp_path), True)
     write_idx(tmp_path)
     with pytest.raises(infer_onnx.InputError, match="SHA-256"):
@@ -386,8 +387,8 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     command += ["--steps", "2,3", "--seeds", "2", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stderr
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("no diagrams")]
-    assert "matplotlib" in line and line.endswith("pip install matplotlib")
+    later = "pip install matplotlib, then python benchmarks/report.py results"
+    assert f"old diagrams removed: {later}" in done.stdout.splitlines()
     assert not any((in_tmp / f"results/{name}").exists() for name in report.DIAGRAMS)
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
@@ -413,6 +414,38 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     assert (in_tmp / "results/table.md").read_text() == text
     for name in report.DIAGRAMS:
         assert Image.open(in_tmp / f"results/{name}").size == (1030, 560)
+
+
+def test_a_copy_without_benchmarks_scores_and_says_what_is_missing(workplace, in_tmp):
+    for file in ("evaluate.py", "infer_onnx.py"):
+        shutil.copy(ROOT / file, in_tmp)
+
+    def run(*flags):
+        command = [sys.executable, "-c", WITHOUT_TORCH, str(in_tmp / "evaluate.py"), *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert "--num-samples" in run("--help").stdout
+    done = run("gan", *workplace)
+    assert done.returncode == 0, done.stderr
+    said = "wrote results/results.json; table and pictures need the folder benchmarks/: "
+    assert done.stdout.splitlines()[-1].startswith(said)
+    assert {path.name for path in (in_tmp / "results").iterdir()} == {"cache", "results.json"}
+    assert json.loads((in_tmp / "results/results.json").read_text())["rows"][0]["model"] == "gan"
+
+
+def test_without_matplotlib_only_diagrams_of_the_same_scores_stay(
+    workplace, in_tmp, monkeypatch, capsys
+):
+    def diagrams():
+        return [name for name in report.DIAGRAMS if (in_tmp / "results" / name).exists()]
+
+    evaluate.main(["ddim", *workplace, "--steps", "2,3"])
+    assert diagrams() == ["steps.png", "classes.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for steps, said, left in (("2,3", "no new diagrams", 2), ("2", "old diagrams removed", 0)):
+        evaluate.main(["ddim", *workplace, "--steps", steps])
+        assert f"{said}: pip install matplotlib, then" in capsys.readouterr().out
+        assert len(diagrams()) == left
 
 
 def test_a_report_of_nothing_is_one_line(in_tmp, capsys, monkeypatch):
@@ -472,6 +505,44 @@ def test_diagrams_show_the_scores(curves):
     lines = curves(results)["quality_latency.png"]
     del lines["real images"]
     assert sorted(x for points in lines.values() for x, _ in points) == sorted(times)
+
+
+def test_a_curve_over_steps_needs_two_of_them(curves, in_tmp):
+    (in_tmp / "steps.png").write_bytes(b"of other scores")
+    plotted = curves(json.loads((ROOT / "results/results.json").read_text()))
+    assert set(plotted) == {"quality_latency.png", "classes.png"}
+    assert not (in_tmp / "steps.png").exists()
+
+
+def test_the_report_prints_the_table_of_the_readme(in_tmp, capsys):
+    folders = [ROOT / "results", ROOT / "results/ddpm"]
+    several = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert report.main(["--overview", *map(str, folders)]) == 0
+    assert capsys.readouterr().out == report.overview(*several)
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_benchmarks_only_explain_themselves_with_help(in_tmp):
+    """None measures anything when it is imported or asked for --help."""
+    code = """
+import contextlib, io, runpy, sys
+from pathlib import Path
+for path in sorted(Path(sys.argv[1]).glob("*.py")):
+    if path.stem != "__init__":
+        sys.argv[1:] = ["--help"]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(str(path), run_name="imported")
+            assert said.getvalue() == "", path
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as stop:
+                assert stop.code == 0
+        assert said.getvalue().startswith("usage: ") and "--help" in said.getvalue(), path
+"""
+    command = [sys.executable, "-c", code, str(ROOT / "benchmarks")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and list(in_tmp.iterdir()) == []
 
 
 def test_diagrams_leave_pyplot_alone(in_tmp):
@@ -568,7 +639,8 @@ def test_without_a_class_there_is_no_label_accuracy(workplace, in_tmp):
 def test_pictures_have_a_row_for_each_class(sets, in_tmp):
     values = np.arange(100, dtype=np.uint8)[:, None, None, None]
     images = np.broadcast_to(values, (100, 1, 32, 32)).copy()
-    evaluate.write_samples(in_tmp, "gan", images, sets[3])
+    neighbours = evaluate.neighbours(images[:20], sets[3])
+    report.write_samples(in_tmp, "gan", images, neighbours)
     picture = np.array(Image.open("samples_gan.png"))
     scale = picture.shape[0] // 342
     middles = picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale]
@@ -616,6 +688,9 @@ def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch
         assert not (in_tmp / "shards/results.json").exists()
         files = len(list((in_tmp / "shards/cache").iterdir()))
         assert files == [5, 9, 14, 18][done]  # three settings, two seeds, three files of 20 images
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "read_chunk", None)  # no file is opened again
+        evaluate.main([*flags, "--output", "shards", "--shard", "1/4"])
     evaluate.main([*flags, "--output", "whole"])
     with monkeypatch.context() as patch:
         patch.setattr(infer_onnx, "sample", None)  # nothing is left to sample
@@ -650,6 +725,7 @@ def test_settings_follow_the_flags(workplace, capsys):
 
 def test_few_or_unequal_samples_are_marked(sets):
     reference = sets[3]
+    assert evaluate.FEW == report.FEW
     assert evaluate.marked(400, reference)  # as many as the reference, but few
     reference.features[0], kept = np.zeros((10_000, 1)), reference.features[0]
     assert not evaluate.marked(10_000, reference) and evaluate.marked(5_000, reference)
@@ -673,8 +749,10 @@ def test_disagreeing_extractors_are_reported():
         (["vqgan"], "no model 'vqgan'"),
         (["--data", "mnist"], "SHA-256"),
         (["--extractors", "nowhere"], "benchmarks/extractor.py"),
-        (["--train-extractor", "--epochs", "3"], "--train-extractor has moved"),
-        (["--epochs", "3"], "python benchmarks/extractor.py"),
+        (
+            ["--train-extractor", "--epochs", "3"],
+            "is now: python benchmarks/extractor.py --data kmnist --output FOLDER",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, argv, message):
@@ -683,12 +761,15 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, arg
 
 
 def test_missing_packages_are_reported_before_the_work(workplace, in_tmp, capsys, monkeypatch):
-    for flag, module in (("--tsne", "sklearn"), ("--cas", "torch")):
+    for flag, module in (
+        ("--tsne", "sklearn.manifold"), ("--tsne", "matplotlib.figure"), ("--cas", "torch"),
+    ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             patch.delitem(sys.modules, "benchmarks.extractor")
             code, error = failure([*workplace, flag], capsys)
-            assert code == 2 and module in error and not (in_tmp / "results").exists()
+            assert code == 2 and f"{flag} needs " in error and module in error
+            assert not (in_tmp / "results").exists()
 
 
 def test_a_model_of_other_classes_or_a_wrong_range_is_refused(
