@@ -7,6 +7,7 @@ installed.  The commands take turns, six times each; the first round warms the d
 counted.  Not for Windows, which has no module `resource`.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -23,18 +24,30 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).
 """
 UNIT = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB, in MiB
 
-script = Path(__file__).parent.parent / "infer_onnx.py"
-flags = ["--class", "Sneaker", "--steps", "20"]
-commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), *flags]}
-if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
-    commands["import torch, and nothing else"] = ["-c", "import torch"]
-results = {name: [] for name in commands}
-with tempfile.TemporaryDirectory() as folder:
-    for _ in range(6):
-        for name, argv in commands.items():
-            measure = [sys.executable, "-c", MEASURE, sys.executable, *argv]
-            done = subprocess.run(measure, cwd=folder, check=True, capture_output=True, text=True)
-            results[name].append([float(x) for x in done.stdout.split()])
-for name, runs in results.items():
-    seconds, memory = (statistics.median(column) for column in zip(*runs[1:], strict=True))
-    print(f"{name:36s} {seconds:5.2f} s, {memory / UNIT:4.0f} MiB")
+ROUNDS = 6
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    script = Path(__file__).resolve().parent.parent / "infer_onnx.py"
+    flags = ["--class", "Sneaker", "--steps", "20"]
+    commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), *flags]}
+    if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
+        commands["import torch, and nothing else"] = ["-c", "import torch"]
+    results = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(ROUNDS):
+            for name, argv in commands.items():
+                measure = [sys.executable, "-c", MEASURE, sys.executable, *argv]
+                done = subprocess.run(
+                    measure, cwd=folder, check=True, capture_output=True, text=True
+                )
+                results[name].append([float(x) for x in done.stdout.split()])
+    for name, runs in results.items():
+        seconds, memory = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+        print(f"{name:36s} {seconds:5.2f} s, {memory / UNIT:4.0f} MiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

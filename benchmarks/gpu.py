@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 from common import UNet  # noqa: E402
 
 SCRIPTS = ("vae", "gan", "ddpm", "ddim", "ldm")
-PLAIN = [*SCRIPTS, *(["distill"] if (ROOT / "distill.py").exists() else [])]
 LARGE = ["--patch", "1", "--widths", "64,128,256", "--depths", "2,2,4"]
 PARTS = ("train", "resume", "torchrun", "samples", "memory", "speed")
 
@@ -62,15 +61,16 @@ def finish(process):
         code = process.wait()
     text = process.output.read_text().strip()
     said = {"command": process.command, "exit code": code}
-    said |= {} if code == 0 else {"last line": text.splitlines()[-1].strip() if text else ""}
+    if code != 0:
+        said["last line"] = text.splitlines()[-1].strip() if text else ""
     return said
 
 
 def train(name, folder, *flags, **options):
-    data = [] if name == "distill" else ["--data-dir", arguments.data_dir]
+    fixed = ["--train", "--run-dir", folder, "--data-dir", arguments.data_dir]
     if name == "vae":
-        data += ["--prior-components", "1"]
-    return start(name, "--train", "--run-dir", folder, *data, *flags, **options)
+        fixed += ["--prior-components", "1"]
+    return start(name, *fixed, *flags, **options)
 
 
 def lines_of(folder):
@@ -99,14 +99,14 @@ def part_train():
     """Each script for --minutes with each pair of switches, all at once on the card."""
     rows = []
     started = []
-    for name in PLAIN:
-        for compiled in ([], ["--compile"]):
-            if compiled and name == "gan":  # it has no such flag
-                continue
-            for bf16 in ("--no-bf16", "--bf16"):
-                folder = f"train_{name}_{len(compiled)}_{bf16}"
-                flags = ["--minutes", arguments.minutes, bf16, *compiled]
-                started.append((folder, train(name, folder, *flags)))
+    for name in SCRIPTS:
+        switches = [["--no-bf16"], ["--bf16"]]
+        if name != "gan":  # it has no --compile
+            switches += [["--no-bf16", "--compile"], ["--bf16", "--compile"]]
+        for flags in switches:
+            folder = "".join([f"train_{name}", *flags])
+            process = train(name, folder, "--minutes", arguments.minutes, *flags)
+            started.append((folder, process))
     for folder, process in started:
         row = finish(process)
         if lines := lines_of(folder):
@@ -120,23 +120,24 @@ def part_train():
 def part_resume():
     """Three runs of each script with --deterministic; the third is stopped and resumed."""
     rows, started = [], {}
-    for name in PLAIN:
+    for name in SCRIPTS:
         for run in "abc":
             flags = ["--epochs", "0.5", "--deterministic", "--save-every", "100"]
             started[name, run] = train(name, f"{name}_{run}", *flags)
-    waiting = set(PLAIN)
+    waiting = set(SCRIPTS)
     while waiting:
         time.sleep(0.2)
         for name in sorted(waiting):
             process, lines = started[name, "c"], lines_of(f"{name}_c")
             late = time.monotonic() > process.deadline
-            if late or process.poll() is not None or (lines and lines[-1]["step"] >= 100):
-                if process.poll() is None:
+            ended = process.poll() is not None
+            if late or ended or (lines and lines[-1]["step"] >= 100):
+                if not ended:
                     process.send_signal(signal.SIGINT)
                 waiting.discard(name)
-    stopped = {name: finish(started[name, "c"])["exit code"] for name in PLAIN}
-    again = {name: start(name, "--resume", "--run-dir", f"{name}_c") for name in PLAIN}
-    for name in PLAIN:
+    stopped = {name: finish(started[name, "c"])["exit code"] for name in SCRIPTS}
+    again = {name: start(name, "--resume", "--run-dir", f"{name}_c") for name in SCRIPTS}
+    for name in SCRIPTS:
         done = [finish(started[name, "a"]), finish(started[name, "b"]), finish(again[name])]
         rows.append({
             "script": name, "exit codes": [row["exit code"] for row in done],
@@ -150,7 +151,7 @@ def part_resume():
 
 def part_torchrun():
     rows, started = [], {}
-    for name in PLAIN:
+    for name in SCRIPTS:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         flags = ["--epochs", "0.2", "--deterministic"]
         started[name] = (
@@ -169,12 +170,12 @@ def part_torchrun():
 
 def part_samples():
     rows, started = [], {}
-    for name in PLAIN:
+    for name in SCRIPTS:
         for device in ("cpu", "cuda"):
             flags = ["--num-samples", 4, "--device", device, "--output", f"{name}_{device}.npz"]
             pt = ROOT / "pretrained" / f"{'ddim' if name == 'ddpm' else name}.pt"
             started[name, device] = start(name, *flags, "--checkpoint", pt)
-    for name in PLAIN:
+    for name in SCRIPTS:
         done = [finish(started[name, device]) for device in ("cpu", "cuda")]
         row = {"script": name, "exit codes": [r["exit code"] for r in done]}
         if not any(row["exit codes"]):
@@ -219,7 +220,9 @@ def part_speed():
         (512, LARGE, ["--no-bf16"]), (512, LARGE, ["--bf16", "--compile"]),
     ):  # fmt: skip
         folder = f"speed_{len(rows)}"
-        minutes = arguments.minutes / 3 * (2 if "--compile" in switches else 1)
+        minutes = arguments.minutes / 3
+        if "--compile" in switches:
+            minutes *= 2
         flags = ["--minutes", minutes, "--batch-size", batch, "--save-every", "100"]
         flags += [*network, *switches]
         row = finish(train("ddim", folder, *flags))
@@ -227,7 +230,9 @@ def part_speed():
         if len(lines) > 4:
             middle, last = lines[len(lines) // 2], lines[-1]
             steps, seconds = last["step"] - middle["step"], last["seconds"] - middle["seconds"]
-            options = {"patch": 1, "widths": (64, 128, 256), "depths": (2, 2, 4)} if network else {}
+            options = {}
+            if network:
+                options = {"patch": 1, "widths": (64, 128, 256), "depths": (2, 2, 4)}
             x, t = torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 UNet(**options)(x, t, t)
@@ -250,25 +255,35 @@ def as_text(report):
         about = next(line for line in __doc__.splitlines() if line.startswith(f"    {part} "))
         lines += ["", f"## {' '.join(about.split())}", ""]
         for row in rows:
-            shown = {
-                k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if v != []
-            }
-            lines.append("- " + ", ".join(f"{k}: {v}" for k, v in shown.items()))
+            figures = []
+            for key, value in row.items():
+                if isinstance(value, float):
+                    value = f"{value:.6g}"
+                if value != []:
+                    figures.append(f"{key}: {value}")
+            lines.append(f"- {', '.join(figures)}")
     return "\n".join(lines) + "\n"
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("--output", type=Path, required=True, help="folder of the report")
-parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where Fashion-MNIST is")
-parser.add_argument("--minutes", type=float, default=1.0, help="length of a training (1)")
-parser.add_argument("--limit", type=float, default=300, help="seconds a program may take (300)")
-parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    # fmt: off
+    add("--output", type=Path, required=True, help="folder of the report")
+    add("--data-dir", type=Path, default=ROOT / "data", help="folder of Fashion-MNIST (data/)")
+    add("--minutes", type=float, default=1.0,
+        help="minutes that each training of part train lasts (1)")
+    add("--limit", type=float, default=300, help="seconds that a program may take (300)")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
+    # fmt: on
+    return parser
 
-if __name__ == "__main__":
-    arguments = parser.parse_args()
-    arguments.output = arguments.output.resolve()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+
+def main():
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # several programs compile at once
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
     machine = {
         "card": torch.cuda.get_device_name(), "torch": torch.__version__,
         "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(),
@@ -280,6 +295,12 @@ if __name__ == "__main__":
             begun = time.monotonic()
             report["parts"][part] = globals()[f"part_{part}"]()
             print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
-            (arguments.output / "cuda.json").write_text(json.dumps(report, indent=1))
-            (arguments.output / "cuda.md").write_text(as_text(report))
+            (output / "cuda.json").write_text(json.dumps(report, indent=1))
+            (output / "cuda.md").write_text(as_text(report))
     print(as_text(report))
+
+
+if __name__ == "__main__":
+    arguments = build_parser().parse_args()  # every part reads them, in another folder
+    arguments.data_dir = arguments.data_dir.resolve()
+    main()

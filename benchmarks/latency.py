@@ -45,12 +45,18 @@ def measure(args):
         print(f"{batch:5d}  {ms:17.2f}  {ms / batch:27.2f}  {rate:8.1f}")
 
 
-if __name__ == "__main__":
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
     parser = infer_onnx.Parser(
-        prog="latency.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="latency.py", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
     infer_onnx.add_model_flags(parser)
-    sys.exit(infer_onnx.run_command(parser, measure))
+    return parser
+
+
+def main(argv=None):
+    return infer_onnx.run_command(build_parser(), measure, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -260,12 +260,15 @@ def table(trials):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="ddim, ldm, gan, vae or steps (all)"
-    )
-    parser.add_argument("--minutes", type=float, default=5, help="of training a trial (5)")
-    parser.add_argument("--flags", nargs="+", help="only these trials, the flags of each in quotes")
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    add = parser.add_argument
+    # fmt: off
+    add("names", nargs="*", metavar="NAME",
+        help="trials to run: ddim, ldm, gan, vae or steps (all)")
+    add("--minutes", type=float, default=5, help="minutes that each trial trains (5)")
+    add("--flags", nargs="+",
+        help="only the trials with these flags, those of each in quotes (all)")
+    add("--table", action="store_true", help="only write the table of the trials so far (off)")
+    # fmt: on
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
