@@ -15,6 +15,7 @@ from PIL import Image, ImageSequence
 import common
 import ddim
 import explore
+import runs
 from common import InputError
 
 COMMANDS = {
@@ -107,9 +108,9 @@ def test_codes_keep_their_length_on_the_way():
     assert torch.cosine_similarity(z, straight).min() > 1 - 1e-6
 
 
-def test_blended_denoisers_by_hand():
+def test_blend_of_denoisers_by_hand():
     weight = torch.tensor([0, 0.25, 1]).view(-1, 1, 1, 1)
-    denoise = explore.blended(lambda x, t: x + 2, lambda x, t: x + t, weight)
+    denoise = explore.blend(lambda x, t: x + 2, lambda x, t: x + t, weight)
     assert denoise(torch.zeros(3, 1, 2, 2), 6)[:, 0, 0, 0].tolist() == [2, 3, 6]
 
 
@@ -128,7 +129,7 @@ def test_inversion_finds_the_noise_that_the_network_knows(prediction):
     start = ddim.q_sample(x_0, eps, alpha_bars[0])  # a clean image passes for t = 0
     pairs = ddim.time_pairs(100, 7)
     trace = []
-    x_T = explore.ddim_invert(ddim, denoise, start, alpha_bars, pairs, prediction, trace)
+    x_T = explore.ddim_invert(denoise, start, alpha_bars, pairs, prediction, trace)
     assert torch.allclose(x_T, ddim.q_sample(x_0, eps, alpha_bars[99]), atol=1e-6)
     assert calls == [0, *(t for t, _ in reversed(pairs[1:]))]
     assert [t for t, _, _ in trace] == [-1, *calls[1:]]
@@ -149,7 +150,7 @@ def test_inversion_and_sampling_undo_each_other_with_many_steps():
     errors = []
     for steps in (10, 100, 1000):
         walk = alpha_bars, ddim.time_pairs(1000, steps), "eps"
-        x_T = explore.ddim_invert(ddim, denoise, x_0, *walk)
+        x_T = explore.ddim_invert(denoise, x_0, *walk)
         errors.append((ddim.ddim_sample(denoise, x_T, *walk, clip=False) - x_0).abs().max().item())
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
 
@@ -158,7 +159,7 @@ def test_pca_finds_the_plane_that_codes_lie_in():
     plane, _ = torch.linalg.qr(torch.randn(9, 2))
     flat = torch.randn(200, 2) * torch.tensor([3.0, 1.0])
     codes = flat @ plane.T + 5
-    points = explore.in_the_plane(codes, "pca", others=torch.full((1, 9), 5.0))
+    points = explore.project(codes, "pca", others=torch.full((1, 9), 5.0))
     assert points.shape == (201, 2)
     assert torch.allclose(torch.pdist(points[:200]), torch.pdist(flat), atol=1e-3)
     assert torch.allclose(points[200].norm(), flat.mean(dim=0).norm(), atol=1e-3)  # the same map
@@ -168,18 +169,18 @@ def test_pca_finds_the_plane_that_codes_lie_in():
 
 def test_two_numbers_are_their_own_map():
     codes = torch.randn(5, 2)
-    assert torch.equal(explore.in_the_plane(codes, "pca", codes), torch.cat([codes, codes]))
+    assert torch.equal(explore.project(codes, "pca", codes), torch.cat([codes, codes]))
 
 
 def test_tsne_keeps_lumps_apart(monkeypatch):
     codes = torch.cat([torch.randn(40, 6), torch.randn(40, 6) + 30])
-    points = explore.in_the_plane(codes, "tsne")
+    points = explore.project(codes, "tsne")
     near = torch.cdist(points[:40], points[:40]).mean()
     far = torch.cdist(points[:40], points[40:]).mean()
     assert points.shape == (80, 2) and far > 2 * near
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(InputError, match="pip install scikit-learn"):
-        explore.in_the_plane(codes, "tsne")
+        explore.project(codes, "tsne")
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -399,7 +400,8 @@ def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(dra
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 @pytest.mark.parametrize("name", COMMANDS["map"])
 def test_a_map_has_a_colour_for_each_class(name, method, draw):
-    draw("map", name, "--method", method, "--class", "o,ki")
+    classes = ["--class", "o,ki"] if name == "ldm" else []
+    draw("map", name, "--method", method, *classes)
     picture, colours = colours_of(f"{name}_map.png")
     assert picture.shape == (900, 1050, 3)
     from matplotlib import colormaps
@@ -407,9 +409,9 @@ def test_a_map_has_a_colour_for_each_class(name, method, draw):
     for y in range(10):
         assert tuple(round(255 * v) for v in colormaps["tab10"](y)[:3]) in colours
     outlines = (picture == 0).all(axis=2).sum()
-    draw("map", name, "--method", method, "--class", "o,ki,su", "--output", "more.png")
-    more = (colours_of("more.png")[0] == 0).all(axis=2).sum()
-    assert (more > outlines) == (name == "ldm")  # the paths have black edges
+    if name == "ldm":  # the paths have black edges
+        draw("map", name, "--method", method, "--class", "o,ki,su", "--output", "more.png")
+        assert (colours_of("more.png")[0] == 0).all(axis=2).sum() > outlines
 
 
 @pytest.mark.parametrize("latent_dim", ["1", "2"])
@@ -421,10 +423,13 @@ def test_a_walk_is_for_two_latent_numbers_and_a_map_for_two_or_more(
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
     assert vae.main([*flags, "--latent-dim", latent_dim]) == 0
     if latent_dim == "1":
-        message = "walk is for a VAE trained with --latent-dim 2, here it is 1"
+        message = "walk needs a VAE with --latent-dim 2; this one has 1"
         assert message in refused(["walk", "vae", "--class", "o"], capsys)
-        assert "map is for a VAE of --latent-dim 2" in refused(["map", "vae"], capsys)
+        message = "map needs a VAE with --latent-dim 2 or more; this one has 1"
+        assert message in refused(["map", "vae"], capsys)
         return
+    message = "walk needs a single --class"
+    assert message in refused(["walk", "vae", "--class", "o,ki"], capsys)
     assert explore.main(["walk", "vae", "--class", "o"]) == 0
     assert pixels("vae_walk.png").shape == (16 * CELL + 2, 16 * CELL + 2)
     assert explore.main(["walk", "vae", "--class", "o", "--num-samples", "5",
@@ -512,39 +517,46 @@ def refused(argv, capsys):
         ("interpolate ddim --class o,ki,su --vary class", "--vary class needs two classes"),
         ("interpolate ddim --class o,ki --num-samples 1", "'1' is not a whole number from 2"),
         ("interpolate ddim --class nothing", "no class 'nothing'"),
-        ("interpolate ddim --eta 0.5", "unrecognized arguments: --eta"),
-        ("interpolate ddim --steps 1001", "--steps 1001 is more than the 1000 of training"),
-        ("interpolate ddim --truncation 1", "ddim has no --truncation, only vae and gan"),
+        ("interpolate ddim --eta 0.5", "interpolate is deterministic: --eta must be 0, not 0.5"),
+        ("interpolate ddim --steps 1001", "--steps 1001 is more than the 1000 timesteps"),
+        ("interpolate ddim --truncation 1", "unrecognized arguments: --truncation"),
         ("interpolate ddim --output x.jpg", "must end in .png or .npz or .gif, or be a folder"),
-        ("interpolate vae --steps 3", "vae has no --steps, only ddpm and ddim and ldm"),
+        ("interpolate", "arguments are required: MODEL"),
+        ("interpolate vae --steps 3", "unrecognized arguments: --steps"),
+        ("interpolate vae --data-dir .", "unrecognized arguments: --data-dir"),
+        ("interpolate gan --prior normal", "unrecognized arguments: --prior"),
         ("interpolate gan --truncation 0", "from 0.1"),
         ("invert ddim", "the following arguments are required: IMAGE"),
-        ("invert ddim 60", "there is no image 60: they are 0 to 59"),
+        ("invert ddim 60", "there is no test image 60: indices are 0 to 59"),
         ("invert ddim 1 2", "unrecognized arguments: 2"),
         ("invert ddim nowhere.png --class o", "nowhere.png is not a readable image"),
-        ("invert ddim nowhere.png", "nowhere.png needs one --class"),
-        ("invert ddim ./given.png --class o --output given.png", "is an image that is given"),
-        ("invert ldm 0 --no-clip", "ldm has no --clip, only ddpm and ddim"),
-        ("reconstruct vae 99", "there is no image 99: they are 0 to 59"),
+        ("invert ddim nowhere.png", "nowhere.png needs a single --class"),
+        ("invert ddim 3 --eta 1", "invert is deterministic: --eta must be 0, not 1.0"),
+        ("invert ldm 3 --eta 1", "invert is deterministic"),
+        ("invert ddim 3 --seed 1", "unrecognized arguments: --seed"),
+        ("invert ddim ./given.png --class o --output given.png", "is one of the input images"),
+        ("invert ldm 0 --no-clip", "unrecognized arguments: --no-clip"),
+        ("reconstruct vae 99", "there is no test image 99: indices are 0 to 59"),
         ("reconstruct vae nowhere.png --class o", "nowhere.png is not a readable image"),
-        ("reconstruct vae nowhere.png", "needs one --class"),
+        ("reconstruct vae nowhere.png", "needs a single --class"),
         (f"reconstruct vae {' '.join(map(str, range(21)))}", "21 images are too many: at most 20"),
         ("between vae 1", "the following arguments are required: IMAGE"),
-        ("between vae 0 given.png --class o --output given.png", "is an image that is given"),
+        ("between vae 0 given.png --class o --output given.png", "is one of the input images"),
         ("between vae 0 1 --num-samples 1", "from 2"),
         ("map vae --method umap", "invalid choice: 'umap'"),
         ("map vae --output x.gif", "must end in .png"),
-        ("map vae --steps 3", "vae has no --steps"),
+        ("map vae --steps 3", "unrecognized arguments: --steps"),
+        ("map vae --class o", "unrecognized arguments: --class"),
         ("walk vae", "the following arguments are required: --class"),
-        ("walk vae --class o", "walk is for a VAE trained with --latent-dim 2, here it is 4"),
+        ("walk vae --class o", "walk needs a VAE with --latent-dim 2; this one has 4"),
         ("walk vae --class o --num-samples 21", "from 2 to 20"),
         ("filmstrip ddim --output x.npz", "must end in .png"),
-        ("filmstrip ddim --variance large", "ddim has no --variance, only ddpm"),
-        ("filmstrip ddpm --eta 1", "ddpm has no --eta, only ddim and ldm"),
+        ("filmstrip ddim --variance large", "unrecognized arguments: --variance"),
+        ("filmstrip ddpm --eta 1", "unrecognized arguments: --eta"),
         ("filmstrip ddim --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("filmstrip ldm --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("gif ddim --output x.png", "must end in .gif"),
-        ("gif gan --steps 5", "gan has no --steps"),
+        ("gif gan --steps 5", "unrecognized arguments: --steps"),
         ("gif ddim --checkpoint nowhere.pt", "there is no nowhere.pt"),
         ("gif ddim --device cuda", "--device cuda is not available on this machine"),
     ],
@@ -595,22 +607,89 @@ def test_help_has_an_example_of_each_command_that_parses(capsys):
     parsed = [explore.build_parser().parse_args(example[2:]) for example in examples]
     assert {args.command for args in parsed} == {*COMMANDS}
     for command in COMMANDS:
-        with contextlib.suppress(SystemExit):
-            explore.main([command, "--help"])
-        assert f"usage: explore.py {command}" in capsys.readouterr().out
-    with contextlib.suppress(SystemExit):
-        explore.main(["interpolate", "--help"])
-    assert "ddim can jump between two frames" in " ".join(capsys.readouterr().out.split())
+        text = help_of(capsys, command)
+        assert f"usage: explore.py {command}" in text and f"python explore.py {command} " in text
+        assert all(name in text for name in COMMANDS[command])
+    assert "ddim may jump between two neighbouring frames" in help_of(capsys, "interpolate")
 
 
-def test_one_script_is_imported_and_matplotlib_only_for_a_map(tiny_run, in_tmp):
+def help_of(capsys, *argv):
+    """A help text as one line."""
+    with pytest.raises(SystemExit) as stop:
+        explore.main([*argv, "--help"])
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def flags_of(parser):
+    """{flag: (choices, help, default)} of a parser."""
+    actions = [action for action in parser._actions if action.dest != "help"]
+    return {flag: (action.choices, action.help, action.default)
+            for action in actions for flag in action.option_strings}  # fmt: skip
+
+
+def sampling_flags_of(name):
+    parser = runs.Parser()
+    importlib.import_module(name).sampling_flags(parser)
+    return flags_of(parser)
+
+
+SAMPLED = {"interpolate", "invert", "filmstrip", "gif"}  # and map, of ldm
+PAIRS = [(command, name) for command, names in COMMANDS.items() for name in names]
+
+
+@pytest.mark.parametrize(("command", "name"), PAIRS)
+def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
+    parser = runs.Parser(conflict_handler="resolve" if command == "invert" else "error")
+    explore.add_flags(parser, command, name)
+    found = flags_of(parser)
+    every = {flag for model in COMMANDS["gif"] for flag in sampling_flags_of(model)}
+    sampled = command in SAMPLED or (command, name) == ("map", "ldm")
+    expected = sampling_flags_of(name) if sampled else {}
+    assert found.keys() & every == expected.keys()
+    changed = {flag for flag in expected if found[flag] != expected[flag]}
+    assert changed == ({"--steps", "--guidance"} if command == "invert" else set())
+    assert ("--seed" in found) == (sampled and command != "invert")
+    reads = command in ("invert", "reconstruct", "between", "map")
+    assert ("--data-dir" in found) == reads
+    assert ("--class" in found) == ((command, name) != ("map", "vae"))
+    if command in ("invert", "reconstruct", "between", "walk"):
+        found.pop("--class")  # without a default: an image may have a class of its own
+    for flag, (_, text, default) in found.items():
+        if isinstance(default, int | float | str | Path) and not isinstance(default, bool):
+            said = text.rsplit("(", 1)[1].rstrip(")")
+            assert said == str(default) or float(said) == default, flag
+
+
+def test_the_help_of_a_model_has_its_true_defaults(capsys):
+    text = help_of(capsys, "invert", "ddim")
+    assert "number of training timesteps (100)" in text and "misses the image (1)" in text
+    assert "(20)" not in text and "(1.6)" not in text
+    assert "(20)" in help_of(capsys, "interpolate", "ddim")
+    assert "(250)" in help_of(capsys, "filmstrip", "ddpm")
+    assert "above 1 guided (2.5)" in help_of(capsys, "gif", "ldm")
+    assert "samples of each class, 1 to 10,000 (10)" in help_of(capsys, "gif", "gan")
+    assert "samples of each class, 1 to 10,000 (1)" in help_of(capsys, "gif", "ddim")
+
+
+@pytest.mark.parametrize("argv", ["map vae", "map ldm", "invert ddim 3", "reconstruct vae 3"])
+def test_a_data_set_with_other_classes_is_refused(argv, tiny_runs, in_tmp, capsys):
+    name = argv.split()[1]
+    checkpoint = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)
+    checkpoint["class_names"][3] = "another"
+    torch.save(checkpoint, "other.pt")
+    error = refused([*argv.split(), "--checkpoint", "other.pt"], capsys)
+    assert "the data set no longer has the classes of the training" in error
+
+
+def test_matplotlib_and_scikit_learn_are_imported_only_for_a_map(tiny_run, in_tmp):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import explore
 explore.main(["gif", "ddim", "--checkpoint", {str(tiny_run)!r}, "--steps", "2", "--class", "o"])
-found = {{"ddpm", "ddim", "ldm", "vae", "gan", "matplotlib", "sklearn"}} & {{*sys.modules}}
-assert found == {{"ddim"}}, found
+found = {{"matplotlib", "sklearn"}} & {{*sys.modules}}
+assert not found, found
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=in_tmp)
     assert done.returncode == 0 and done.stdout.startswith("wrote ddim_gif.gif"), done.stderr
