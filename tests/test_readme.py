@@ -1,6 +1,8 @@
 """The documentation: commands parse, code runs, links resolve, numbers are those of results/."""
 
+import ast
 import hashlib
+import importlib
 import json
 import re
 import shlex
@@ -19,7 +21,7 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import extractor, report
+from benchmarks import report
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -27,11 +29,13 @@ PAGES = {
 }
 README = PAGES["README.md"]
 RESULTS = PAGES["results/README.md"]
-PARSERS = {
-    f"{module.__name__}.py": module
-    for module in (vae, gan, ddpm, ddim, ldm, explore, export, infer_onnx, evaluate)
+MODULES = (vae, gan, ddpm, ddim, ldm, explore, export, infer_onnx, evaluate)
+PARSERS = {f"{module.__name__}.py": module for module in MODULES}
+PARSERS |= {  # a benchmark without build_parser runs when it is imported, or has no flags to parse
+    f"benchmarks/{path.name}": importlib.import_module(f"benchmarks.{path.stem}")
+    for path in sorted((ROOT / "benchmarks").glob("*.py"))
+    if "\ndef build_parser(" in path.read_text()
 }
-PARSERS |= {"benchmarks/extractor.py": extractor, "benchmarks/report.py": report}
 
 
 def blocks(text, kind):
@@ -47,17 +51,30 @@ def commands(text):
     return [found.strip() for line in lines for found in re.findall(call, line)]
 
 
+def docstring_commands(path):
+    """The same of the lines of a script's docstring that are a command, maybe with a remark."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.findall(r"^ +python ((?:\w+/)?\w+\.py.*?)(?:  .*)?$", text, re.MULTILINE)
+
+
 COMMANDS = [line for text in PAGES.values() for line in commands(text)]
+DOCSTRINGS = [
+    line
+    for folder in (ROOT, ROOT / "benchmarks")
+    for path in sorted(folder.glob("*.py"))
+    for line in docstring_commands(path)
+]
 
 
 def test_there_are_commands():
     assert {line.split()[0] for line in commands(README)} >= {
         "ddim.py", "explore.py", "export.py", "infer_onnx.py", "evaluate.py",
     }  # fmt: skip
-    assert {line.split()[0] for line in COMMANDS} >= set(PARSERS)
+    assert {line.split()[0] for line in COMMANDS} >= {f"{m.__name__}.py" for m in MODULES}
+    assert {line.split()[0] for line in DOCSTRINGS} >= set(PARSERS)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS + DOCSTRINGS))
 def test_commands_parse(line):
     script, *argv = shlex.split(line)
     assert script == "NAME.py" or (ROOT / script).is_file()
@@ -101,7 +118,12 @@ def results_of(folder):
     return json.loads((ROOT / "results" / folder / "results.json").read_text())
 
 
+def one_line(text):
+    return " ".join(text.split())
+
+
 def test_the_readme_is_short():
+    """The owner's limit."""
     assert len(README.encode()) <= 10_240 and len(tables(README)) <= 6
 
 
@@ -131,6 +153,109 @@ def test_the_scores_are_those_of_the_table(folder, quoted):
         assert order in RESULTS.splitlines()
 
 
+def test_other_figures_of_the_scores_are_those_of_the_results():
+    evaluations = {
+        row["model"]: row["evaluations"]
+        for folder in (".", "ddpm")
+        for row in results_of(folder)["rows"]
+    }
+    [ddpm_row] = results_of("ddpm")["rows"]
+    total = ddpm_row["n"] * evaluations["ddpm"]
+    assert f"which take {total / 1e6:.1f} million evaluations" in one_line(RESULTS)
+    assert round(evaluations["ddpm"] / evaluations["ddim"]) == 13
+    assert "comes next with a thirteenth of them" in one_line(README)
+
+
+def test_the_versions_of_the_onnx_files_are_those_of_export():
+    assert f"Opset {export.OPSET}, IR version {export.IR_VERSION}, " in README
+
+
+def log_of(path):
+    return [json.loads(line) for line in (ROOT / path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+@pytest.mark.parametrize("path", ["pretrained/{}.log.jsonl", "results/ten_minutes/{}.jsonl"])
+def test_the_diversities_are_those_of_the_logs(path, name):
+    found = [line["diversity"] for line in log_of(path.format(name)) if "diversity" in line][-1]
+    low, high = min(found, key=found.get), max(found, key=found.get)
+    text = f"{found[low]:.2f} ({low}) to {found[high]:.2f} ({high}) for the {name.upper()}"
+    assert text in one_line(RESULTS)
+
+
+def test_the_epochs_of_ten_minutes_are_those_of_the_logs():
+    names = ("vae", "gan", "ddim", "ldm", "ldm_autoencoder")
+    epochs = {name: log_of(f"results/ten_minutes/{name}.jsonl")[-1]["epoch"] for name in names}
+    for name in ("vae", "gan", "ddim"):
+        assert f"`python {name}.py --train --minutes 10`: {epochs[name]:.1f} epochs" in RESULTS
+    autoencoder, diffusion = epochs["ldm_autoencoder"], epochs["ldm"]
+    assert (
+        f"`python ldm.py --train --minutes 10`: {autoencoder:.1f} epochs of the autoencoder, "
+        f"{diffusion:.1f} of diffusion"
+    ) in RESULTS
+
+
+def test_what_a_log_holds_is_said():
+    """results/README.md names the keys that the logs have, and how often a line is written."""
+    [text] = re.findall(r"^Training writes a log.*?\n\n", RESULTS, re.MULTILINE | re.DOTALL)
+    assert f"a line every {runs.LOG_EVERY} steps: step, epoch, seconds, loss" in one_line(text)
+    keys = {"step", "epoch", "seconds", "lr"}
+    for name in ("vae", "gan", "ddim", "ldm"):
+        lines = log_of(f"pretrained/{name}.log.jsonl")
+        regular = [line for line in lines if "lr" in line]
+        assert all(line.keys() >= keys for line in regular)
+        assert {line["step"] % runs.LOG_EVERY for line in regular} == {0}
+        assert any("loss_by_tenth_of_t" in line for line in lines) == (name in ("ddim", "ldm"))
+        assert any("diversity" in line for line in lines) == (name in ("vae", "gan"))
+
+
+def test_the_gpu_section_says_what_the_report_says():
+    report_of = json.loads((ROOT / "results/cuda/cuda.json").read_text())
+    machine, parts = report_of["machine"], report_of["parts"]
+    [section] = re.findall(r"^## GPU\n(.*?)^## ", RESULTS, re.MULTILINE | re.DOTALL)
+    section = one_line(section)
+    torch_version = machine["torch"].split("+")[0]
+    python = ".".join(machine["Python"].split(".")[:2])
+    assert (
+        f"on one {machine['card']} (torch {torch_version}, CUDA {machine['CUDA']}, "
+        f"Python {python}, {machine['cores']} cores)"
+    ) in section
+    short = ".".join(torch_version.split(".")[:2])
+    assert f"on one {machine['card']} with torch {short} " in one_line(README)
+    assert "cut off before its last part, speed" in section
+    assert set(parts) == {"train", "resume", "torchrun", "samples", "memory"}
+
+    scripts = {"vae", "gan", "ddpm", "ddim", "ldm"}
+    plain = [row for row in parts["train"] if "--compile" not in row["command"]]
+    compiled = [row for row in parts["train"] if "--compile" in row["command"]]
+    assert {row["command"].split(".py")[0] for row in plain} == scripts
+    assert {row["command"].split(".py")[0] for row in compiled} == scripts - {"gan"}
+    assert "18 seconds, all at once: the loss falls." in section
+    assert all("--minutes 0.3 " in row["command"] for row in parts["train"])
+    assert all(row["exit code"] == 0 and row["last loss"] < row["first loss"] for row in plain)
+    assert "(not `gan.py`) ended with exit code 0, except `ldm.py`, which was still" in section
+    for row in compiled:
+        assert (row["exit code"] == 0) != row["command"].startswith("ldm.py")
+        assert row["exit code"] == 0 or row["last line"].startswith("python ldm.py --checkpoint")
+    assert "No compiled run reached step 50" in section and runs.LOG_EVERY == 50
+    assert not any("steps" in row for row in compiled)
+
+    assert "same weights, bit for bit, as without torchrun" in section
+    assert "two runs of half an epoch end in the same weights, bit for bit" in section
+    assert "40 of each: the CPU and the card (with TF32) differ by at most one grey" in section
+    for part in ("resume", "torchrun", "samples"):
+        assert {row["script"] for row in parts[part]} == scripts
+        assert all(set(row["exit codes"]) == {0} for row in parts[part])
+    for row in parts["resume"]:
+        assert row["stopped with"] == 130
+        assert row["twice, largest difference"] == row["resumed, largest difference"] == 0
+    assert all(row["largest difference"] == 0 for row in parts["torchrun"])
+    for row in parts["samples"]:
+        assert row["images"] == 40 and row["largest difference in grey levels"] <= 1
+    assert "ends with one line and exit code 2" in section
+    assert [row["exit code"] for row in parts["memory"]] == [2]
+
+
 @pytest.mark.parametrize("module", [vae, gan, ddim, ldm])
 def test_the_shipped_models_are_runs_of_the_defaults_as_its_table_says(module):
     name = module.NAME
@@ -141,5 +266,5 @@ def test_the_shipped_models_are_runs_of_the_defaults_as_its_table_says(module):
     minutes, epochs = re.search(
         rf"`python {name}\.py --train --minutes (\d+)` \| ([\d.]+) \|", RESULTS
     ).groups()
-    log = (ROOT / f"pretrained/{name}.log.jsonl").read_text().splitlines()
-    assert float(minutes) == config["minutes"] and epochs == f"{json.loads(log[-1])['epoch']:.1f}"
+    last = log_of(f"pretrained/{name}.log.jsonl")[-1]
+    assert float(minutes) == config["minutes"] and epochs == f"{last['epoch']:.1f}"
