@@ -15,7 +15,6 @@ import math
 import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -307,19 +306,6 @@ def _load_npz(path):
         torch.from_numpy(y.astype(np.int64)),
         names or [str(i) for i in range(y.max() + 1)],
     )
-
-
-@lru_cache(maxsize=1)
-def epoch_batches(n, batch_size, seed, epoch):
-    """The indices of each batch of an epoch: int64 (n // batch_size, batch_size).
-
-    A pure function of its arguments.  Where batch_size does not divide n, the images left over are
-    not in this epoch.  Raises InputError.
-    """
-    if not 1 <= batch_size <= n:
-        raise InputError(f"--batch-size {batch_size} is not in 1..{n}, the number of images")
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
-    return torch.from_numpy(order[: n - n % batch_size].reshape(-1, batch_size))
 
 
 def to_float(images):

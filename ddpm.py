@@ -315,6 +315,7 @@ def train(args, checkpoint=None):
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
+    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     forward = parallel(torch.compile(model) if args.compile else model)
     optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
         args.optimizer
@@ -330,6 +331,7 @@ def train(args, checkpoint=None):
         ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
+    precision = autocast(device, args.bf16)
     run = Run(NAME, args, len(images), checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
@@ -348,7 +350,6 @@ def train(args, checkpoint=None):
 
     size = sum(p.numel() for p in model.parameters())
     print(f"run {run} on {device}, {size:,} parameters", flush=True)
-    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
     with run:
         for step in run.steps(save):
@@ -372,7 +373,7 @@ def train(args, checkpoint=None):
             alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
             x_t = q_sample(x_0, eps, alpha_bar_t)
             target = target_of(args.prediction, x_0, eps, alpha_bar_t)
-            with autocast(device, args.bf16):
+            with precision:
                 output = forward(x_t, t, y)
             losses = image_losses(output.float(), target, args.loss)
             loss = losses.mean()

@@ -34,8 +34,8 @@ from common import (
     subsample, to_float, to_uint8,
 )  # fmt: skip
 from runs import (
-    Parser, check_output, errors_in_one_line, find_checkpoint, image_grid, load_checkpoint, number,
-    pick_device, save_images, save_picture, written_whole,
+    Parser, check_finite, check_output, errors_in_one_line, find_checkpoint, grid_columns,
+    image_grid, load_checkpoint, number, pick_device, save_images, save_picture, written_whole,
 )  # fmt: skip
 
 # What several scripts have is the same in each (a test holds this): here it is taken from ddim.py
@@ -118,16 +118,6 @@ def project(codes, method, others=None):
 
 
 # --- Pictures -------------------------------------------------------------------------------------
-
-
-def check_finite(images):
-    if not images.isfinite().all():
-        raise InputError("the samples are not finite: the weights are corrupted, or diverged")
-
-
-def grid_columns(count, total):
-    """The columns of a grid of `count` images of each class: a row for each class where it fits."""
-    return count if 1 < count <= 20 else min(10, total)
 
 
 def trajectory_frames(trace, columns):

@@ -288,6 +288,7 @@ def train(args, checkpoint=None):
         last_penalty.fill_(checkpoint["penalty"])
     forward_g = parallel(model)
     forward_d = parallel(discriminator)
+    precision = autocast(device, args.bf16)
     run = Run(NAME, args, len(images), checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
@@ -329,7 +330,7 @@ def train(args, checkpoint=None):
 
             # Goodfellow et al. algorithm 1 with k = 1: first the discriminator learns to tell real
             # images from fake ones, in one pass.
-            with autocast(device, args.bf16):
+            with precision:
                 with torch.no_grad():
                     fake = model(z_d, classes)
                 both = forward_d(torch.cat([x, fake]), classes.repeat(2, 1))
@@ -351,7 +352,7 @@ def train(args, checkpoint=None):
             # Then the generator learns to be taken for real, from new noise.
             discriminator.requires_grad_(False)
             real_logits_g = None
-            with autocast(device, args.bf16):
+            with precision:
                 fake_logits_g = discriminator(forward_g(z_g, classes), classes).float()
                 if args.loss == "relativistic":
                     with torch.no_grad():

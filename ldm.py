@@ -525,6 +525,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
         ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
+    precision = autocast(device, args.bf16)
     run = Run(NAME, args, len(images), checkpoint, part="autoencoder", fraction=fraction)
     config = {key: getattr(args, key) for key in FIXED + FREE}
 
@@ -562,7 +563,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
             x = to_float(images[batch])
 
             # Section 3.1: decode a sample of q(z | x); the KL divergence keeps latents in bounds.
-            with autocast(device, args.bf16):
+            with precision:
                 x_hat, mu, logvar = forward(x, eps)
             reconstruction = (x - x_hat.float()).abs().flatten(1).sum(dim=1).mean()
             kl = kl_divergence(mu.float().flatten(1), logvar.float().flatten(1)).mean()
@@ -625,6 +626,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         latents = (latents - model.latent_mean) / model.latent_std
 
     # The denoiser's optimiser, and the average of its weights that samples come from.
+    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     forward = parallel(torch.compile(model.denoiser) if args.compile else model.denoiser)
     optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
         args.optimizer
@@ -640,6 +642,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
+    precision = autocast(device, args.bf16)
     run = Run(NAME, args, len(latents), checkpoint, folder=folder, fraction=fraction)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     config["latent_channels"] = autoencoder["latent_channels"]
@@ -662,7 +665,6 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
 
     size = sum(p.numel() for p in parameters)
     print(f"stage 2 in {run} on {device}, {size:,} parameters", flush=True)
-    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
     generator = torch.Generator(device)
     with run:
         for step in run.steps(save):
@@ -686,7 +688,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
             alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
             z_t = q_sample(z_0, eps, alpha_bar_t)
             target = target_of(args.prediction, z_0, eps, alpha_bar_t)
-            with autocast(device, args.bf16):
+            with precision:
                 output = forward(z_t, t, y)
             losses = image_losses(output.float(), target, args.loss)
             loss = losses.mean()

@@ -17,6 +17,7 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (
-    IDX_SETS, InputError, epoch_batches, file_stem, load_data, parse_classes, to_float, to_uint8,
+    IDX_SETS, InputError, file_stem, load_data, parse_classes, to_float, to_uint8,
 )  # fmt: skip
 
 try:
@@ -462,6 +463,19 @@ def load_run_data(args, checkpoint=None):
 # --- Run ------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
+def epoch_batches(n, batch_size, seed, epoch):
+    """The indices of each batch of an epoch: int64 (n // batch_size, batch_size).
+
+    A pure function of its arguments.  Where batch_size does not divide n, the images left over are
+    not in this epoch.  Raises InputError.
+    """
+    if not 1 <= batch_size <= n:
+        raise InputError(f"--batch-size {batch_size} is not in 1..{n}, the number of images")
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+    return torch.from_numpy(order[: n - n % batch_size].reshape(-1, batch_size))
+
+
 @contextmanager
 def signals_caught():
     """Yield a list that collects the first Ctrl-C, SIGTERM or SIGHUP; the second ends the program.
@@ -848,6 +862,17 @@ def open_checkpoint(args, name, samples_from):
     return path, checkpoint, classes, output
 
 
+def check_finite(images):
+    """Raise InputError unless all values are finite."""
+    if not images.isfinite().all():
+        raise InputError("the samples are not finite: the weights are corrupted, or diverged")
+
+
+def grid_columns(count, total):
+    """The columns of a grid of `count` images of each class: a row for each class where it fits."""
+    return count if 1 < count <= 20 else min(10, total)
+
+
 def image_grid(images, columns):
     """float (N, C, H, W) in [-1, 1] -> a PIL picture, row by row, up to 8 times the size."""
     grid = make_grid(to_uint8(images), nrow=columns, padding=2)
@@ -869,11 +894,9 @@ def save_images(images, labels, class_names, path, count):
     labels: int64 (N,);  path: .png, .npz (x uint8, y, class_names), or else a folder.
     Raises InputError if the images are not finite.
     """
-    if not images.isfinite().all():
-        raise InputError("the samples are not finite: the weights are corrupted, or diverged")
+    check_finite(images)
     if path.suffix == ".png":
-        columns = count if 1 < count <= 20 else min(10, len(images))
-        save_picture(image_grid(images, columns), path)
+        save_picture(image_grid(images, grid_columns(count, len(images))), path)
     elif path.suffix == ".npz":
         pixels = to_uint8(images).numpy()
         arrays = {"x": pixels, "y": labels.numpy(), "class_names": np.array(class_names)}

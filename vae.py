@@ -319,6 +319,7 @@ def train(args, checkpoint=None):
         ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
+    precision = autocast(device, args.bf16)
     run = Run(NAME, args, len(images), checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
@@ -375,7 +376,7 @@ def train(args, checkpoint=None):
             classes = one_hot(labels[batch], num_classes)
 
             # One z of each image's distribution is enough, Kingma & Welling section 2.3.
-            with autocast(device, args.bf16):
+            with precision:
                 logits, mu, logvar = forward(x, classes, eps)
             logits = logits.float()
 

@@ -24,6 +24,7 @@ import common
 import evaluate
 import export
 import infer_onnx
+import runs
 
 EPOCHS = {1: 6, 2: 9}  # the second needs more passes to reach 93 %
 SEEDS = {1: 2, 2: 1}
@@ -88,7 +89,7 @@ def train_classifier(train, test, which, epochs):
     interval = 0.5 if sys.stderr.isatty() else 30  # fewer lines in a log file
     with tqdm(total=steps, unit="step", desc=f"extractor {which}", mininterval=interval) as bar:
         for epoch in range(epochs):
-            for batch in common.epoch_batches(len(images), batch_size, seed, epoch):
+            for batch in runs.epoch_batches(len(images), batch_size, seed, epoch):
                 # 28x28 of 32x32: shifts by up to 2 pixels.
                 top, left = torch.randint(0, 5, (2,)).tolist()
                 x = common.to_float(images[batch, :, top : top + 28, left : left + 28])

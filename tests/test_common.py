@@ -266,13 +266,13 @@ def test_truncated_npz_is_named(in_tmp):
 
 
 def test_epoch_batches_cover_the_data_once_and_depend_on_seed_and_epoch_alone():
-    batches = common.epoch_batches(103, 10, seed=1, epoch=2)
+    batches = runs.epoch_batches(103, 10, seed=1, epoch=2)
     assert batches.shape == (10, 10) and len(set(batches.flatten().tolist())) == 100
-    assert torch.equal(batches, common.epoch_batches(103, 10, seed=1, epoch=2))
+    assert torch.equal(batches, runs.epoch_batches(103, 10, seed=1, epoch=2))
     for other in ((1, 3), (2, 2)):
-        assert not torch.equal(batches, common.epoch_batches(103, 10, *other))
+        assert not torch.equal(batches, runs.epoch_batches(103, 10, *other))
     with pytest.raises(InputError, match=r"--batch-size 104 .* 1\.\.103"):
-        common.epoch_batches(103, 104, 0, 0)
+        runs.epoch_batches(103, 104, 0, 0)
 
 
 NAMES = ["T-shirt/top", "Trouser", "Sneaker", "Ankle boot"]
