@@ -6,7 +6,10 @@ import * as sampler from "../web/sampler.js";
 
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "fatal";
-const base64 = (array) => Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("base64");
+
+function base64(array) {
+  return Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("base64");
+}
 
 const COMMANDS = {
   // The noise of [seed, image]: `count` normal numbers, then one uniform number.

@@ -38,10 +38,11 @@ export class RunError extends Error {}
 
 // --- Model ---------------------------------------------------------------------------------------
 
-/** Check and open a model file and the files of its parts. Returns {ort, card, session, parts}.
+/** Check and open a model file and the files of its parts. Returns a model.
 
     ort: the module onnxruntime-web;  name: of the file, for messages;  bytes: Uint8Array;
-    readPart: async (file name) -> its bytes, for the decoder of an LDM.  Throws ModelError. */
+    readPart: async (file name) -> its bytes, for the decoder of an LDM.
+    The model is {ort, card, session, parts, prior}.  Throws ModelError. */
 export async function loadModel(ort, name, bytes, readPart) {
   await checkFile(name, bytes);
   const card = readCard(name, bytes);
@@ -56,7 +57,8 @@ export async function loadModel(ort, name, bytes, readPart) {
     }
     parts[key] = await openSession(ort, part.file, content);
   }
-  return { ort, card, session: await openSession(ort, name, bytes), parts };
+  const session = await openSession(ort, name, bytes);
+  return { ort, card, session, parts, prior: fittedPrior(card) };
 }
 
 /** Throw ModelError unless the bytes are as export.py wrote them. */
@@ -87,7 +89,7 @@ async function isSealed(bytes) {
   return digest === null || seal.endsWith(digest);
 }
 
-/** SHA-256 in hexadecimal; null where the browser has none: pages on http:// other than localhost. */
+/** SHA-256 in hexadecimal; null where the browser has none: http:// that is not localhost. */
 async function sha256(bytes) {
   if (!globalThis.crypto?.subtle) return null;
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
@@ -361,8 +363,8 @@ async function ddpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, noi
 
     model: from loadModel;  labels: array of indices into the class names of the card;
     steps, guidance, guidance_limit: of diffusion models, default from the card;  solver: of ddim
-    and ldm;  seed: BigInt;  trace: of diffusion models, as in ddimSample.
-    Throws InputError for other values, RunError if the network fails or its output is not finite. */
+    and ldm;  seed: BigInt;  trace: of diffusion models, as in ddimSample.  Throws InputError for
+    other values, RunError if the network fails or its output is not finite. */
 export async function sample(model, labels, options = {}) {
   const { card } = model;
   const { seed = 0n, first = 0, solver = "ddim", trace = async () => {} } = options;
@@ -446,7 +448,7 @@ export function asBytes(images) {
 async function sampleCodesAndDecode(model, labels, streams) {
   const { card, ort } = model;
   const numClasses = card.class_names.length;
-  const codes = sampleCodes(card.prior, labels, streams, card.latent_dim);
+  const codes = sampleCodes(model.prior, labels, streams, card.latent_dim);
   const oneHot = new Float32Array(labels.length * numClasses);
   labels.forEach((y, i) => (oneHot[i * numClasses + y] = 1));
   const images = await runSession(ort, model.session, {
@@ -458,6 +460,17 @@ async function sampleCodesAndDecode(model, labels, streams) {
 
 // --- Codes and noise -----------------------------------------------------------------------------
 
+/** The Gaussian mixtures in a card as arrays for sampleCodes; null stands for N(0, 1). */
+function fittedPrior({ prior }) {
+  if (!prior) return null;
+  return {
+    components: prior.weights.shape[1],
+    weights: fromBase64(prior.weights.float32, Float32Array),
+    means: fromBase64(prior.means.float32, Float32Array),
+    scales: Float32Array.from(fromBase64(prior.scales.float16, Uint16Array), halfToNumber),
+  };
+}
+
 /** One latent code per label: float32 (N, D).
 
     prior: null for N(0, 1), else a Gaussian mixture for each class y: component k has probability
@@ -466,11 +479,8 @@ async function sampleCodesAndDecode(model, labels, streams) {
 function sampleCodes(prior, labels, streams, D) {
   const noise = nextNoise(streams, D);
   if (prior === null) return noise;
-  const weights = bytesOf(prior.weights.float32, Float32Array);
-  const means = bytesOf(prior.means.float32, Float32Array);
-  const scales = bytesOf(prior.scales.float16, Uint16Array);
-  const components = prior.weights.shape[1];
-  const triangle = prior.scales.shape[2];
+  const { components, weights, means, scales } = prior;
+  const triangle = (D * (D + 1)) / 2; // numbers in L
   const codes = new Float32Array(noise.length);
   labels.forEach((y, i) => {
     const chance = f32(streams[i].nextDouble());
@@ -483,7 +493,7 @@ function sampleCodes(prior, labels, streams, D) {
     for (let row = 0, at = mixture * triangle; row < D; row++) {
       let sum = 0; // in float64: NumPy's order of float32 sums depends on the machine
       for (let column = 0; column <= row; column++, at++) {
-        sum += halfToNumber(scales[at]) * noise[i * D + column];
+        sum += scales[at] * noise[i * D + column];
       }
       codes[i * D + row] = means[mixture * D + row] + f32(sum);
     }
@@ -492,7 +502,7 @@ function sampleCodes(prior, labels, streams, D) {
 }
 
 /** An array of a given type from base64, little endian. */
-function bytesOf(base64, Type) {
+function fromBase64(base64, Type) {
   return new Type(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
 }
 
@@ -520,8 +530,8 @@ const KEY_STEPS = [0x9e3779b97f4a7c15n, 0xbb67ae8584caa73bn];
 
 /** np.random.Generator(np.random.Philox(key=[seed, index])), number for number.
 
-    Philox4x64-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". A counter and
-    a key are mixed in ten rounds into four numbers of 64 bits; the next four have the next counter. */
+    Philox4x64-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Ten rounds mix
+    a counter and a key into four numbers of 64 bits; the next four have the next counter. */
 export class NoiseStream {
   constructor(seed, index) {
     this.key = [BigInt(seed), BigInt(index)];
