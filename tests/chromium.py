@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import time
+from shlex import split
 
-FLAGS = (
+FLAGS = split(
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
     "--remote-debugging-pipe"
-).split()
+)
 
 
 def find_chromium():

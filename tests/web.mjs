@@ -1,9 +1,11 @@
 // What tests/test_web.py runs in node: one JSON request from stdin, one JSON answer to stdout.
 import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { webcrypto } from "node:crypto";
 import * as ort from "../web/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 import * as sampler from "../web/sampler.js";
 
+globalThis.crypto ??= webcrypto; // node 18 has it under this name only
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "fatal";
 

@@ -262,7 +262,7 @@ export function timePairs(numTimesteps, steps) {
 
     eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
     v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
-    With clip, x_0_hat is limited to [-1, 1] and eps_hat is derived again: both still make up x_t. */
+    With clip, x_0_hat is limited to [-1, 1] and eps_hat derived again: both still make up x_t. */
 function predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip) {
   const signal_t = Math.sqrt(alpha_bar_t);
   const noise_t = Math.sqrt(1 - alpha_bar_t);
