@@ -226,6 +226,17 @@ def test_random_corruption_of_the_metadata(tmp_path):
         assert isinstance(answer, list) or "\n" not in answer["error"]
 
 
+@needs_node
+@needs_runtime
+def test_code_of_the_readme():
+    [code] = re.findall(r"```js\n(.*?)```", (ROOT / "web/README.md").read_text(), re.DOTALL)
+    code += "\nconsole.log(images.join());"
+    command = ["node", "--input-type=module", "--eval", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = np.array(done.stdout.split(","), np.uint8).reshape(2, 1, 32, 32)
+    assert difference(found, expected(shipped("ldm"), [7, 7], steps=10, seed=5))[1] <= LEVELS
+
+
 # --- The page in Chromium -------------------------------------------------------------------------
 
 
