@@ -1,9 +1,9 @@
 /* Sample from an exported model with onnxruntime-web: what infer_onnx.py does, in JavaScript.
 
-   It touches no page, so that node can run it too. The functions, their order and their names are
-   those of infer_onnx.py. The same seed gives the same picture: noise is NumPy's, number for
-   number, and arithmetic rounds where NumPy's does, so that the pictures of the two differ by one
-   grey level at most.
+   It touches no page, so that node can run it too. The functions, their order and, but for the
+   spelling, their names are those of infer_onnx.py. The same seed gives the same picture: noise is
+   NumPy's, number for number, and arithmetic rounds where NumPy's does, so that the pictures of
+   the two differ by one grey level at most.
 
    Arrays are Float32Array, images (B, C, H, W) in [-1, 1]. Numbers that NumPy computes in float64,
    such as sqrt(alpha_bar_t), are plain numbers here. */
@@ -282,9 +282,28 @@ function predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip) {
   return [x_0_hat, eps_hat];
 }
 
-/** One reverse step, DDIM eq. (12) with sigma_t = 0, which adds no noise. */
+/** One reverse step, DDIM eq. (12) with sigma_t = 0: no noise is added. */
 function ddimStep(x_0_hat, eps_hat, alpha_bar_prev) {
   return combine(Math.sqrt(alpha_bar_prev), x_0_hat, Math.sqrt(1 - alpha_bar_prev), eps_hat);
+}
+
+/** Walk from noise to images.
+
+    denoise: async (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from
+    timePairs;  trace: async (t, x_t, x_0_hat), called at each step, at last with (-1, x_0, x_0).
+    Returns x_0, like x_T, in [-1, 1] with clip. */
+async function ddimSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace) {
+  let x_t = x_T;
+  for (const [t, t_prev] of pairs) {
+    const alpha_bar_t = alpha_bars[t];
+    const alpha_bar_prev = t_prev >= 0 ? alpha_bars[t_prev] : 1;
+    const output = await denoise(x_t, t);
+    const [x_0_hat, eps_hat] = predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip);
+    await trace(t, x_t, x_0_hat);
+    x_t = ddimStep(x_0_hat, eps_hat, alpha_bar_prev);
+  }
+  await trace(-1, x_t, x_t);
+  return x_t;
 }
 
 /** What ddimStep takes for x_0_hat and eps_hat to be of second order.
@@ -301,13 +320,10 @@ function dpmExtrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alp
   return [D, divide(rest, Math.sqrt(1 - alpha_bar_t))];
 }
 
-/** Walk from noise to images by DDIM, or by DPM-Solver++(2M), Lu et al. 2022 algorithm 2, whose
-    first step and last are those of DDIM.
+/** Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    denoise: async (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from
-    timePairs;  trace: async (t, x_t, x_0_hat), called at each step, at last with (-1, x_0, x_0).
-    Returns x_0, like x_T, in [-1, 1] with clip. */
-async function ddimSample(denoise, x_T, alpha_bars, pairs, prediction, clip, solver, trace) {
+    The first step and the last are those of DDIM.  Arguments and result as in ddimSample. */
+async function dpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace) {
   let x_t = x_T;
   let last = null; // x_0_hat and alpha_bar of the step before
   for (const [t, t_prev] of pairs) {
@@ -317,7 +333,7 @@ async function ddimSample(denoise, x_T, alpha_bars, pairs, prediction, clip, sol
     const [x_0_hat, eps_hat] = predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip);
     await trace(t, x_t, x_0_hat);
     let [D, D_eps] = [x_0_hat, eps_hat];
-    if (solver === "dpm++" && last !== null && t_prev >= 0) {
+    if (last !== null && t_prev >= 0) {
       [D, D_eps] = dpmExtrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, ...last);
     }
     last = [x_0_hat, alpha_bar_t];
@@ -342,7 +358,7 @@ function posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev) {
 /** Walk from noise to images by DDPM algorithm 2: noise enters every step but the last.
 
     noise: () -> standard normal noise like x_T; the rest is as in ddimSample. */
-async function ddpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, noise, trace) {
+async function ddpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace, noise) {
   let x_t = x_T;
   for (const [t, t_prev] of pairs) {
     const alpha_bar_t = alpha_bars[t];
@@ -378,11 +394,11 @@ export async function sample(model, labels, options = {}) {
   const clip = !card.latent_shape;
   const noise = () => nextNoise(streams, size(shape));
   const denoise = denoiser(model, labels, shape, guidance, until);
-  const walk = [denoise, noise(), alpha_bars, pairs, card.prediction, clip];
-  const x_0 =
-    card.model === "ddpm"
-      ? await ddpmSample(...walk, noise, trace)
-      : await ddimSample(...walk, solver, trace);
+  const walk = [denoise, noise(), alpha_bars, pairs, card.prediction, clip, trace];
+  let x_0;
+  if (card.model === "ddpm") x_0 = await ddpmSample(...walk, noise);
+  else if (solver === "dpm++") x_0 = await dpmSample(...walk);
+  else x_0 = await ddimSample(...walk);
   return asBytes(await toImages(model, x_0));
 }
 
@@ -578,7 +594,9 @@ export class NoiseStream {
     return Number(this.next64() >> 11n) / 2 ** 53;
   }
 
-  /** Standard normal, float32: the ziggurat of Marsaglia & Tsang 2000, as NumPy has it. */
+  /** Standard normal, float32: the ziggurat of Marsaglia & Tsang 2000, as NumPy has it.
+
+      In the tail NumPy takes log1p from the C library, whose last bit may be another. */
   nextNormal() {
     for (;;) {
       const bits = this.next32();
