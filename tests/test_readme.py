@@ -25,7 +25,7 @@ from benchmarks import report
 
 PAGES = {
     name: (ROOT / name).read_text()
-    for name in ("README.md", "results/README.md", "tests/README.md")
+    for name in ("README.md", "results/README.md", "tests/README.md", "web/README.md")
 }
 README = PAGES["README.md"]
 RESULTS = PAGES["results/README.md"]

@@ -1,0 +1,536 @@
+"""The page in web/: its sampler in node, then the page itself in headless Chromium.
+
+Both need `npm install --prefix web`; the pictures are compared with those of infer_onnx.py.
+"""
+
+import base64
+import functools
+import http.server
+import io
+import json
+import re
+import shutil
+import subprocess
+import threading
+from urllib.parse import urlencode
+
+import numpy as np
+import onnx
+import pytest
+from chromium import Chromium, find_chromium
+from conftest import ROOT, save_sealed
+from onnx import TensorProto, helper
+from PIL import Image
+
+import infer_onnx
+
+NAMES = ["ddim", "ddpm", "ldm", "gan", "vae"]
+SNEAKER = 7
+LEVELS = 1  # grey levels by which a browser and onnxruntime may differ
+RUNTIME = ROOT / "web/node_modules/onnxruntime-web"
+
+needs_runtime = pytest.mark.skipif(
+    not RUNTIME.is_dir(), reason="onnxruntime-web is missing: npm install --prefix web"
+)
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None, reason="neither Chromium nor Chrome is installed"
+)
+
+
+def shipped(name):
+    return ROOT / f"pretrained/{name}.onnx"
+
+
+@functools.cache
+def model_of(path):
+    return infer_onnx.load_model(path, "cpu", 1)
+
+
+def expected(path, labels=(SNEAKER,), **options):
+    return infer_onnx.sample(model_of(path), list(labels), **options)
+
+
+def difference(found, pictures):
+    """How many pixels differ, and by how many grey levels at most."""
+    levels = np.abs(found.astype(int) - pictures.astype(int))
+    return np.count_nonzero(levels), levels.max()
+
+
+# --- The sampler in node --------------------------------------------------------------------------
+
+
+def node(command, **request):
+    """The answer of tests/web.mjs to a request."""
+    request = json.dumps({"command": command, **request}, default=str)
+    done = subprocess.run(
+        ["node", ROOT / "tests/web.mjs"], input=request, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+def node_pictures(path, labels, cases):
+    """Pictures for each of the options, uint8 (N, C, H, W), and what node says of each."""
+    cases = [{**case, "seed": str(case.get("seed", 0))} for case in cases]
+    answers = node("sample", path=path, labels=labels, cases=cases)
+    assert isinstance(answers, list), answers
+    shape = (len(labels), *model_of(path).card["image_shape"])
+    pixels = [base64.b64decode(answer["pixels"]) for answer in answers]
+    return [np.frombuffer(part, np.uint8).reshape(shape) for part in pixels], answers
+
+
+@needs_node
+@needs_runtime
+def test_noise_is_numpys():
+    """Bit for bit, but for numbers beyond 3.65: NumPy takes their log1pf from the C library."""
+    keys = [(seed, image) for seed in (0, 1, 2**40 + 5, 2**63 - 1) for image in (0, 1, 999_999)]
+    answers = node("noise", keys=[[str(seed), image] for seed, image in keys], count=100_000)
+    for key, (normal, uniform) in zip(keys, answers, strict=True):
+        stream = np.random.Generator(np.random.Philox(key=key))
+        noise = stream.standard_normal(100_000, dtype=np.float32)
+        found = np.frombuffer(base64.b64decode(normal), np.float32)
+        differ = found != noise
+        assert np.all(np.abs(noise[differ]) > 3.65) and differ.sum() <= 2
+        assert np.abs(found - noise).max() < 1e-6
+        assert stream.random() == uniform  # both are at the same place of the stream
+
+
+@needs_node
+@needs_runtime
+def test_time_pairs_are_those_of_infer_onnx():
+    cases = [(1000, steps) for steps in (1, 2, 3, 10, 20, 50, 250, 999, 1000)] + [(7, 7), (10, 3)]
+    found = [[tuple(pair) for pair in pairs] for pairs in node("pairs", cases=cases)]
+    assert found == [infer_onnx.time_pairs(*case) for case in cases]
+
+
+@needs_node
+@needs_runtime
+@pytest.mark.parametrize("name", NAMES)
+def test_card_is_read_from_the_file(name):
+    assert node("card", path=shipped(name)) == model_of(shipped(name)).card
+
+
+SETTINGS = {
+    "ddim": [
+        {}, {"guidance": 0}, {"guidance": 0.5}, {"guidance": 1}, {"seed": 2**62 + 3},
+        {"guidance": 3, "guidance_limit": 0.3}, {"solver": "dpm++", "steps": 8}, {"steps": 1},
+    ],
+    "ddpm": [{"steps": 20}, {"steps": 10, "guidance": 3, "seed": 5}],
+    "ldm": [{}, {"solver": "dpm++", "steps": 10, "seed": 9}],
+    "gan": [{}, {"seed": 2**62 + 3}],
+    "vae": [{}, {"seed": 2**62 + 3}, {"seed": 1}],
+}  # fmt: skip
+
+
+@needs_node
+@needs_runtime
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_those_of_infer_onnx(name):
+    """At most 0.1 % of the pixels differ, by one level."""
+    labels = [SNEAKER, 0, 8, 5]
+    found, answers = node_pictures(shipped(name), labels, SETTINGS[name])
+    for options, images, answer in zip(SETTINGS[name], found, answers, strict=True):
+        count, levels = difference(images, expected(shipped(name), labels, **options))
+        print(f"{name} {options}: {count} of {images.size} pixels differ, by {levels}")
+        assert levels <= LEVELS and count <= images.size / 1000, options
+        card = model_of(shipped(name)).card
+        assert answer["evaluations"] == infer_onnx.evaluations(card, **options)
+        assert answer["steps"] == (options.get("steps", card["steps"]) if "steps" in card else 0)
+
+
+def with_card(name, folder, **changes):
+    """A copy of a shipped model whose card has other values."""
+    proto = onnx.load(shipped(name))
+    kept = [entry for entry in proto.metadata_props if entry.key == infer_onnx.METADATA_KEY]
+    card = json.loads(kept[0].value) | changes
+    del proto.metadata_props[:]
+    proto.metadata_props.add(key=infer_onnx.METADATA_KEY, value=json.dumps(card))
+    path = folder / f"{name}.onnx"
+    save_sealed(proto, path)
+    return path
+
+
+@needs_node
+@needs_runtime
+def test_predictions_of_eps(tmp_path):
+    """No shipped network predicts eps: one that is read so draws nonsense, the same nonsense."""
+    path = with_card("ddim", tmp_path, prediction="eps")
+    cases = [{"steps": 5}, {"steps": 5, "solver": "dpm++"}]
+    found, _ = node_pictures(path, [SNEAKER], cases)
+    for options, images in zip(cases, found, strict=True):
+        assert difference(images, expected(path, **options))[1] <= LEVELS
+
+
+@needs_node
+@needs_runtime
+def test_settings_out_of_range():
+    refused = {
+        "steps 0 is not in 1..1000": {"steps": 0},
+        "steps 1001 is not in 1..1000": {"steps": 1001},
+        "guidance -1 is not a number from 0": {"guidance": -1},
+        "guidance limit 1.5 is not a number from 0 to 1": {"guidance_limit": 1.5},
+        "solver euler is not ddim or dpm++": {"solver": "euler"},
+        f"seed {2**63} is not a whole number from 0 to {2**63 - 1}": {"seed": str(2**63)},
+    }
+    cases = list(refused.values())
+    answers = node("sample", path=shipped("ddim"), labels=[SNEAKER], cases=cases)
+    assert answers == [{"error": message, "kind": "InputError"} for message in refused]
+    for labels in ([], [10], [-1], [0.5]):
+        [answer] = node("sample", path=shipped("gan"), labels=labels, cases=[{}])
+        assert answer["kind"] == "InputError" and "must be one or more of 0..9" in answer["error"]
+
+
+@needs_node
+@needs_runtime
+def test_files_that_cannot_be_used(tmp_path):
+    def error_of(name, content):
+        path = tmp_path / name
+        path.write_bytes(content)
+        answer = node("sample", path=path, labels=[SNEAKER], cases=[{}])
+        assert answer["kind"] == "ModelError" and "\n" not in answer["error"]
+        return answer["error"]
+
+    whole = shipped("gan").read_bytes()
+    flipped = bytearray(whole)
+    flipped[1_000_000] ^= 1
+    for content in (b"", whole[:1000], whole[:-1], bytes(flipped), b"\0" * 5000):
+        assert "is damaged" in error_of("gan.onnx", content)
+    assert "Git LFS pointer" in error_of("a.onnx", b"version https://git-lfs.github.com/spec/v1")
+    assert "is a checkpoint" in error_of("a.pt", b"PK\3\4")
+    assert "not one that export.py wrote" in error_of("a.onnx", infer_onnx.sealed(b""))
+    assert "broken metadata" in error_of("a.onnx", infer_onnx.sealed(b"\x72\xff\xff\xff\x7f"))
+    newer = with_card("gan", tmp_path, format=99).read_bytes()
+    assert "metadata format 99" in error_of("gan.onnx", newer)
+    unknown = with_card("gan", tmp_path, model="flow").read_bytes()
+    assert "model flow" in error_of("gan.onnx", unknown)
+    (tmp_path / "ldm_decoder.onnx").write_bytes(shipped("vae_encoder").read_bytes())
+    ldm = shipped("ldm").read_bytes()
+    assert "is not the decoder of" in error_of("ldm.onnx", ldm)
+
+
+@needs_node
+@needs_runtime
+def test_random_corruption_of_the_metadata(tmp_path):
+    """With a matching checksum, as in test_fuzz.py: a file is refused in one line, or it draws."""
+    content = shipped("gan").read_bytes()[: -len(infer_onnx.SEAL) - 64]
+    start = content.rindex(infer_onnx.METADATA_KEY.encode()) - 10
+    rng = np.random.default_rng(0)
+    path = tmp_path / "gan.onnx"
+    for _ in range(5):
+        damaged = bytearray(content)
+        for at in rng.integers(start, len(content), 3):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(infer_onnx.sealed(bytes(damaged)))
+        answer = node("sample", path=path, labels=[0], cases=[{}])
+        assert isinstance(answer, list) or "\n" not in answer["error"]
+
+
+@needs_node
+@needs_runtime
+def test_code_of_the_readme():
+    [code] = re.findall(r"```js\n(.*?)```", (ROOT / "web/README.md").read_text(), re.DOTALL)
+    code += "\nconsole.log(images.join());"
+    command = ["node", "--input-type=module", "--eval", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = np.array(done.stdout.split(","), np.uint8).reshape(2, 1, 32, 32)
+    assert difference(found, expected(shipped("ldm"), [7, 7], steps=10, seed=5))[1] <= LEVELS
+
+
+# --- The page in Chromium -------------------------------------------------------------------------
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """A function: the address of the page on a server of a folder."""
+    servers = []
+
+    def start(folder):
+        handler = functools.partial(QuietHandler, directory=folder)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/web/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def address(serve):
+    return serve(ROOT)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser):
+    browser.messages.clear()
+    browser.resize(1280, 900)
+    return browser
+
+
+def settle(page):
+    """Wait until the page has drawn, or says why not: its state."""
+    page.evaluate("new Promise((resolve) => setTimeout(resolve, 200))")  # a typed value waits 150
+    state = "document.body && document.body.dataset.state"
+    page.wait(f"['done', 'error'].includes({state})", 120)
+    return page.evaluate(state)
+
+
+def open_page(page, address, **settings):
+    page.open(f"{address}#{urlencode(settings)}")
+    page.wait("document.body && document.body.dataset.state")
+    return settle(page)
+
+
+def text(page, name):
+    return page.evaluate(f"document.getElementById('{name}').textContent")
+
+
+def canvas(page, name="picture"):
+    """The pixels of a canvas: uint8 (H, W, 4)."""
+    numbers = page.evaluate(
+        f"""(() => {{
+          const canvas = document.getElementById('{name}');
+          const {{width, height}} = canvas;
+          const {{data}} = canvas.getContext('2d').getImageData(0, 0, width, height);
+          return [height, width, ...data];
+        }})()"""
+    )
+    return np.array(numbers[2:], np.uint8).reshape(*numbers[:2], 4)
+
+
+def assert_draws(page, path, label=SNEAKER, **options):
+    assert text(page, "error") == ""
+    found = canvas(page)
+    image = expected(path, [label], **options)[0].transpose(1, 2, 0)
+    assert found.shape == (32, 32, 4) and np.all(found[:, :, 3] == 255)
+    count, levels = difference(found[:, :, :3], np.broadcast_to(image, (32, 32, 3)))
+    print(f"{count} values of the canvas differ, by {levels}")
+    assert levels <= LEVELS
+
+
+@needs_chromium
+@needs_runtime
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_draws_a_sneaker(page, address, name):
+    assert open_page(page, address, model=name) == "done"
+    assert_draws(page, shipped(name))
+    assert page.errors() == []
+    card = model_of(shipped(name)).card
+    is_shown = not page.evaluate("document.getElementById('steps-shown').hidden")
+    assert is_shown == ("steps" in card)
+    if is_shown:
+        assert page.evaluate("document.querySelectorAll('#strip button[title]').length") == 21
+    assert page.evaluate("document.querySelectorAll('#class input').length") == 10
+
+
+@needs_chromium
+@needs_runtime
+def test_a_link_is_a_picture(page, address):
+    options = {"seed": 2**62 + 3, "steps": 8, "guidance": 3, "guidance_limit": 0.5}
+    settings = {"model": "ddim", "class": "t-shirt-top", **options, "solver": "dpm++"}
+    assert open_page(page, address, **settings) == "done"
+    assert_draws(page, shipped("ddim"), 0, **options, solver="dpm++")
+    command = text(page, "command")
+    flags = command.removeprefix("python infer_onnx.py ").split()
+    args = infer_onnx.build_parser().parse_args(flags)
+    card = model_of(shipped("ddim")).card
+    assert infer_onnx.sampling_options(args, card) == {
+        "steps": 8, "guidance": 3, "guidance_limit": 0.5, "solver": "dpm++",
+    }  # fmt: skip
+    assert (args.seed, args.class_) == (2**62 + 3, "t-shirt-top")
+    link = page.evaluate("location.hash")
+    page.open(address + link)
+    page.wait("document.body && document.body.dataset.state === 'done'")
+    assert_draws(page, shipped("ddim"), 0, **options, solver="dpm++")
+
+
+@needs_chromium
+@needs_runtime
+def test_keyboard_and_controls(page, address):
+    open_page(page, address, model="gan")
+    page.press("n")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("gan"), seed=1)
+    page.evaluate("document.querySelector('#class input:checked').focus()")
+    page.press("ArrowRight")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("gan"), SNEAKER + 1, seed=1)
+    # Many changes at once: the last one counts.
+    for seed in (4, 5, 6):
+        page.evaluate(f"location.hash = 'model=ddim&class=Bag&seed={seed}&steps=10'")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("ddim"), 8, seed=6, steps=10)
+    # The slider shows any step: at the first, x_t is the noise.
+    noise = canvas(page, "x_t")
+    page.evaluate("shown.value = 0; shown.oninput()")
+    assert text(page, "x_t-caption") == "x_t: step 1, t = 999"
+    assert np.array_equal(canvas(page, "x_t"), noise)
+    assert not np.array_equal(canvas(page), noise)
+
+
+@needs_chromium
+@needs_runtime
+def test_the_png_is_that_of_infer_onnx(page, address):
+    open_page(page, address, model="gan", seed=3)
+    page.evaluate("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
+    page.evaluate("document.getElementById('download').click()")
+    assert page.evaluate("saved.download") == "sneaker.png"
+    content = base64.b64decode(page.evaluate("saved.href").removeprefix("data:image/png;base64,"))
+    found = np.array(Image.open(io.BytesIO(content)).convert("L"))
+    picture = infer_onnx.to_picture(expected(shipped("gan"), seed=3), 1)
+    assert difference(found, np.array(picture))[1] <= LEVELS
+
+
+@needs_chromium
+@needs_runtime
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "flow"}, "no model flow: ddim, ddpm, ldm, gan, vae"),
+        ({"model": "file"}, "no model file: open the file of this link again"),
+        ({"class": "Hat"}, "no class Hat: choose one of T-shirt/top, Trouser"),
+        ({"seed": "-1"}, "seed -1 is not a whole number from 0"),
+        ({"steps": "2000"}, "steps 2000 is not in 1..1000"),
+        ({"steps": "ten"}, "steps NaN is not in 1..1000"),
+        ({"guidance": "-2"}, "guidance -2 is not a number from 0"),
+    ],
+)
+def test_wrong_links(page, address, settings, message):
+    assert open_page(page, address, **settings) == "error"
+    assert text(page, "error").startswith(message)
+    # The page can still be used.
+    page.evaluate("location.hash = 'model=gan&class=Sneaker&seed=0'")
+    page.wait("document.body.dataset.state === 'done'")
+    assert page.evaluate("document.getElementById('error').hidden")
+
+
+def tiny_colour_model(path):
+    """A network for `gan` with three channels and other classes, random weights."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(4 + 2, 3 * 32 * 32)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Concat", ["z", "classes"], ["input"], axis=1),
+            helper.make_node("MatMul", ["input", "weights"], ["flat"]),
+            helper.make_node("Tanh", ["flat"], ["bounded"]),
+            helper.make_node("Reshape", ["bounded", "shape"], ["image"]),
+        ],
+        "tiny",
+        [
+            helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", 4]),
+            helper.make_tensor_value_info("classes", TensorProto.FLOAT, ["batch", 2]),
+        ],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [
+            onnx.numpy_helper.from_array(weights, "weights"),
+            onnx.numpy_helper.from_array(np.array([-1, 3, 32, 32]), "shape"),
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    card = {
+        "format": infer_onnx.METADATA_FORMAT, "kind": "codes", "model": "gan",
+        "class_names": ["red & <b>blue</b>", "ÄÖ"], "image_shape": [3, 32, 32], "parts": {},
+        "probe": {}, "latent_dim": 4, "prior": None,
+    }  # fmt: skip
+    proto.metadata_props.add(key=infer_onnx.METADATA_KEY, value=json.dumps(card))
+    save_sealed(proto, path)
+
+
+def choose_files(page, *paths):
+    """Choose files by the page's file picker."""
+    page.evaluate("document.body.dataset.state = 'drawing'")
+    picker = page.call("Runtime.evaluate", expression="document.getElementById('files')")
+    handle = picker["result"]["objectId"]
+    page.call("DOM.setFileInputFiles", files=[str(path) for path in paths], objectId=handle)
+    return settle(page)
+
+
+@needs_chromium
+@needs_runtime
+def test_your_own_files(page, address, tmp_path):
+    open_page(page, address, model="gan")
+    ldm, decoder = shipped("ldm"), shipped("ldm_decoder")
+    assert choose_files(page, ldm) == "error"
+    message = "ldm.onnx needs ldm_decoder.onnx too: choose both files at once"
+    assert text(page, "error") == message
+    for files in ([decoder, ldm], [shipped("vae_encoder"), shipped("vae")], [shipped("vae")]):
+        assert choose_files(page, *files) == "done"
+        assert_draws(page, files[-1])
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(shipped("gan").read_bytes()[:-5])
+    assert choose_files(page, damaged) == "error"
+    assert "damaged.onnx is damaged" in text(page, "error")
+    colours = tmp_path / "colours.onnx"
+    tiny_colour_model(colours)
+    assert choose_files(page, colours) == "done"
+    assert_draws(page, colours, 0)  # it has no Sneaker: the first of its classes
+    names = page.evaluate("[...document.querySelectorAll('#class span')].map(s => s.textContent)")
+    assert names == ["red & <b>blue</b>", "ÄÖ"]
+    assert text(page, "command").startswith("python infer_onnx.py --model colours.onnx")
+    page.evaluate("document.querySelector('#model input[value=gan]').click()")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("gan"), 0)
+
+
+@needs_chromium
+@needs_runtime
+def test_files_that_are_dropped(page, address):
+    open_page(page, address, model="gan")
+    page.evaluate(
+        """(async () => {
+          const dropped = new DataTransfer();
+          for (const name of ["ldm_decoder.onnx", "ldm.onnx"]) {
+            const response = await fetch("../pretrained/" + name);
+            dropped.items.add(new File([await response.arrayBuffer()], name));
+          }
+          document.body.dataset.state = "drawing";
+          document.body.dispatchEvent(
+            new DragEvent("drop", { dataTransfer: dropped, bubbles: true, cancelable: true }));
+        })()"""
+    )
+    assert settle(page) == "done"
+    assert_draws(page, shipped("ldm"))
+
+
+@needs_chromium
+@needs_runtime
+def test_a_phone_needs_no_scrolling_to_the_side(page, address):
+    page.resize(360, 740, 2, mobile=True)
+    open_page(page, address)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@needs_chromium
+def test_a_page_without_server_or_runtime(page, serve, tmp_path):
+    page.open((ROOT / "web/index.html").as_uri())
+    page.wait("document.readyState === 'complete'")
+    assert text(page, "error").startswith("This page needs a server: run python -m http.server")
+    (tmp_path / "web").mkdir()
+    for name in ("index.html", "sampler.js"):
+        shutil.copy(ROOT / "web" / name, tmp_path / "web")
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    alone = serve(tmp_path)
+    assert open_page(page, alone) == "error"
+    assert text(page, "error").endswith("is not installed: run npm install --prefix web")
+    (tmp_path / "web/node_modules").symlink_to(ROOT / "web/node_modules")
+    (tmp_path / "pretrained").unlink()
+    if RUNTIME.is_dir():
+        assert open_page(page, alone) == "error"
+        message = (
+            r"pretrained/ddim\.onnx cannot be loaded \(404 .*\): serve the repository's folder"
+        )
+        assert re.fullmatch(message, text(page, "error"))

@@ -1,0 +1,61 @@
+// What tests/test_web.py runs in node: one JSON request from stdin, one JSON answer to stdout.
+import { readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { webcrypto } from "node:crypto";
+import * as ort from "../web/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
+import * as sampler from "../web/sampler.js";
+
+globalThis.crypto ??= webcrypto; // node 18 has it under this name only
+ort.env.wasm.numThreads = 1;
+ort.env.logLevel = "fatal";
+
+function base64(array) {
+  return Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("base64");
+}
+
+const COMMANDS = {
+  // The noise of [seed, image]: `count` normal numbers, then one uniform number.
+  noise({ keys, count }) {
+    return keys.map(([seed, image]) => {
+      const stream = new sampler.NoiseStream(BigInt(seed), image);
+      const normal = base64(sampler.nextNoise([stream], count));
+      return [normal, stream.nextDouble()];
+    });
+  },
+
+  pairs({ cases }) {
+    return cases.map(([numTimesteps, steps]) => sampler.timePairs(numTimesteps, steps));
+  },
+
+  card({ path }) {
+    return sampler.readCard(path, readFileSync(path));
+  },
+
+  // Pictures of each of the options; an error instead is {error, kind}.
+  async sample({ path, labels, cases }) {
+    const readPart = async (file) => readFileSync(join(dirname(path), file));
+    const model = await sampler.loadModel(ort, path, readFileSync(path), readPart);
+    const answers = [];
+    for (const { seed = "0", ...options } of cases) {
+      let steps = 0;
+      const trace = async (t) => { steps += t >= 0; };
+      const given = { ...options, seed: BigInt(seed), trace };
+      answers.push(await attempt(async () => {
+        const pixels = base64(await sampler.sample(model, labels, given));
+        return { pixels, steps, evaluations: sampler.evaluations(model.card, given) };
+      }));
+    }
+    return answers;
+  },
+};
+
+async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    return { error: error.message, kind: error.constructor.name };
+  }
+}
+
+const { command, ...request } = JSON.parse(readFileSync(0, "utf8"));
+process.stdout.write(JSON.stringify(await attempt(() => COMMANDS[command](request))));

@@ -1,0 +1,645 @@
+/* Sample from an exported model with onnxruntime-web: what infer_onnx.py does, in JavaScript.
+
+   It touches no page, so that node can run it too. The functions, their order and, but for the
+   spelling, their names are those of infer_onnx.py. The same seed gives the same picture: noise is
+   NumPy's, number for number, and arithmetic rounds where NumPy's does, so that the pictures of
+   the two differ by one grey level at most.
+
+   Arrays are Float32Array, images (B, C, H, W) in [-1, 1]. Numbers that NumPy computes in float64,
+   such as sqrt(alpha_bar_t), are plain numbers here. */
+
+const METADATA_KEY = "model_card"; // of the metadata entry whose JSON says how to use the model
+const METADATA_FORMAT = 4;
+const SEAL_BYTES = 12 + 64; // see isSealed
+const CARD_KEYS = ["model", "kind", "class_names", "image_shape", "parts"];
+const KIND_KEYS = {
+  diffusion: [
+    "null_label", "alpha_bars", "prediction", "guidance_fixed",
+    "steps", "guidance", "guidance_limit",
+  ],
+  codes: ["latent_dim", "prior"], // decodes a latent code: VAE and GAN
+};
+const MODELS = ["ddim", "ddpm", "ldm", "vae", "gan"];
+const NEEDED_PARTS = ["decoder"]; // of the parts that a card names; a VAE's encoder samples nothing
+export const SOLVERS = ["ddim", "dpm++"];
+export const MAX_SEED = 2n ** 63n - 1n;
+
+const f32 = Math.fround;
+const size = (shape) => shape.reduce((a, b) => a * b, 1);
+
+/** The model file cannot be used; the message is one line. */
+export class ModelError extends Error {}
+
+/** Wrong input from the user; the message is one line. */
+export class InputError extends Error {}
+
+/** The model ran and failed; the message is one line. */
+export class RunError extends Error {}
+
+// --- Model ---------------------------------------------------------------------------------------
+
+/** Check and open a model file and the files of its parts. Returns a model.
+
+    ort: the module onnxruntime-web;  name: of the file, for messages;  bytes: Uint8Array;
+    readPart: async (file name) -> its bytes, for the decoder of an LDM.
+    The model is {ort, card, session, parts, prior}.  Throws ModelError. */
+export async function loadModel(ort, name, bytes, readPart) {
+  await checkFile(name, bytes);
+  const card = readCard(name, bytes);
+  const parts = {};
+  for (const [key, part] of Object.entries(card.parts)) {
+    if (!NEEDED_PARTS.includes(key)) continue;
+    const content = await readPart(part.file);
+    await checkFile(part.file, content);
+    const digest = await sha256(content);
+    if (digest !== null && digest !== part.sha256) {
+      throw new ModelError(`${part.file} is not the ${key} of ${name}: export both again`);
+    }
+    parts[key] = await openSession(ort, part.file, content);
+  }
+  const session = await openSession(ort, name, bytes);
+  return { ort, card, session, parts, prior: fittedPrior(card) };
+}
+
+/** Throw ModelError unless the bytes are as export.py wrote them. */
+async function checkFile(name, bytes) {
+  const start = new TextDecoder("latin1").decode(bytes.subarray(0, 30));
+  if (start.startsWith("version https://git-lfs")) {
+    throw new ModelError(`${name} is a Git LFS pointer, not the model itself: run git lfs pull`);
+  }
+  if (start.startsWith("PK")) {
+    throw new ModelError(`${name} is a checkpoint or an archive: export it with export.py`);
+  }
+  if (!(await isSealed(bytes))) {
+    throw new ModelError(
+      `${name} is damaged, or not a file that export.py wrote: export it again`,
+    );
+  }
+}
+
+/** Whether a file ends with one more metadata entry: the SHA-256 of all that comes before it.
+
+    The entry is field 14 (metadata) of 74 bytes; its key is "sha256", its value has 64 bytes.
+    onnxruntime does not detect corrupted weights: one wrong bit would change images silently. */
+async function isSealed(bytes) {
+  const end = bytes.length - SEAL_BYTES;
+  const seal = new TextDecoder("latin1").decode(bytes.subarray(Math.max(end, 0)));
+  if (!seal.startsWith("\x72\x4a\x0a\x06sha256\x12\x40")) return false;
+  const digest = await sha256(bytes.subarray(0, end));
+  return digest === null || seal.endsWith(digest);
+}
+
+/** SHA-256 in hexadecimal; null where the browser has none: http:// that is not localhost. */
+async function sha256(bytes) {
+  if (!globalThis.crypto?.subtle) return null;
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+async function openSession(ort, name, bytes) {
+  try {
+    return await ort.InferenceSession.create(bytes, { logSeverityLevel: 4 });
+  } catch (error) {
+    throw new ModelError(
+      `${name} is not an ONNX model that onnxruntime can load: ${oneLine(error)}`,
+    );
+  }
+}
+
+/** {key: value} of the metadata of an ONNX file, for which onnxruntime-web has no function.
+
+    The file is a protobuf message: fields one after another, each a tag (8 * number + wire type)
+    and a value. Field 14 is an entry of the metadata, a message of key (1) and value (2). */
+export function readMetadata(bytes) {
+  const metadata = {};
+  for (const [number, entry] of fields(bytes)) {
+    if (number !== 14) continue;
+    const pair = Object.fromEntries(fields(entry));
+    metadata[new TextDecoder().decode(pair[1])] = new TextDecoder().decode(pair[2]);
+  }
+  return metadata;
+}
+
+/** [number, bytes] of each field of a protobuf message that has a length; others are skipped. */
+function* fields(bytes) {
+  let at = 0;
+  const varint = () => {
+    let value = 0;
+    for (let scale = 1; ; scale *= 128) {
+      if (at >= bytes.length) throw new RangeError("a field beyond its end");
+      const byte = bytes[at++];
+      value += (byte & 127) * scale; // no shift: those are of 32 bits
+      if (byte < 128) return value;
+    }
+  };
+  while (at < bytes.length) {
+    const tag = varint();
+    const wireType = tag % 8;
+    if (wireType === 0) varint();
+    else if (wireType === 1) at += 8;
+    else if (wireType === 5) at += 4;
+    else if (wireType === 2) {
+      const length = varint();
+      if (at + length > bytes.length) throw new RangeError("a field beyond its end");
+      yield [Math.floor(tag / 8), bytes.subarray(at, at + length)];
+      at += length;
+    } else throw new RangeError(`wire type ${wireType}`);
+  }
+}
+
+/** The model card, JSON in the metadata. Throws ModelError if it is absent, broken or newer. */
+export function readCard(name, bytes) {
+  let card;
+  try {
+    const text = readMetadata(bytes)[METADATA_KEY];
+    if (text === undefined) {
+      throw new ModelError(`${name} is an ONNX model, but not one that export.py wrote`);
+    }
+    card = JSON.parse(text);
+    if (typeof card !== "object" || card === null) throw new TypeError("the card is no object");
+  } catch (error) {
+    if (error instanceof ModelError) throw error;
+    throw new ModelError(`${name} has broken metadata: ${oneLine(error)}`);
+  }
+  if (card.format !== METADATA_FORMAT) {
+    throw new ModelError(
+      `${name} has metadata format ${card.format}, this page reads ${METADATA_FORMAT}: ` +
+        (card.format > METADATA_FORMAT ? "update the page" : "export it again"),
+    );
+  }
+  const missing = [...CARD_KEYS, ...(KIND_KEYS[card.kind] ?? [])].find((key) => !(key in card));
+  if (missing) throw new ModelError(`${name}: no ${missing} in its metadata`);
+  if (!(card.kind in KIND_KEYS) || !MODELS.includes(card.model)) {
+    throw new ModelError(`${name}: unknown kind ${card.kind} or model ${card.model}`);
+  }
+  return card;
+}
+
+// --- Denoise -------------------------------------------------------------------------------------
+
+/** The first output of a session for named inputs {name: [array, dims]}: Float32Array. */
+async function runSession(ort, session, inputs) {
+  const feed = {};
+  for (const [name, [array, dims]] of Object.entries(inputs)) {
+    const type = array instanceof BigInt64Array ? "int64" : "float32";
+    feed[name] = new ort.Tensor(type, array, dims);
+  }
+  try {
+    const outputs = await session.run(feed);
+    return outputs[session.outputNames[0]].data;
+  } catch (error) {
+    throw new RunError(`onnxruntime failed: ${oneLine(error)}`);
+  }
+}
+
+/** denoise(x_t, t) -> network output, with classifier-free guidance (Ho & Salimans 2022).
+
+    output = output_u + guidance * (output_c - output_u), where u is without a class and c is with
+    class y, labels (B);  until: guidance above 1 applies at t < until only, else it is 1. */
+function denoiser(model, labels, shape, guidance, until) {
+  const nullLabels = labels.map(() => model.card.null_label);
+
+  function network(x_t, t, y) {
+    return runSession(model.ort, model.session, {
+      x_t: [x_t, [y.length, ...shape]],
+      t: [new BigInt64Array(y.length).fill(BigInt(t)), [y.length]],
+      y: [BigInt64Array.from(y, BigInt), [y.length]],
+    });
+  }
+
+  return async function denoise(x_t, t) {
+    if (!isGuided(guidance, t, until)) {
+      return network(x_t, t, guidance === 0 ? nullLabels : labels);
+    }
+    const twice = new Float32Array(2 * x_t.length);
+    twice.set(x_t);
+    twice.set(x_t, x_t.length);
+    const outputs = await network(twice, t, [...nullLabels, ...labels]);
+    const output_u = outputs.subarray(0, x_t.length);
+    const output_c = outputs.subarray(x_t.length);
+    return combine(1, output_u, guidance, combine(1, output_c, -1, output_u));
+  };
+}
+
+/** Whether step t needs the network both with a class and without it. */
+function isGuided(guidance, t, until) {
+  return guidance !== 0 && guidance !== 1 && (guidance < 1 || t < until);
+}
+
+// --- Walk ----------------------------------------------------------------------------------------
+
+/** a * x + b * y for numbers a, b and arrays x, y: each operation is rounded to float32. */
+function combine(a, x, b, y) {
+  const [a32, b32] = [f32(a), f32(b)];
+  return x.map((value, i) => f32(a32 * value) + f32(b32 * y[i])); // stored, the sum is rounded too
+}
+
+/** x / a for an array x and a number a, in float32. */
+function divide(x, a) {
+  const a32 = f32(a);
+  return x.map((value) => value / a32);
+}
+
+function clipped(x) {
+  return x.map((value) => Math.min(Math.max(value, -1), 1)); // NaN stays
+}
+
+/** [[t, t_prev], ..., [t, -1]]: exactly `steps` pairs from t = T-1 down, closer near the image.
+
+    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free. */
+export function timePairs(numTimesteps, steps) {
+  if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
+    throw new InputError(`steps ${steps} is not in 1..${numTimesteps}`);
+  }
+  const times = [];
+  for (let i = steps; i > 0; i--) {
+    times.push(Math.max(Math.floor(numTimesteps * (i / steps) ** 1.3 + 0.5), i) - 1);
+  }
+  return times.map((t, k) => [t, times[k + 1] ?? -1]);
+}
+
+/** x_0_hat and eps_hat, the image and the noise that a network output stands for.
+
+    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
+    v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
+    With clip, x_0_hat is limited to [-1, 1] and eps_hat derived again: both still make up x_t. */
+function predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip) {
+  const signal_t = Math.sqrt(alpha_bar_t);
+  const noise_t = Math.sqrt(1 - alpha_bar_t);
+  let x_0_hat;
+  let eps_hat;
+  if (prediction === "eps") {
+    x_0_hat = divide(combine(1, x_t, -noise_t, output), signal_t);
+    eps_hat = output;
+  } else {
+    x_0_hat = combine(signal_t, x_t, -noise_t, output);
+    eps_hat = combine(signal_t, output, noise_t, x_t);
+  }
+  if (clip) {
+    x_0_hat = clipped(x_0_hat);
+    eps_hat = divide(combine(1, x_t, -signal_t, x_0_hat), noise_t);
+  }
+  return [x_0_hat, eps_hat];
+}
+
+/** One reverse step, DDIM eq. (12) with sigma_t = 0: no noise is added. */
+function ddimStep(x_0_hat, eps_hat, alpha_bar_prev) {
+  return combine(Math.sqrt(alpha_bar_prev), x_0_hat, Math.sqrt(1 - alpha_bar_prev), eps_hat);
+}
+
+/** Walk from noise to images.
+
+    denoise: async (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from
+    timePairs;  trace: async (t, x_t, x_0_hat), called at each step, at last with (-1, x_0, x_0).
+    Returns x_0, like x_T, in [-1, 1] with clip. */
+async function ddimSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace) {
+  let x_t = x_T;
+  for (const [t, t_prev] of pairs) {
+    const alpha_bar_t = alpha_bars[t];
+    const alpha_bar_prev = t_prev >= 0 ? alpha_bars[t_prev] : 1;
+    const output = await denoise(x_t, t);
+    const [x_0_hat, eps_hat] = predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip);
+    await trace(t, x_t, x_0_hat);
+    x_t = ddimStep(x_0_hat, eps_hat, alpha_bar_prev);
+  }
+  await trace(-1, x_t, x_t);
+  return x_t;
+}
+
+/** What ddimStep takes for x_0_hat and eps_hat to be of second order.
+
+    Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat -
+    x_0_last), where h and h_last are this step and the one before, measured in lambda =
+    log(alpha_bar / (1 - alpha_bar)) / 2; and the noise that makes up x_t together with D. */
+function dpmExtrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last) {
+  const lambda = (alpha_bar) => Math.log(alpha_bar / (1 - alpha_bar)) / 2;
+  const h = lambda(alpha_bar_prev) - lambda(alpha_bar_t);
+  const h_last = lambda(alpha_bar_t) - lambda(alpha_bar_last);
+  const D = combine(1, x_0_hat, h / h_last / 2, combine(1, x_0_hat, -1, x_0_last));
+  const rest = combine(1, x_t, -Math.sqrt(alpha_bar_t), D);
+  return [D, divide(rest, Math.sqrt(1 - alpha_bar_t))];
+}
+
+/** Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
+
+    The first step and the last are those of DDIM.  Arguments and result as in ddimSample. */
+async function dpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace) {
+  let x_t = x_T;
+  let last = null; // x_0_hat and alpha_bar of the step before
+  for (const [t, t_prev] of pairs) {
+    const alpha_bar_t = alpha_bars[t];
+    const alpha_bar_prev = t_prev >= 0 ? alpha_bars[t_prev] : 1;
+    const output = await denoise(x_t, t);
+    const [x_0_hat, eps_hat] = predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip);
+    await trace(t, x_t, x_0_hat);
+    let [D, D_eps] = [x_0_hat, eps_hat];
+    if (last !== null && t_prev >= 0) {
+      [D, D_eps] = dpmExtrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, ...last);
+    }
+    last = [x_0_hat, alpha_bar_t];
+    x_t = ddimStep(D, D_eps, alpha_bar_prev);
+  }
+  await trace(-1, x_t, x_t);
+  return x_t;
+}
+
+/** Mean and variance of q(x_prev | x_t, x_0 = x_0_hat), DDPM eq. (7).
+
+    With skipped steps beta_t = 1 - alpha_bar_t / alpha_bar_prev, Nichol & Dhariwal section 4. */
+function posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev) {
+  const alpha_t = alpha_bar_t / alpha_bar_prev;
+  const beta_t = 1 - alpha_t;
+  const of_x_0 = (Math.sqrt(alpha_bar_prev) * beta_t) / (1 - alpha_bar_t);
+  const of_x_t = (Math.sqrt(alpha_t) * (1 - alpha_bar_prev)) / (1 - alpha_bar_t);
+  const variance = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)) * beta_t;
+  return [combine(of_x_0, x_0_hat, of_x_t, x_t), variance];
+}
+
+/** Walk from noise to images by DDPM algorithm 2: noise enters every step but the last.
+
+    noise: () -> standard normal noise like x_T; the rest is as in ddimSample. */
+async function ddpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace, noise) {
+  let x_t = x_T;
+  for (const [t, t_prev] of pairs) {
+    const alpha_bar_t = alpha_bars[t];
+    const alpha_bar_prev = t_prev >= 0 ? alpha_bars[t_prev] : 1;
+    const output = await denoise(x_t, t);
+    const [x_0_hat] = predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip);
+    await trace(t, x_t, x_0_hat);
+    const [mean, sigma_squared] = posterior(x_0_hat, x_t, alpha_bar_t, alpha_bar_prev);
+    x_t = t_prev >= 0 ? combine(1, mean, Math.sqrt(sigma_squared), noise()) : mean;
+  }
+  await trace(-1, x_t, x_t);
+  return x_t;
+}
+
+// --- Picture -------------------------------------------------------------------------------------
+
+/** Sample one image for each label: uint8 (N, C, H, W); image i has noise (seed, first + i).
+
+    model: from loadModel;  labels: array of indices into the class names of the card;
+    steps, guidance, guidance_limit: of diffusion models, default from the card;  solver: of ddim
+    and ldm;  seed: BigInt;  trace: of diffusion models, as in ddimSample.  Throws InputError for
+    other values, RunError if the network fails or its output is not finite. */
+export async function sample(model, labels, options = {}) {
+  const { card } = model;
+  const { seed = 0n, first = 0, solver = "ddim", trace = async () => {} } = options;
+  const { steps, guidance, guidance_limit } = checkedOptions(card, labels, options);
+  const streams = labels.map((_, i) => new NoiseStream(seed, first + i));
+  if (card.kind === "codes") return sampleCodesAndDecode(model, labels, streams);
+  const alpha_bars = card.alpha_bars;
+  const pairs = timePairs(alpha_bars.length, steps);
+  const until = alpha_bars.length * guidance_limit;
+  const shape = card.latent_shape ?? card.image_shape; // latent_shape: of an LDM
+  const clip = !card.latent_shape;
+  const noise = () => nextNoise(streams, size(shape));
+  const denoise = denoiser(model, labels, shape, guidance, until);
+  const walk = [denoise, noise(), alpha_bars, pairs, card.prediction, clip, trace];
+  let x_0;
+  if (card.model === "ddpm") x_0 = await ddpmSample(...walk, noise);
+  else if (solver === "dpm++") x_0 = await dpmSample(...walk);
+  else x_0 = await ddimSample(...walk);
+  return asBytes(await toImages(model, x_0));
+}
+
+/** {steps, guidance, guidance_limit}, the model's where they are not given. Throws InputError. */
+export function checkedOptions(card, labels, options = {}) {
+  const { seed = 0n, solver = "ddim" } = options;
+  const classes = card.class_names.length;
+  if (!labels.length || !labels.every((y) => Number.isInteger(y) && y >= 0 && y < classes)) {
+    throw new InputError(`labels ${labels} must be one or more of 0..${classes - 1}`);
+  }
+  if (typeof seed !== "bigint" || seed < 0n || seed > MAX_SEED) {
+    throw new InputError(`seed ${seed} is not a whole number from 0 to ${MAX_SEED}`);
+  }
+  if (card.kind === "codes") return {};
+  if (!SOLVERS.includes(solver)) throw new InputError(`solver ${solver} is not ddim or dpm++`);
+  const guidance = options.guidance ?? card.guidance;
+  const guidance_limit = options.guidance_limit ?? card.guidance_limit;
+  const steps = options.steps ?? card.steps;
+  timePairs(card.alpha_bars.length, steps);
+  if (!(guidance >= 0 && guidance < Infinity)) {
+    throw new InputError(`guidance ${guidance} is not a number from 0`);
+  }
+  if (!(guidance_limit >= 0 && guidance_limit <= 1)) {
+    throw new InputError(`guidance limit ${guidance_limit} is not a number from 0 to 1`);
+  }
+  if (card.guidance_fixed && guidance !== card.guidance) {
+    throw new InputError(`this model supports no other guidance than ${card.guidance}`);
+  }
+  return { steps, guidance, guidance_limit };
+}
+
+/** Network evaluations per image: a guided step takes two. */
+export function evaluations(card, options = {}) {
+  if (card.kind === "codes") return 1;
+  const { steps, guidance, guidance_limit } = checkedOptions(card, [0], options);
+  const numTimesteps = card.alpha_bars.length;
+  const until = numTimesteps * guidance_limit;
+  let count = 0;
+  for (const [t] of timePairs(numTimesteps, steps)) count += isGuided(guidance, t, until) ? 2 : 1;
+  return count;
+}
+
+/** Images of a walk's arrays: those of an LDM are latents, z_0 = x * latent_std + latent_mean. */
+export async function toImages(model, x) {
+  const { card, ort } = model;
+  if (!card.latent_shape) return x;
+  const each = size(card.latent_shape.slice(1)); // values of one channel
+  const channel = (i) => Math.floor(i / each) % card.latent_shape[0];
+  const std = Float32Array.from(card.latent_std);
+  const mean = Float32Array.from(card.latent_mean);
+  const z = x.map((value, i) => f32(value * std[channel(i)]) + mean[channel(i)]);
+  const count = x.length / size(card.latent_shape);
+  return runSession(ort, model.parts.decoder, { z: [z, [count, ...card.latent_shape]] });
+}
+
+/** Images in [-1, 1] -> uint8 0..255. Clips; throws RunError if they are not finite. */
+export function asBytes(images) {
+  if (!images.every(Number.isFinite)) throw new RunError("the network's output is not finite");
+  const scaled = clipped(images).map((value) => f32(value + 1) * 127.5);
+  return Uint8ClampedArray.from(scaled); // which rounds halves to even, as NumPy does
+}
+
+async function sampleCodesAndDecode(model, labels, streams) {
+  const { card, ort } = model;
+  const numClasses = card.class_names.length;
+  const codes = sampleCodes(model.prior, labels, streams, card.latent_dim);
+  const oneHot = new Float32Array(labels.length * numClasses);
+  labels.forEach((y, i) => (oneHot[i * numClasses + y] = 1));
+  const images = await runSession(ort, model.session, {
+    z: [codes, [labels.length, card.latent_dim]],
+    classes: [oneHot, [labels.length, numClasses]],
+  });
+  return asBytes(images);
+}
+
+// --- Codes and noise -----------------------------------------------------------------------------
+
+/** The Gaussian mixtures in a card as arrays for sampleCodes; null stands for N(0, 1). */
+function fittedPrior({ prior }) {
+  if (!prior) return null;
+  return {
+    components: prior.weights.shape[1],
+    weights: fromBase64(prior.weights.float32, Float32Array),
+    means: fromBase64(prior.means.float32, Float32Array),
+    scales: Float32Array.from(fromBase64(prior.scales.float16, Uint16Array), halfToNumber),
+  };
+}
+
+/** One latent code per label: float32 (N, D).
+
+    prior: null for N(0, 1), else a Gaussian mixture for each class y: component k has probability
+    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
+    by row. */
+function sampleCodes(prior, labels, streams, D) {
+  const noise = nextNoise(streams, D);
+  if (prior === null) return noise;
+  const { components, weights, means, scales } = prior;
+  const triangle = (D * (D + 1)) / 2; // numbers in L
+  const codes = new Float32Array(noise.length);
+  labels.forEach((y, i) => {
+    const chance = f32(streams[i].nextDouble());
+    let k = 0;
+    for (let total = weights[y * components]; k < components - 1 && chance >= total; ) {
+      k += 1;
+      total = f32(total + weights[y * components + k]);
+    }
+    const mixture = y * components + k;
+    for (let row = 0, at = mixture * triangle; row < D; row++) {
+      let sum = 0; // in float64: NumPy's order of float32 sums depends on the machine
+      for (let column = 0; column <= row; column++, at++) {
+        sum += scales[at] * noise[i * D + column];
+      }
+      codes[i * D + row] = means[mixture * D + row] + f32(sum);
+    }
+  });
+  return codes;
+}
+
+/** An array of a given type from base64, little endian. */
+function fromBase64(base64, Type) {
+  return new Type(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
+}
+
+/** The number of a float16's 16 bits: sign, 5 bits of exponent, 10 of fraction. */
+function halfToNumber(bits) {
+  const sign = bits >> 15 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = (bits & 1023) / 1024;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  return exponent ? sign * 2 ** (exponent - 15) * (1 + fraction) : sign * 2 ** -14 * fraction;
+}
+
+/** The next `count` standard normal numbers of every stream, one after another: float32. */
+export function nextNoise(streams, count) {
+  const noise = new Float32Array(streams.length * count);
+  streams.forEach((stream, i) => {
+    for (let k = 0; k < count; k++) noise[i * count + k] = stream.nextNormal();
+  });
+  return noise;
+}
+
+const MASK = 2n ** 64n - 1n;
+const MULTIPLIERS = [0xd2e7470ee14c6c93n, 0xca5a826395121157n];
+const KEY_STEPS = [0x9e3779b97f4a7c15n, 0xbb67ae8584caa73bn];
+
+/** np.random.Generator(np.random.Philox(key=[seed, index])), number for number.
+
+    Philox4x64-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Ten rounds mix
+    a counter and a key into four numbers of 64 bits; the next four have the next counter. */
+export class NoiseStream {
+  constructor(seed, index) {
+    this.key = [BigInt(seed), BigInt(index)];
+    this.counter = 0n;
+    this.block = []; // numbers of 64 bits that were not used yet
+    this.half = null; // the upper 32 bits of one of which the lower were used
+  }
+
+  next64() {
+    if (!this.block.length) {
+      this.counter += 1n;
+      let [a, b, c, d] = [this.counter, 0n, 0n, 0n];
+      let [key_0, key_1] = this.key;
+      for (let round = 0; round < 10; round++) {
+        const p = MULTIPLIERS[0] * a;
+        const q = MULTIPLIERS[1] * c;
+        [a, b, c, d] = [(q >> 64n) ^ b ^ key_0, q & MASK, (p >> 64n) ^ d ^ key_1, p & MASK];
+        key_0 = (key_0 + KEY_STEPS[0]) & MASK;
+        key_1 = (key_1 + KEY_STEPS[1]) & MASK;
+      }
+      this.block = [a, b, c, d];
+    }
+    return this.block.shift();
+  }
+
+  next32() {
+    if (this.half !== null) {
+      const upper = this.half;
+      this.half = null;
+      return upper;
+    }
+    const both = this.next64();
+    this.half = Number(both >> 32n);
+    return Number(both & 0xffffffffn);
+  }
+
+  /** Uniform in [0, 1), a float32 of 24 random bits. */
+  nextFloat() {
+    return (this.next32() >>> 8) / 2 ** 24;
+  }
+
+  /** Uniform in [0, 1), a float64 of 53 random bits. */
+  nextDouble() {
+    return Number(this.next64() >> 11n) / 2 ** 53;
+  }
+
+  /** Standard normal, float32: the ziggurat of Marsaglia & Tsang 2000, as NumPy has it.
+
+      In the tail NumPy takes log1p from the C library, whose last bit may be another. */
+  nextNormal() {
+    for (;;) {
+      const bits = this.next32();
+      const layer = bits & 255;
+      const negative = (bits >>> 8) & 1;
+      const position = bits >>> 9; // of 23 bits
+      const x = f32(position * WIDTH[layer]) * (negative ? -1 : 1);
+      if (position < INSIDE[layer]) return x; // 99 % end here
+      if (layer === 0) {
+        for (;;) { // the tail, beyond R: Marsaglia 1964
+          const beyond = f32(f32(-1 / R) * f32(Math.log1p(-this.nextFloat())));
+          const y = -f32(Math.log1p(-this.nextFloat()));
+          if (f32(y + y) > f32(beyond * beyond)) {
+            return f32(f32(R) + beyond) * ((position >>> 8) & 1 ? -1 : 1);
+          }
+        }
+      }
+      const height = f32(HEIGHT[layer - 1] - HEIGHT[layer]);
+      if (f32(f32(height * this.nextFloat()) + HEIGHT[layer]) < Math.exp(-0.5 * x * x)) return x;
+    }
+  }
+}
+
+// The ziggurat: 256 layers of equal area AREA under f(x) = exp(-x^2 / 2). Layer i > 0 reaches to
+// edge[i], the widest to R, and layer 0 is the strip below it together with the tail beyond R.
+const R = 3.654152885361009;
+const AREA = 0.004928673233974658; // R * f(R) + the integral of f from R
+const f = (x) => Math.exp((-x * x) / 2);
+const edge = new Float64Array(256);
+edge[255] = R;
+for (let i = 254; i > 0; i--) {
+  edge[i] = Math.sqrt(-2 * Math.log(AREA / edge[i + 1] + f(edge[i + 1])));
+}
+const STRIP = AREA / f(R); // the width that layer 0 would have as a rectangle
+// WIDTH: x of one position;  INSIDE: the first position that may lie outside f;  HEIGHT: f(edge).
+const WIDTH = Float32Array.from(edge, (x, i) => (i ? x : STRIP) / 2 ** 23);
+const INSIDE = Uint32Array.from(edge, (x, i) =>
+  Math.round((i ? edge[i - 1] / x : R / STRIP) * 2 ** 23),
+);
+const HEIGHT = Float32Array.from(edge, f);
+
+/** The first line of an error's text, for a message of one line. */
+export function oneLine(error) {
+  const text = String(error?.message ?? error).trim();
+  return (text.split("\n")[0] || "unknown error").slice(0, 200);
+}
