@@ -476,24 +476,39 @@ def epoch_batches(n, batch_size, seed, epoch):
     return torch.from_numpy(order[: n - n % batch_size].reshape(-1, batch_size))
 
 
+def signal_numbers():
+    """The signals that end a run; none outside the main thread, where Python sets no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last, a closed terminal, is not on Windows
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def is_interrupted(function):
+    """Call a function that the first of these signals ends at once; returns whether one did."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    for number in signal_numbers():
+        signal.signal(number, interrupt)  # signals_caught gives the handlers back
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
 @contextmanager
 def signals_caught():
-    """Yield a list that collects the first Ctrl-C, SIGTERM or SIGHUP; the second ends the program.
-
-    Outside the main thread, where Python sets no handlers, it stays empty.
-    """
+    """Yield a list that collects the first of the signals; the second ends the program."""
     caught = []
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP"):  # a terminal that is closed; not on Windows
-        numbers.append(signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, handlers[number])
 
-    handlers = {number: signal.signal(number, catch) for number in numbers}
+    handlers = {number: signal.signal(number, catch) for number in signal_numbers()}
     try:
         yield caught
     finally:
@@ -640,7 +655,7 @@ class Run:
         """Yield the index of each step, until the length asked for is over or a signal comes.
 
         save: called by rank 0 when a new run begins, every --save-every minutes, and at the end;
-        finish: called by rank 0 after that, unless a signal stopped the run.
+        finish: called by rank 0 after that, unless a signal stopped the run; one ends it, too.
         """
         if self.rank == 0 and not self.resumed:
             save()  # from now on there is a run to resume
@@ -655,7 +670,7 @@ class Run:
         if self.rank == 0:
             save()
             if finish and not self.stopped:
-                finish()
+                self.stopped = is_interrupted(finish)
 
     def _is_over(self):
         """Whether the run ends here, agreed by all processes, whose clocks and signals differ."""

@@ -182,7 +182,7 @@ def fit_prior(codes, labels, num_classes, components, seed):
     weights = np.full((num_classes, components), 1 / components)
     means = np.zeros((num_classes, components, dim))
     covariances = np.tile(np.eye(dim), (num_classes, components, 1, 1))
-    for y in range(num_classes):
+    for y in tqdm(range(num_classes), "fitting the prior", unit="class", disable=components < 2):
         members = codes[labels == y].numpy().astype(np.float64)
         if components > 1 and len(members) >= 2 * components:
             from sklearn.mixture import GaussianMixture  # optional, and only here
@@ -355,7 +355,7 @@ def train(args, checkpoint=None):
     def finish():
         if components:
             fitting = f"fitting the prior, {components} Gaussians for a class"
-            tqdm.write(f"saved; {fitting} (Ctrl-C twice: skip)")
+            tqdm.write(f"saved; {fitting} (Ctrl-C skips it, --resume does it later)")
             save(len(images), components)
 
     size = sum(p.numel() for p in model.parameters())
@@ -457,7 +457,7 @@ def build_parser():
     add("--kl-warmup", type=number(float, 0, 1), default=0.1,
         help="fraction of the run in which the KL weight grows from 0, 0 to 1 (0.1)")
     add("--prior-components", type=number(int, 0, 1000), default=15,
-        help="Gaussians fitted to the codes of each class, 0 to 1000; 0 leaves N(0, 1) (15)")
+        help="Gaussians fitted per class after the time of training; 0 leaves N(0, 1) (15)")
     optimisation_flags(parser, lr=2e-3)
     # fmt: on
     sampling_flags(parser)

@@ -229,7 +229,9 @@ def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"], *kind.split()]
     assert ddim.main(flags) == export.main(["ddim"]) == 0
     card = infer_onnx.load_model("runs/ddim/ddim.onnx", "cpu").card
-    assert card["steps"] == 10 and card["guidance"] == 1 and card["guidance_fixed"]
+    # of its ten timesteps the last five are noise alone: a walk that predicts eps leaves them out
+    assert card["steps"] == infer_onnx.steps_limit(card) == 5
+    assert card["guidance"] == 1 and card["guidance_fixed"]
     assert card["image_shape"] == [3, 32, 32]
     assert card["prediction"] == "eps"
     assert len(card["alpha_bars"]) == 10

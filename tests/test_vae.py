@@ -1,6 +1,7 @@
 """vae.py: its equations against independent oracles, its prior, its pictures."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from shlex import split
@@ -161,6 +162,30 @@ def test_the_run_ends_with_the_mixture_asked_for(tiny_runs, tmp_path, in_tmp):
     assert vae.main([*flags, "fitted.npz"]) == 0
     assert vae.main([*flags, "normal.npz", "--prior", "normal"]) == 0
     assert not np.array_equal(np.load("fitted.npz")["x"], np.load("normal.npz")["x"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_mixture_is_fitted_keeps_what_was_saved(
+    number, in_tmp, data_dir, monkeypatch, capsys
+):
+    fit_prior = vae.fit_prior
+
+    def interrupted(codes, labels, num_classes, components, seed):
+        if components > 1:
+            signal.raise_signal(number)
+        return fit_prior(codes, labels, num_classes, components, seed)
+
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "fit_prior", interrupted)
+        assert vae.main(flags) == 130
+    said = capsys.readouterr().out
+    assert "Resume with:\n  python vae.py --resume --run-dir runs/vae" in said
+    saved = torch.load("runs/vae/vae.pt", weights_only=True)
+    assert saved["step"] == 3 and saved["prior"]["weights"].shape == (10, 1)
+    assert vae.main(["--resume"]) == 0
+    fitted = torch.load("runs/vae/vae.pt", weights_only=True)
+    assert fitted["step"] == 3 and fitted["prior"]["weights"].shape == (10, 2)
 
 
 # --- Log ------------------------------------------------------------------------------------------

@@ -244,6 +244,15 @@ function clipped(x) {
   return x.map((value) => Math.min(Math.max(value, -1), 1)); // NaN stays
 }
 
+/** How many timesteps, counted from t = 0, a walk covers: all, or fewer where eps is predicted.
+
+    x_0_hat divides by sqrt(alpha_bar_t): at the end of the cosine schedule an error of eps_hat
+    would count 20,000 times.  There a walk starts at the largest t with alpha_bar above 3e-5. */
+export function walkLength(card) {
+  if (card.prediction !== "eps") return card.alpha_bars.length;
+  return card.alpha_bars.filter((alpha_bar) => alpha_bar > 3e-5).length;
+}
+
 /** [[t, t_prev], ..., [t, -1]]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
     t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free. */
@@ -388,7 +397,7 @@ export async function sample(model, labels, options = {}) {
   const streams = labels.map((_, i) => new NoiseStream(seed, first + i));
   if (card.kind === "codes") return sampleCodesAndDecode(model, labels, streams);
   const alpha_bars = card.alpha_bars;
-  const pairs = timePairs(alpha_bars.length, steps);
+  const pairs = timePairs(walkLength(card), steps);
   const until = alpha_bars.length * guidance_limit;
   const shape = card.latent_shape ?? card.image_shape; // latent_shape: of an LDM
   const clip = !card.latent_shape;
@@ -417,7 +426,7 @@ export function checkedOptions(card, labels, options = {}) {
   const guidance = options.guidance ?? card.guidance;
   const guidance_limit = options.guidance_limit ?? card.guidance_limit;
   const steps = options.steps ?? card.steps;
-  timePairs(card.alpha_bars.length, steps);
+  timePairs(walkLength(card), steps);
   if (!(guidance >= 0 && guidance < Infinity)) {
     throw new InputError(`guidance ${guidance} is not a number from 0`);
   }
@@ -434,10 +443,11 @@ export function checkedOptions(card, labels, options = {}) {
 export function evaluations(card, options = {}) {
   if (card.kind === "codes") return 1;
   const { steps, guidance, guidance_limit } = checkedOptions(card, [0], options);
-  const numTimesteps = card.alpha_bars.length;
-  const until = numTimesteps * guidance_limit;
+  const until = card.alpha_bars.length * guidance_limit;
   let count = 0;
-  for (const [t] of timePairs(numTimesteps, steps)) count += isGuided(guidance, t, until) ? 2 : 1;
+  for (const [t] of timePairs(walkLength(card), steps)) {
+    count += isGuided(guidance, t, until) ? 2 : 1;
+  }
   return count;
 }
 
