@@ -276,7 +276,9 @@ def sample(
     labels: int64 (N,);  guidance_limit: a fraction of T;  the rest: as in the functions above, and
     --help;  trace: where N <= batch_size.
     """
-    if solver != "ddim" and eta > 0:
+    if solver not in ("ddim", "dpm++"):
+        raise InputError(f"solver {solver!r} is not one of ddim, dpm++")
+    if solver == "dpm++" and eta > 0:
         raise InputError(f"--eta {eta} is for --solver ddim: {solver} is deterministic")
     device = next(model.parameters()).device
     shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)

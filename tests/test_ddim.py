@@ -262,6 +262,13 @@ def test_dpm_solver_finds_the_image_that_the_network_knows(prediction):
         assert torch.allclose(found, x_0, atol=1e-4) and oracle.times == [t for t, _ in pairs]
 
 
+@pytest.mark.parametrize("script", [ddim, ldm])
+@pytest.mark.parametrize(("solver", "eta"), [("dpmpp", 0.0), ("DDIM", 0.0), ("dpm++", 0.5)])
+def test_a_solver_that_does_not_exist_or_fit_is_refused(script, solver, eta):
+    with pytest.raises(InputError, match="is not one of ddim, dpm|is for --solver ddim"):
+        script.sample(model=None, config=None, labels=None, solver=solver, eta=eta)
+
+
 def test_dpm_solver_is_of_second_order():
     """Half the step size leaves a quarter of the error; of DDIM's, a half.
 
