@@ -2,6 +2,8 @@
 
 import ast
 import builtins
+import importlib
+import inspect
 import itertools
 import re
 import shutil
@@ -13,6 +15,7 @@ from conftest import ROOT, TINY_FLAGS
 
 import common
 import evaluate
+import infer_onnx
 
 MODELS = ["vae", "gan", "ddpm", "ddim", "ldm"]
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
@@ -241,3 +244,24 @@ def test_a_script_works_with_common_and_runs(name, tmp_path, data_dir):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / f"{name}_ki.png").exists()
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
+def test_what_is_sampled_without_asking_is_the_same_everywhere(name):
+    """The defaults of a script's flags, of its sample(), of the shipped card and of infer_onnx.py."""
+    script = importlib.import_module(name)
+    flags = vars(script.build_parser().parse_args([]))
+    defaults, without_torch = (
+        {key: value.default for key, value in inspect.signature(function).parameters.items()}
+        for function in (script.sample, infer_onnx.sample)
+    )
+    card = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu").card
+    config = {"label_dropout": 0.1}
+    assert card["steps"] == defaults["steps"] == script.STEPS
+    assert card["guidance"] == defaults["guidance"] == script.default_guidance(config)
+    assert card["guidance_limit"] == defaults["guidance_limit"] == flags["guidance_limit"]
+    assert flags["steps"] is flags["guidance"] is None  # they are the script's constants
+    assert without_torch["steps"] is without_torch["guidance"] is None  # they are the card's
+    for key in ("seed", "solver", "eta", "variance"):
+        found = {place[key] for place in (flags, defaults, without_torch) if key in place}
+        assert len(found) == 1, (key, found)

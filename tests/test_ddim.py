@@ -265,7 +265,7 @@ def test_dpm_solver_finds_the_image_that_the_network_knows(prediction):
 @pytest.mark.parametrize("script", [ddim, ldm])
 @pytest.mark.parametrize(("solver", "eta"), [("dpmpp", 0.0), ("DDIM", 0.0), ("dpm++", 0.5)])
 def test_a_solver_that_does_not_exist_or_fit_is_refused(script, solver, eta):
-    with pytest.raises(InputError, match="is not one of ddim, dpm|is for --solver ddim"):
+    with pytest.raises(InputError, match=r"is not one of ddim, dpm|is for --solver ddim"):
         script.sample(model=None, config=None, labels=None, solver=solver, eta=eta)
 
 
