@@ -197,6 +197,9 @@ def read_card(session, path):
     try:
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if text is None:
+            whole = path.with_name(f"{path.stem.rpartition('_')[0]}.onnx")
+            if whole.is_file():  # the decoder of ldm.onnx or the encoder of vae.onnx
+                raise ModelError(f"{path} is a part of {whole}: give that file")
             raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
         card = json.loads(text)
         version = card["format"]

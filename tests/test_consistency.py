@@ -248,7 +248,7 @@ def test_a_script_works_with_common_and_runs(name, tmp_path, data_dir):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
 def test_what_is_sampled_without_asking_is_the_same_everywhere(name):
-    """The defaults of a script's flags, of its sample(), of the shipped card and of infer_onnx.py."""
+    """The defaults of a script, of its sample(), of the shipped card and of infer_onnx.py."""
     script = importlib.import_module(name)
     flags = vars(script.build_parser().parse_args([]))
     defaults, without_torch = (

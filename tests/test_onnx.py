@@ -342,6 +342,13 @@ def test_every_model_is_sampled_checked_and_timed_without_torch(exports, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
+def test_a_part_says_whose_it_is(name, part):
+    shipped = ROOT / "pretrained"
+    with pytest.raises(infer_onnx.ModelError, match=f"is a part of .*/{name}.onnx: give that file"):
+        infer_onnx.load_model(shipped / f"{name}_{part}.onnx", "cpu")
+
+
+@pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
 def test_the_check_is_of_the_second_file_too(exports, capsys, name, part):
     model = infer_onnx.load_model(exports(name), "cpu")
     infer_onnx.check(model)
