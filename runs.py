@@ -170,6 +170,11 @@ def typed_flags(parser, argv):
     return [key for key, value in vars(typed).items() if value is not unset]
 
 
+def as_flags(keys):
+    """['class_', 'batch_size'] -> '--class, --batch-size'."""
+    return ", ".join("--" + key.strip("_").replace("_", "-") for key in keys)
+
+
 def parse_run(parser, argv, names, fixed, free):
     """The flags, and with --resume the checkpoint, whose flags count where none are given.
 
@@ -195,15 +200,13 @@ def parse_run(parser, argv, names, fixed, free):
         )
     shared = {"train", "resume", "seed", "batch_size", "device"}
     to_train = {*fixed, *free, "run_dir"}
-    useless = [
-        "--" + key.strip("_").replace("_", "-")
-        for key in typed_flags(parser, argv)
-        if key not in shared and (key in to_train) != training
-    ]
-    if useless and training:
-        raise InputError(f"{', '.join(useless)}: to sample from a model, not to train one")
-    if useless:
-        raise InputError(f"{', '.join(useless)}: to train a model, with --train or --resume")
+    typed = [key for key in typed_flags(parser, argv) if key not in shared]
+    of_training = as_flags(key for key in typed if key in to_train)
+    of_sampling = as_flags(key for key in typed if key not in to_train)
+    if training and of_sampling:
+        raise InputError(f"{of_sampling}: to sample from a model, not to train one")
+    if of_training and not training:
+        raise InputError(f"{of_training}: to train a model, with --train or --resume")
     if not training and "LOCAL_RANK" in os.environ:
         raise InputError("torchrun is for --train and --resume: sample with python")
     if not args.resume:
@@ -225,8 +228,9 @@ def parse_run(parser, argv, names, fixed, free):
     args.run_dir = path.parent
     for key in fixed:
         if getattr(args, key) != config[key]:
-            flag = key.replace("_", "-")
-            raise InputError(f"--{flag} is {config[key]} and cannot change in a resumed run")
+            raise InputError(
+                f"{as_flags([key])} is {config[key]} and cannot change in a resumed run"
+            )
     return args, checkpoint
 
 
@@ -480,8 +484,11 @@ def signal_numbers():
     """The signals that end a run; none outside the main thread, where Python sets no handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last, a closed terminal, is not on Windows
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # A closed terminal, which Windows has no signal for and which nohup asks to ignore.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def is_interrupted(function):
@@ -670,7 +677,7 @@ class Run:
         if self.rank == 0:
             save()
             if finish and not self.stopped:
-                self.stopped = is_interrupted(finish)
+                self.stopped = bool(self.signals) or is_interrupted(finish)
 
     def _is_over(self):
         """Whether the run ends here, agreed by all processes, whose clocks and signals differ."""

@@ -100,6 +100,14 @@ def test_a_closed_terminal_saves_as_sigterm_does(in_tmp, data_dir):
     assert torch.load("run/gan.pt", weights_only=True)["step"] == 7
 
 
+def test_under_nohup_a_closed_terminal_is_ignored(in_tmp, data_dir):
+    command = ["nohup", sys.executable, str(ROOT / "tests/faulty.py"), "hup:7", "gan"]
+    command += [*FLAGS["gan"], "--data-dir", data_dir, "--run-dir", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert torch.load("run/gan.pt", weights_only=True)["step"] == 12
+
+
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data_dir):
     done = faulty("gone:8", "ddim", *FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run")
     assert done.returncode == 0, done.stderr

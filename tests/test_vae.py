@@ -188,6 +188,23 @@ def test_a_signal_while_the_mixture_is_fitted_keeps_what_was_saved(
     assert fitted["step"] == 3 and fitted["prior"]["weights"].shape == (10, 2)
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_skips_the_mixture(
+    in_tmp, data_dir, monkeypatch
+):
+    fit_prior, calls = vae.fit_prior, []
+
+    def interrupted(codes, labels, num_classes, components, seed):
+        calls.append(components)
+        if len(calls) == 2:  # of the first and the last checkpoint
+            signal.raise_signal(signal.SIGINT)
+        return fit_prior(codes, labels, num_classes, components, seed)
+
+    monkeypatch.setattr(vae, "fit_prior", interrupted)
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
+    assert vae.main(flags) == 130
+    assert calls == [1, 1]
+
+
 # --- Log ------------------------------------------------------------------------------------------
 
 
