@@ -407,9 +407,9 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "channels", "widths", "depths", "patch", "attention", "emb_channels", "num_timesteps",
-    "schedule", "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size",
-    "ema_length", "seed",
+    "data", "hold_out", "channels", "widths", "depths", "patch", "attention", "emb_channels",
+    "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer", "weight_decay",
+    "batch_size", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
 

@@ -383,8 +383,8 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "channels", "latent_dim", "widths", "widths_d", "emb_channels", "loss", "gamma",
-    "penalty_every", "batch_size", "ema_length", "seed",
+    "data", "hold_out", "channels", "latent_dim", "widths", "widths_d", "emb_channels", "loss",
+    "gamma", "penalty_every", "batch_size", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "bf16")
 

@@ -724,9 +724,10 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "channels", "latent_channels", "autoencoder_widths", "channel_attention", "kl_weight",
-    "widths", "depths", "attention", "emb_channels", "num_timesteps", "schedule", "prediction",
-    "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length", "seed",
+    "data", "hold_out", "channels", "latent_channels", "autoencoder_widths", "channel_attention",
+    "kl_weight", "widths", "depths", "attention", "emb_channels", "num_timesteps", "schedule",
+    "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length",
+    "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",

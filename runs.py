@@ -31,7 +31,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (
-    IDX_SETS, InputError, file_stem, load_data, parse_classes, to_float, to_uint8,
+    IDX_SETS, InputError, file_stem, load_data, parse_classes, to_float, to_uint8, without_held_out,
 )  # fmt: skip
 
 try:
@@ -123,6 +123,9 @@ def run_parser(name, doc, batch_size=64):
         help="folder with the files of a named set (data/, Debian's folder, else a download)")
     add("--channels", type=int, choices=(1, 3), default=1,
         help="channels of the images, 1 for grey or 3 for colour (1)")
+    add("--hold-out", action="store_true",
+        help="leave every sixth image out: evaluate.py --hold-out compares with those, so that "
+             "recipes are not chosen by the test images (off)")
     add = parser.add_argument_group("what to sample").add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
         help="class names or indices, separated by commas, or all (all)")
@@ -227,10 +230,9 @@ def parse_run(parser, argv, names, fixed, free):
     args.new_length = new_length
     args.run_dir = path.parent
     for key in fixed:
-        if getattr(args, key) != config[key]:
-            raise InputError(
-                f"{as_flags([key])} is {config[key]} and cannot change in a resumed run"
-            )
+        before = config.get(key, parser.get_default(key))  # an older run lacks newer flags
+        if getattr(args, key) != before:
+            raise InputError(f"{as_flags([key])} is {before} and cannot change in a resumed run")
     return args, checkpoint
 
 
@@ -453,6 +455,8 @@ def load_run_data(args, checkpoint=None):
     if not first_here:
         dist.barrier()  # one process of each machine may have to download
     data = load_data(args.data, args.data_dir, args.channels)
+    if args.hold_out:
+        data = without_held_out(data)
     if first_here and dist.is_initialized():
         dist.barrier()
     print(data)

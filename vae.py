@@ -418,8 +418,8 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "channels", "latent_dim", "widths", "emb_channels", "reconstruction", "kl_weight",
-    "weight_decay", "batch_size", "ema_length", "seed",
+    "data", "hold_out", "channels", "latent_dim", "widths", "emb_channels", "reconstruction",
+    "kl_weight", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "kl_warmup", "grad_clip", "prior_components", "bf16", "compile",
