@@ -6,6 +6,8 @@ learning rate and the EMA are in runs.py.
 
 Images are uint8 in 0..255 on disk and in memory, and float32 in [-1, 1] everywhere else; `to_float`
 and `to_uint8` convert between the two.
+
+torchvision is imported where data are read, since that takes almost as long as importing torch.
 """
 
 import difflib
@@ -22,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision import datasets
-from torchvision.transforms import functional as TF
 
 IMAGE_SIZE = 32
 NULL_LABEL = -1  # "no class": where a label is dropped in training, and in unconditional sampling
@@ -42,10 +42,10 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-# name: (torchvision class, folder of Debian's package, SHA-256 of the decompressed files)
+# name: (torchvision's class, folder of Debian's package, SHA-256 of the decompressed files)
 IDX_SETS = {
     "fashion-mnist": (
-        datasets.FashionMNIST,
+        "FashionMNIST",
         "/usr/share/datasets/fashion-mnist",
         (
             "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -55,7 +55,7 @@ IDX_SETS = {
         ),
     ),
     "mnist": (
-        datasets.MNIST,
+        "MNIST",
         None,
         (
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -65,7 +65,7 @@ IDX_SETS = {
         ),
     ),
     # Only the .gz files of KMNIST have published sums; torchvision checks those when it downloads.
-    "kmnist": (datasets.KMNIST, None, None),
+    "kmnist": ("KMNIST", None, None),
 }
 
 
@@ -114,10 +114,10 @@ def load_data(name, data_dir=None, channels=1, train=True):
         raise InputError(
             f"no data set {name!r}: give one of {named}, a folder of class folders, or an .npz"
         )
-    if (
-        images.shape[1] != channels
-    ):  # grey becomes three equal channels; colour becomes its luminance
-        images = images.expand(-1, 3, -1, -1) if channels == 3 else TF.rgb_to_grayscale(images)
+    if images.shape[1] != channels:  # grey becomes three equal channels; colour its luminance
+        from torchvision.transforms.functional import rgb_to_grayscale
+
+        images = images.expand(-1, 3, -1, -1) if channels == 3 else rgb_to_grayscale(images)
     return ImageData(_to_image_size(images).contiguous(), labels, class_names, source)
 
 
@@ -134,12 +134,17 @@ def _to_image_size(images):
         return F.pad(images, (2, 2, 2, 2))
     if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
         return images
-    return TF.resize(images, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)
+    from torchvision.transforms.functional import resize
+
+    return resize(images, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)
 
 
 def _load_idx(name, data_dir, train):
     """Find the two IDX files of a split, verify them, and let torchvision parse them."""
-    dataset_class, debian_dir, sums = IDX_SETS[name]
+    from torchvision import datasets
+
+    class_name, debian_dir, sums = IDX_SETS[name]
+    dataset_class = getattr(datasets, class_name)
     wanted = IDX_FILES[:2] if train else IDX_FILES[2:]
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"--data-dir {data_dir} is not a folder")
@@ -147,13 +152,13 @@ def _load_idx(name, data_dir, train):
         Path(data_dir or "data"),
         *([Path(debian_dir)] if debian_dir and data_dir is None else []),
     ]
-    found = _find_idx(places, dataset_class.__name__, wanted)
+    found = _find_idx(places, class_name, wanted)
     if found is None and data_dir is not None:
-        raw = f"{dataset_class.__name__}/raw"
+        raw = f"{class_name}/raw"
         raise InputError(f"--data-dir {data_dir} and its {raw} have no {wanted[0]} (or .gz)")
     if found is None:
         _download(dataset_class, Path("data"))
-        found = _find_idx(places, dataset_class.__name__, wanted)
+        found = _find_idx(places, class_name, wanted)
 
     with tempfile.TemporaryDirectory() as scratch:  # torchvision's parser takes a plain file
         parsed = []
@@ -248,6 +253,8 @@ def _read_verified(file, sha256):
 
 def _load_folder(path, channels):
     """torchvision's ImageFolder, read into one tensor."""
+    from torchvision import datasets
+
     try:
         folder = datasets.ImageFolder(str(path))
     except FileNotFoundError as error:
@@ -260,12 +267,14 @@ def _load_folder(path, channels):
 
 def load_image(path, channels):
     """An image file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read."""
+    from torchvision.transforms.functional import pil_to_tensor
+
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # pillow would clip these to white silently
                 raise ValueError("more than 8 bits a channel")
             return _to_image_size(
-                TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None]
+                pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None]
             )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(

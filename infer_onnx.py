@@ -570,6 +570,7 @@ def to_picture(images, columns):
     """uint8 (N, C, H, W) -> one PIL picture: a grid like torchvision's, enlarged up to 8 times."""
     n, c, h, w = images.shape
     gap = 2 if n > 1 else 0
+    columns = min(columns, n)
     rows = math.ceil(n / columns)
     grid = np.zeros((rows * (h + gap) + gap, columns * (w + gap) + gap, c), np.uint8)
     for i, image in enumerate(images):

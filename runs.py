@@ -26,8 +26,6 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (
@@ -901,11 +899,23 @@ def grid_columns(count, total):
 
 def image_grid(images, columns):
     """float (N, C, H, W) in [-1, 1] -> a PIL picture, row by row, up to 8 times the size."""
-    grid = make_grid(to_uint8(images), nrow=columns, padding=2)
-    picture = TF.to_pil_image(grid[:1] if images.shape[1] == 1 else grid)  # make_grid gives RGB
+    return to_picture(to_uint8(images).numpy(), columns)
+
+
+def to_picture(images, columns):
+    """uint8 (N, C, H, W) -> one PIL picture: a grid like torchvision's, enlarged up to 8 times."""
+    n, c, h, w = images.shape
+    gap = 2 if n > 1 else 0
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    grid = np.zeros((rows * (h + gap) + gap, columns * (w + gap) + gap, c), np.uint8)
+    for i, image in enumerate(images):
+        top = i // columns * (h + gap) + gap
+        left = i % columns * (w + gap) + gap
+        grid[top : top + h, left : left + w] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
     scale = max(1, min(8, 1000 // picture.width))
-    size = (picture.width * scale, picture.height * scale)
-    return picture.resize(size, Image.Resampling.NEAREST)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def save_picture(picture, path):
@@ -931,4 +941,5 @@ def save_images(images, labels, class_names, path, count):
     else:
         for i, (image, label) in enumerate(zip(to_uint8(images), labels, strict=True)):
             name = f"{i:05d}_{file_stem(class_names[label])}.png"
-            save_picture(TF.to_pil_image(image), path / name)
+            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+            save_picture(Image.fromarray(pixels.numpy()), path / name)

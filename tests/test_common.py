@@ -10,6 +10,8 @@ import torch
 from conftest import TINY_NETWORK, idx_bytes, small_set, write_idx
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
+from torchvision.utils import make_grid
 
 import common
 import runs
@@ -79,7 +81,7 @@ def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
             # as torchvision says it
             raise RuntimeError("Error downloading x.gz:\nTried mirror, got:\nconnection lost")
 
-    monkeypatch.setitem(common.IDX_SETS, "mnist", (Broken, None, None))
+    monkeypatch.setattr(datasets, "MNIST", Broken)
     with pytest.raises(InputError, match=r"connection lost.*--data-dir"):
         load_data("mnist")
     assert list((in_tmp / "data").iterdir()) == []
@@ -87,7 +89,7 @@ def test_a_failed_download_leaves_nothing(in_tmp, monkeypatch):
 
 def test_a_download_replaces_nothing_but_its_own_folder(in_tmp, monkeypatch):
     class Fake:
-        classes = common.datasets.KMNIST.classes
+        classes = datasets.KMNIST.classes
 
         def __init__(self, root, download):
             write_idx(common.Path(root) / "Fake" / "raw")
@@ -95,7 +97,8 @@ def test_a_download_replaces_nothing_but_its_own_folder(in_tmp, monkeypatch):
     existing = in_tmp / "data/Fake/cat/1.png"
     existing.parent.mkdir(parents=True)
     existing.write_bytes(b"mine")
-    monkeypatch.setitem(common.IDX_SETS, "kmnist", (Fake, None, None))
+    monkeypatch.setitem(common.IDX_SETS, "kmnist", ("Fake", None, None))
+    monkeypatch.setattr(datasets, "Fake", Fake, raising=False)
     assert len(load_data("kmnist").images) == 60 and existing.read_bytes() == b"mine"
     assert sorted(f.name for f in (in_tmp / "data").iterdir()) == ["Fake"]
 
@@ -335,6 +338,17 @@ def test_written_whole_leaves_the_old_file_when_the_block_fails(in_tmp):
         scratch.write_text("half of the sec")
         raise RuntimeError
     assert file.read_text() == "first" and list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 8), (7, 3)])
+def test_a_grid_is_that_of_torchvision(channels, count, columns):
+    levels = torch.randint(0, 256, (count, channels, 32, 32), dtype=torch.uint8)
+    expected = make_grid(levels, nrow=columns, padding=2)[:channels]
+    picture = runs.image_grid(common.to_float(levels), columns)
+    scale = picture.width // expected.shape[2]
+    pixels = np.array(picture)[::scale, ::scale].reshape(*expected.shape[1:], channels)
+    assert np.array_equal(pixels, expected.permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
