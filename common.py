@@ -106,7 +106,7 @@ def load_data(name, data_dir=None, channels=1, train=True):
     elif path.is_dir():
         images, labels, class_names = _load_folder(path, channels)
         source = name
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and path.is_file():
         images, labels, class_names = _load_npz(path)
         source = name
     else:

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 import infer_onnx
 from infer_onnx import InputError, ModelError, number, written_whole
@@ -614,7 +613,7 @@ def build_parser():
     )
     add = parser.add_argument
     # fmt: off
-    add("models", nargs="*", metavar="MODEL",
+    add("models", type=os.path.expanduser, nargs="*", metavar="MODEL",
         help=f"models to score: {', '.join(NAMES)}, or .onnx files (all that are found)")
     add("--num-samples", type=number(int, 20, 1_000_000), default=10_000,
         help="number of samples of each seed, a multiple of 10, 20 to 1,000,000 (10000)")
@@ -631,10 +630,10 @@ def build_parser():
         help="samplers of ddim and ldm: ddim, dpm++ or both (ddim)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist",
         help="data set of the real images (fashion-mnist)")
-    add("--data-dir", metavar="FOLDER",
+    add("--data-dir", type=os.path.expanduser, metavar="FOLDER",
         help="folder of the real images' IDX files; nothing is downloaded "
              "(data/, else Debian's folder)")
-    add("--output", type=Path, default=Path("results"), metavar="FOLDER",
+    add("--output", type=infer_onnx.file_path, default=Path("results"), metavar="FOLDER",
         help="folder for scores, pictures and the cache of samples (results)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
         help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
@@ -650,7 +649,8 @@ def build_parser():
     add("--cas", action="store_true",
         help="also train a classifier on as many samples as there are training images and score "
              "it on the test images (needs requirements.txt)")
-    add("--extractors", type=Path, default=Path(__file__).parent / "pretrained", metavar="FOLDER",
+    add("--extractors", type=infer_onnx.file_path, metavar="FOLDER",
+        default=Path(__file__).resolve().parent / "pretrained",
         help="folder of the extractors' .onnx files (pretrained/)")
     add("--train-extractor", action="store_true", help=argparse.SUPPRESS)  # moved to benchmarks/
     add("--epochs", help=argparse.SUPPRESS)  # of --train-extractor
@@ -668,7 +668,7 @@ def machine(args, model):
     return {
         "processor": name, "cores": os.cpu_count(), "threads": args.threads,
         "provider": model.provider, "python": platform.python_version(),
-        "numpy": np.__version__, "onnxruntime": ort.__version__,
+        "numpy": np.__version__, "onnxruntime": infer_onnx.ort.__version__,
     }  # fmt: skip
 
 

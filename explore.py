@@ -18,6 +18,7 @@ models of a command, `python explore.py COMMAND MODEL --help` the flags of both.
 
 import argparse
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -34,8 +35,9 @@ from common import (
     subsample, to_float, to_uint8,
 )  # fmt: skip
 from runs import (
-    Parser, check_finite, check_output, errors_in_one_line, find_checkpoint, grid_columns,
-    image_grid, load_checkpoint, number, pick_device, save_images, save_picture, written_whole,
+    Parser, check_finite, check_output, errors_in_one_line, file_path, find_checkpoint,
+    grid_columns, image_grid, load_checkpoint, number, pick_device, save_images, save_picture,
+    written_whole,
 )  # fmt: skip
 
 # What several scripts have is the same in each (a test holds this): here it is taken from ddim.py
@@ -327,7 +329,7 @@ class Trained:
 
     def save(self, images, labels, count):
         """Write images (N, C, H, W), `count` a row, as runs.py does, or the columns as a .gif."""
-        if self.args.output.suffix == ".gif":
+        if self.args.output.suffix.lower() == ".gif":
             check_finite(images)
             columns = images.unflatten(0, (-1, count)).unbind(1)
             frames = [image_grid(column, min(10, len(column))) for column in columns]
@@ -408,7 +410,7 @@ def invert(args, model):
     _, noise, _ = trace[steps]
     _, back, _ = trace[-1]
     print_error(x_0, back, f"{model.names[labels[0]]}, {steps} steps each way: ")
-    if args.output.suffix == ".gif":
+    if args.output.suffix.lower() == ".gif":
         save_gif(trajectory_frames(trace, 1), args.output)
     else:
         model.save(torch.cat([x_0, noise, back]), labels.repeat(3), 3)
@@ -526,7 +528,7 @@ def add_flags(parser, command, name):
     # fmt: off
     if reads_images:
         count = {"invert": 1, "reconstruct": "+", "between": 2}[command]
-        add("images", metavar="IMAGE", nargs=count,
+        add("images", type=os.path.expanduser, metavar="IMAGE", nargs=count,
             help="index of a test image, from 0, or an image file")
         add("--class", dest="class_", metavar="NAME",
             help="class of each IMAGE that is a file (an index has its own)")
@@ -551,15 +553,15 @@ def add_flags(parser, command, name):
         count = 10 if name in ("vae", "gan") else 1
         add("--num-samples", type=number(int, 1, 10_000), default=count,
             help=f"samples of each class, 1 to 10,000 ({count})")
-    add("--checkpoint", type=Path,
+    add("--checkpoint", type=file_path,
         help="a .pt file or a run's folder (newest run, else the shipped weights)")
     _, _, suffixes = COMMANDS[command]
     kinds = {".npz": ".npz of arrays", "": "a folder of PNGs"}
     listed = ", ".join(kinds.get(suffix, suffix) for suffix in suffixes)
     output = Path(f"{name}_{command}{suffixes[0]}")
-    add("--output", type=Path, default=output, help=f"the file to write: {listed} ({output})")
+    add("--output", type=file_path, default=output, help=f"the file to write: {listed} ({output})")
     if reads_images or command == "map":
-        add("--data-dir",
+        add("--data-dir", type=os.path.expanduser,
             help="folder with the files of the named data set (that of the training; data/, "
                  "Debian's folder, else a download)")
     if samples:

@@ -287,7 +287,7 @@ def export(name, checkpoint_path, output, weights):
     if weights and weights.exists() and weights.samefile(path):
         loss = "would lose what is needed to resume"
         raise InputError(f"--weights {weights} is the checkpoint itself, and {loss}")
-    if weights and weights.suffix != ".pt":
+    if weights and weights.suffix.lower() != ".pt":
         raise InputError(f"--weights {weights}: the name must end in .pt")
     checkpoint = load_checkpoint(path, script.SAMPLES_FROM)
     if weights:  # half as large; the graph gets the same rounded weights
@@ -369,11 +369,11 @@ def build_parser():
     # fmt: off
     add = parser.add_argument
     add("name", choices=[*NAMES, "all"], help="script that trained the model, or all")
-    add("--checkpoint", type=Path,
+    add("--checkpoint", type=infer_onnx.file_path,
         help="a .pt file or a run's folder to export (newest run, else the shipped weights)")
-    add("--output", type=Path,
+    add("--output", type=infer_onnx.file_path,
         help="the .onnx file to write (NAME.onnx in the run's folder)")
-    add("--weights", type=Path,
+    add("--weights", type=infer_onnx.file_path,
         help="also write a small .pt file to sample from: EMA weights alone, in float16")
     # fmt: on
     return parser
@@ -381,35 +381,36 @@ def build_parser():
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.output and args.output.suffix != ".onnx":
-            hint = "the name must end in .onnx, or infer_onnx.py will not find it"
-            raise InputError(f"--output {args.output}: {hint}")
-        names = [args.name]
-        if args.name == "all":
-            if args.checkpoint or args.output or args.weights:
-                flags = "--checkpoint, --output or --weights"
-                raise InputError(f"all takes the newest run of each script: no {flags}")
-            names = [name for name in NAMES if any(Path("runs").glob(f"*/{name}.pt"))]
-            if not names:
-                example = "python ddim.py --train"
-                raise InputError(
-                    f"there is no run in runs/: train first, for example with {example}"
-                )
-        for name in names:
-            output = export(name, args.checkpoint, args.output, args.weights)
-            model = shlex.quote(output.as_posix())
-            print(f"Draw without torch:\n  python infer_onnx.py --class all --model {model}")
-    except InputError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
-        file = args.output or f"{name}.onnx"
-        parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {file} was written\n")
-    except OSError as error:
-        parser.exit(5, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+    with infer_onnx.careful_output():
+        args = parser.parse_args(argv)
+        try:
+            if args.output and args.output.suffix.lower() != ".onnx":
+                hint = "the name must end in .onnx, or infer_onnx.py will not find it"
+                raise InputError(f"--output {args.output}: {hint}")
+            names = [args.name]
+            if args.name == "all":
+                if args.checkpoint or args.output or args.weights:
+                    flags = "--checkpoint, --output or --weights"
+                    raise InputError(f"all takes the newest run of each script: no {flags}")
+                names = [name for name in NAMES if any(Path("runs").glob(f"*/{name}.pt"))]
+                if not names:
+                    example = "python ddim.py --train"
+                    raise InputError(
+                        f"there is no run in runs/: train first, for example with {example}"
+                    )
+            for name in names:
+                output = export(name, args.checkpoint, args.output, args.weights)
+                model = shlex.quote(output.as_posix())
+                print(f"Draw without torch:\n  python infer_onnx.py --class all --model {model}")
+        except InputError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
+            file = args.output or f"{name}.onnx"
+            parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {file} was written\n")
+        except OSError as error:
+            parser.exit(5, f"{parser.prog}: error: {error}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: stopped\n")
     return 0
 
 

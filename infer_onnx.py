@@ -3,8 +3,11 @@
 # dependencies = [
 #     "numpy>=1.26",
 #     "pillow>=10",
-#     "onnxruntime-gpu>=1.17; sys_platform != 'darwin'",
-#     "onnxruntime>=1.17; sys_platform == 'darwin'",
+#     "onnxruntime-gpu>=1.19; sys_platform == 'linux' and platform_machine == 'x86_64'",
+#     "onnxruntime-gpu>=1.19; sys_platform == 'win32' and platform_machine == 'AMD64'",
+#     "onnxruntime>=1.19; sys_platform == 'linux' and platform_machine != 'x86_64'",
+#     "onnxruntime>=1.19; sys_platform == 'win32' and platform_machine != 'AMD64'",
+#     "onnxruntime>=1.19; sys_platform != 'linux' and sys_platform != 'win32'",
 # ]
 # ///
 """Sample from an exported model with numpy, pillow and onnxruntime, without torch.
@@ -27,6 +30,7 @@ import base64
 import ctypes
 import difflib
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -34,11 +38,14 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+# Without this, onnxruntime 1.29 and later write a device id below ~/.cache and report to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -62,6 +69,7 @@ MODEL_FLAGS = {
     "vae": ("truncation", "prior", "interpolate", "reconstruct", "between"),
     "gan": ("truncation", "interpolate"),
 }
+REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -91,10 +99,10 @@ def find_model(name):
     A path as it is, else the newest runs/*/NAME.onnx, else pretrained/NAME.onnx, else NAME.onnx.
     Raises ModelError if there is none of these.
     """
-    if name.endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
+    if name.lower().endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
     runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime)
-    folders = (Path(__file__).parent / "pretrained", Path("pretrained"), Path())
+    folders = (Path(__file__).resolve().parent / "pretrained", Path("pretrained"), Path())
     for path in [*reversed(runs), *(folder / f"{name}.onnx" for folder in folders)]:
         if path.is_file():
             return path
@@ -106,7 +114,7 @@ def find_model(name):
 class Model:
     """A model file, read and checked, and its parts: a VAE's encoder or an LDM's decoder."""
 
-    session: ort.InferenceSession
+    session: "ort.InferenceSession"  # as text: onnxruntime may be incomplete, see check_runtime
     parts: dict  # name -> session
     card: dict  # the metadata that says how to use the model
     sha256: str
@@ -587,11 +595,11 @@ def write_images(images, labels, class_names, path, columns, texts, first=0):
 
     texts: {key: value} for the metadata of every PNG;  first: number of the first file in a folder.
     """
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         arrays = {"x": images, "y": np.array(labels), "class_names": np.array(class_names)}
         with written_whole(path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, **arrays)
-    elif path.suffix == ".png":
+    elif path.suffix.lower() == ".png":
         names = ", ".join(class_names[y] for y in dict.fromkeys(labels))
         save_png(to_picture(images, columns), path, {**texts, "class": names})
     else:
@@ -605,7 +613,7 @@ def save_png(picture, path, texts):
     """Write a PIL picture as PNG, with {key: value} texts in its metadata."""
     info = PngInfo()
     for key, value in texts.items():
-        info.add_text(key, str(value))
+        info.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())
     with written_whole(path) as scratch:
         picture.save(scratch, format="png", pnginfo=info)
 
@@ -701,12 +709,31 @@ def parse_classes(text, class_names):
 # --- Diagnosis ------------------------------------------------------------------------------------
 
 
+def check_runtime():
+    """Raise ProviderError where the other one of the two packages of onnxruntime was uninstalled.
+
+    Both have their files in one folder: an installation overwrites, and a removal deletes, files
+    that the other one needs.
+    """
+    if not hasattr(ort, "InferenceSession"):
+        raise ProviderError(f"onnxruntime is incomplete: {REINSTALL}")
+
+
+def is_installed(package):
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def cuda_trouble():
     """The reason why the CUDA provider cannot run on this machine; None if there is none.
 
     onnxruntime lists the provider on any machine, and falls back to the CPU silently.
     """
     if CUDA not in ort.get_available_providers():
+        if is_installed("onnxruntime") and is_installed("onnxruntime-gpu"):
+            return f"onnxruntime and onnxruntime-gpu overwrite each other: {REINSTALL}"
         return "this is onnxruntime without CUDA (onnxruntime-gpu has it, on Linux and Windows)"
     windows = os.name == "nt"
     try:
@@ -875,6 +902,11 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def file_path(text):
+    """An argparse type: a Path, with the ~ that a shell leaves in --output=~/x.png expanded."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own fails without such a user
+
+
 def shard(text):
     """An argparse type: '2/4', the second of four parts, -> (2, 4)."""
     part, _, parts = text.partition("/")
@@ -886,7 +918,7 @@ def shard(text):
 def add_model_flags(parser):
     """Add the flags that choose a model, where it runs and how it samples."""
     add = parser.add_argument
-    add("--model", default="ddim",
+    add("--model", type=os.path.expanduser, default="ddim",
         help="an .onnx file, or a name to look for in runs/, pretrained/ and this folder (ddim)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
         help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
@@ -934,15 +966,15 @@ def build_parser():
     group.add_argument("--interpolate", choices=("noise", "class"),
         help="frames, --num-samples of them, between two noises of each class, or between "
              "two classes; vae and gan only")
-    group.add_argument("--reconstruct", metavar="FILE", nargs="+",
+    group.add_argument("--reconstruct", type=os.path.expanduser, metavar="FILE", nargs="+",
         help="these images, all of one --class, above the images decoded from their codes; "
              "vae only")
-    group.add_argument("--between", metavar="FILE", nargs=2,
+    group.add_argument("--between", type=os.path.expanduser, metavar="FILE", nargs=2,
         help="frames, --num-samples of them, between two images of one --class; vae only")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of the noise, 0 or more (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
-    add("--output", type=Path,
+    add("--output", type=file_path,
         help="a .png (grid), an .npz, or a folder for PNGs "
              "(CLASS.png; several classes: samples.png)")
     add("--shard", type=shard, metavar="I/N",
@@ -984,7 +1016,7 @@ def check_output(path, suffixes, given=()):
 
     suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
     """
-    if path.suffix not in suffixes:
+    if path.suffix.lower() not in suffixes:
         names = " or ".join(suffix for suffix in suffixes if suffix)
         folder = ", or be a folder" if "" in suffixes else ""
         raise InputError(f"--output {path}: the name must end in {names}{folder}")
@@ -1067,6 +1099,46 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+class Console:
+    """A stream to print to that does not end the program.
+
+    Characters that the console cannot show are escaped; what is written after the reader has gone
+    (`| head`) is dropped.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or Path(os.devnull).open("w")  # noqa: SIM115  None: it was closed
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._attempt(self.stream.write, text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, act, *args):
+        try:
+            act(*args)
+        except BrokenPipeError:  # the rest, and what Python flushes at its exit, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def careful_output():
+    """Print to a Console; all of it is written when the block ends."""
+    out, err = Console(sys.stdout), Console(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
+
+
 EXIT_CODES = {
     InputError: 2,
     ImportError: 2,  # of a package that only some flags need
@@ -1083,15 +1155,17 @@ def run_command(parser, command, argv=None, stopped="stopped"):
 
     stopped: what to say after Ctrl-C.
     """
-    ort.set_default_logger_severity(4)
-    args = parser.parse_args(argv)
-    try:
-        command(args)
-    except tuple(EXIT_CODES) as error:
-        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: {stopped}\n")
+    with careful_output():
+        args = parser.parse_args(argv)
+        try:
+            check_runtime()
+            ort.set_default_logger_severity(4)
+            command(args)
+        except tuple(EXIT_CODES) as error:
+            code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+            parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: {stopped}\n")
     return 0
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -79,6 +79,11 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def file_path(text):
+    """An argparse type: a Path, with the ~ that a shell leaves in --output=~/x.png expanded."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own fails without such a user
+
+
 def whole_numbers(text):
     """An argparse type: '32,96' -> (32, 96), at most five: 32 pixels are halved that often."""
     numbers = tuple(number(int, 1, 65536)(part) for part in text.split(","))
@@ -97,7 +102,7 @@ def run_parser(name, doc, batch_size=64):
     add("--train", action="store_true", help="train a model; without it, sample from one")
     add("--resume", action="store_true",
         help="resume training, the newest run or that of --run-dir; no other flag is needed")
-    add("--run-dir", type=Path,
+    add("--run-dir", type=file_path,
         help="folder of the training run (runs/NAME, or runs/NAME-2, ... where that is taken)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="device to compute on; auto is CUDA or MPS where available, else the CPU (auto)")
@@ -115,9 +120,9 @@ def run_parser(name, doc, batch_size=64):
     add("--save-every", type=number(float, 0), default=3.0,
         help="minutes between checkpoints, 0 or more, each with a grid of samples (3)")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="fashion-mnist",
+    add("--data", type=os.path.expanduser, default="fashion-mnist",
         help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x and y")
-    add("--data-dir",
+    add("--data-dir", type=os.path.expanduser,
         help="folder with the files of a named set (data/, Debian's folder, else a download)")
     add("--channels", type=int, choices=(1, 3), default=1,
         help="channels of the images, 1 for grey or 3 for colour (1)")
@@ -129,9 +134,9 @@ def run_parser(name, doc, batch_size=64):
         help="class names or indices, separated by commas, or all (all)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
         help="number of images of each class, 1 to 1,000,000 (1)")
-    add("--checkpoint", type=Path,
+    add("--checkpoint", type=file_path,
         help="a .pt file or a run's folder to sample from (newest run, else the shipped weights)")
-    add("--output", type=Path,
+    add("--output", type=file_path,
         help="a .png grid, an .npz of arrays, or a folder for PNGs (NAME_CLASS.png)")
     # fmt: on
     return parser
@@ -190,7 +195,7 @@ def parse_run(parser, argv, names, fixed, free):
         if flag.startswith("--") and script in MOVED.get(command, ()):
             raise InputError(f"{flag} is now: python explore.py {command} {script}")
     args = parser.parse_args(argv)
-    if args.output and args.output.suffix == ".gif":
+    if args.output and args.output.suffix.lower() == ".gif":
         raise InputError(f"a .gif is now: python explore.py gif {script} --output {args.output}")
     training = args.train or args.resume
     if args.epochs and args.minutes:
@@ -234,11 +239,52 @@ def parse_run(parser, argv, names, fixed, free):
     return args, checkpoint
 
 
+class Console:
+    """A stream to print to that does not end the program.
+
+    Characters that the console cannot show are escaped; what is written after the reader has gone
+    (`| head`) is dropped.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or Path(os.devnull).open("w")  # noqa: SIM115  None: it was closed
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._attempt(self.stream.write, text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, act, *args):
+        try:
+            act(*args)
+        except BrokenPipeError:  # the rest, and what Python flushes at its exit, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def careful_output():
+    """Print to a Console; all of it is written when the block ends."""
+    out, err = Console(sys.stdout), Console(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
+
+
 @contextmanager
 def errors_in_one_line(parser):
     """End the program with one line: exit code 2 for wrong input, 130 for Ctrl-C."""
     try:
-        yield
+        with careful_output():
+            yield
     except (InputError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (MemoryError, RuntimeError) as error:
@@ -415,7 +461,7 @@ def find_checkpoint(names, asked=None, shipped=()):
     else:
         places = [path for name in names for path in Path("runs").glob(f"*/{name}.pt")]
         places.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        places += [Path(__file__).parent / f"pretrained/{name}.pt" for name in shipped]
+        places += [Path(__file__).resolve().parent / f"pretrained/{name}.pt" for name in shipped]
     for path in places:
         if path.is_file():
             return path
@@ -853,7 +899,7 @@ def check_output(path, suffixes, given=()):
 
     suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
     """
-    if path.suffix not in suffixes:
+    if path.suffix.lower() not in suffixes:
         names = " or ".join(suffix for suffix in suffixes if suffix)
         folder = ", or be a folder" if "" in suffixes else ""
         raise InputError(f"--output {path}: the name must end in {names}{folder}")
@@ -931,9 +977,9 @@ def save_images(images, labels, class_names, path, count):
     Raises InputError if the images are not finite.
     """
     check_finite(images)
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         save_picture(image_grid(images, grid_columns(count, len(images))), path)
-    elif path.suffix == ".npz":
+    elif path.suffix.lower() == ".npz":
         pixels = to_uint8(images).numpy()
         arrays = {"x": pixels, "y": labels.numpy(), "class_names": np.array(class_names)}
         with written_whole(path) as scratch, scratch.open("wb") as file:

@@ -99,6 +99,8 @@ def test_who_imports_whom():
     assert not set(imports(SOURCES["common"])) & {*SOURCES}
     assert set(imports(SOURCES["runs"])) & {*SOURCES} == {"common"}
     assert set(imports(SOURCES["infer_onnx"])) <= WITHOUT_TORCH
+    # which turns its telemetry off
+    assert [name for name in SOURCES if "onnxruntime" in imports(SOURCES[name])] == ["infer_onnx"]
 
 
 def core(name):

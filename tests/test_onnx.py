@@ -3,8 +3,10 @@
 import ctypes
 import errno
 import importlib
+import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, save_sealed
+from packaging.requirements import Requirement
 from PIL import Image
 
 import common
@@ -951,6 +954,106 @@ def test_inline_metadata_equals_the_requirements():
     required = [line for line in (ROOT / "requirements-infer.txt").read_text().splitlines() if line]
     assert [line.replace("'", '"') for line in inline["dependencies"]] == required
     assert inline["requires-python"] == ">=3.11"
+
+
+@pytest.mark.parametrize(
+    ("system", "processor", "package"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("win32", "ARM64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+        ("freebsd14", "amd64", "onnxruntime"),
+    ],
+)
+def test_one_package_of_onnxruntime_is_required_everywhere(system, processor, package):
+    """The one for GPUs where its wheels are, the plain one elsewhere."""
+    machine = {"sys_platform": system, "platform_machine": processor}
+    lines = (ROOT / "requirements-infer.txt").read_text().splitlines()
+    required = [Requirement(line) for line in lines]
+    names = [r.name for r in required if r.marker is None or r.marker.evaluate(machine)]
+    assert names == ["numpy", "pillow", package]
+
+
+@pytest.mark.parametrize("module", ["infer_onnx", "evaluate"])
+def test_onnxruntime_leaves_no_file_in_the_home_folder(module, tmp_path):
+    """Telemetry is off: since 1.29 it leaves a device id, but not where a variable says CI."""
+    code = f"import {module}, infer_onnx; infer_onnx.load_model({str(SHIPPED)!r}, 'cpu')"
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, check=True, timeout=120)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_packages_of_onnxruntime_are_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(infer_onnx.ort, "get_available_providers", lambda: [infer_onnx.CPU])
+    monkeypatch.setattr(infer_onnx, "is_installed", lambda package: True)
+    assert "overwrite each other: pip uninstall" in infer_onnx.cuda_trouble()
+    monkeypatch.setattr(infer_onnx, "is_installed", lambda package: package == "onnxruntime")
+    assert "this is onnxruntime without CUDA" in infer_onnx.cuda_trouble()
+    # One of the two was uninstalled: a folder is left, which Python imports as an empty package.
+    empty = "import sys, types; sys.modules['onnxruntime'] = types.ModuleType('onnxruntime')"
+    command = [sys.executable, "-c", f"{empty}\n{WITHOUT_TORCH}", str(ROOT / "infer_onnx.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    error = f"infer_onnx.py: error: onnxruntime is incomplete: {infer_onnx.REINSTALL}\n"
+    assert (done.returncode, done.stderr, done.stdout) == (4, error, "")
+
+
+def test_a_symbolic_link_to_the_script_finds_the_shipped_models(tmp_path):
+    (tmp_path / "draw.py").symlink_to(ROOT / "infer_onnx.py")
+    command = [sys.executable, "draw.py", "--class", "Sneaker"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "sneaker.png").exists()
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    """As with `| head -1`: no traceback, and what was asked for is done."""
+    for flags in (["--info", "--model", "vae"], ["--class", "Sneaker"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, str(ROOT / "infer_onnx.py"), *flags]
+        with os.fdopen(writer) as stdout:
+            done = subprocess.run(
+                command, cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, timeout=120
+            )
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "sneaker.png").exists()
+
+
+class NarrowConsole(io.TextIOWrapper):
+    """Standard output of a console that knows ASCII alone, whose reader has gone."""
+
+    def __init__(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        super().__init__(os.fdopen(writer, "wb"), encoding="ascii", write_through=True)
+
+
+def test_any_console_and_any_class_name_will_do(in_tmp, monkeypatch, data_dir):
+    """Training, sampling, export, and sampling from that; ~ and .PNG in names of files."""
+    monkeypatch.setenv("HOME", str(in_tmp))
+    monkeypatch.setattr(sys, "stdout", NarrowConsole())
+    images = common.load_data("kmnist", data_dir).images
+    for name in (b"caf\xe9", "\u9774".encode()):  # the first is not UTF-8
+        folder = Path("pictures", os.fsdecode(name))
+        folder.mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(images[i, 0].numpy()).save(folder / f"{i}.png")
+    flags = ["--train", "--epochs", "1", *TINY_FLAGS["ddim"], "--data=~/pictures"]
+    assert ddim.main(flags) == 0
+    assert ddim.main(["--checkpoint=~/runs/ddim", "--steps", "1", "--output=~/\udce9.PNG"]) == 0
+    assert export.main(["ddim", "--output=~/x.ONNX"]) == 0
+    monkeypatch.setattr(sys, "stdout", NarrowConsole())  # runs.py has changed the first
+    asked = ["--model=~/x.ONNX", "--steps", "1"]
+    assert infer_onnx.main([*asked, "--info"]) == 0
+    assert infer_onnx.main([*asked, "--output=~/\u9774.PNG"]) == 0
+    assert infer_onnx.main([*asked, "--class", "\u9774", "--output", "~other/y.png"]) == 0
+    with Image.open("\u9774.PNG") as picture:
+        assert picture.text["class"] == "caf\\udce9, \u9774"
+        a, b = (np.array(p).astype(int) for p in (picture, Image.open("\udce9.PNG")))
+        assert np.abs(a - b).max() <= 1
+    assert Path("~other/y.png").exists()
 
 
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
