@@ -369,7 +369,8 @@ def test_the_card_counts_the_parameters_that_are_exported(exports):
     for name in ("vae", "ldm"):
         files = [exports(name), *exports(name).parent.glob(f"{name}_*.onnx")]
         arrays = [array for file in files for array in onnx.load(file).graph.initializer]
-        count = sum(math.prod(array.dims) for array in arrays if array.data_type == 1)
+        floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+        count = sum(math.prod(array.dims) for array in arrays if array.data_type in floats)
         said = json.loads(onnx.load(exports(name)).metadata_props[0].value)["parameters"]
         assert len(files) == 2
         assert 0 <= count - said < 0.05 * said
@@ -509,11 +510,64 @@ def test_small_weights_sample_like_the_checkpoint_and_their_own_graph(tiny_run, 
     assert all(value.dtype == torch.float16 for value in weights.values())
 
 
+@pytest.mark.parametrize("name", ["gan", "ldm"])
+def test_weights_are_stored_as_float16_only_where_that_is_exact(name, tiny_runs, in_tmp):
+    """Both files give the same numbers as with the weights that torch's graph has, in float32."""
+    flags = ["--checkpoint", str(tiny_runs(name)), "--output", "small.onnx", "--weights", "w.pt"]
+    assert export.main([name, *flags]) == 0
+    for file in in_tmp.glob("small*.onnx"):
+        proto = onnx.load(file)
+        casts = {node.input[0]: node for node in proto.graph.node if node.op_type == "Cast"}
+        half_bytes = 0
+        for tensor in proto.graph.initializer:
+            value = onnx.numpy_helper.to_array(tensor)
+            assert value.dtype != np.float32 or value.size < 64, tensor.name
+            if value.dtype == np.float16:
+                half_bytes += value.nbytes
+                cast = casts[tensor.name]  # undone: the weight again in float32, under its name
+                value = value.astype(np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value, cast.output[0]))
+                proto.graph.node.remove(cast)
+        save_sealed(proto, "whole.onnx")
+        assert file.stat().st_size < Path("whole.onnx").stat().st_size - 0.8 * half_bytes
+        small, whole = (
+            infer_onnx.open_session(path, infer_onnx.read_model(Path(path)), 1)
+            for path in (file, "whole.onnx")
+        )
+        feed = {
+            value.name: torch.randint(0, 9, (3,)).numpy()
+            if value.type == "tensor(int64)"
+            else torch.randn(3, *value.shape[1:]).numpy()
+            for value in small.get_inputs()
+        }
+        assert np.array_equal(small.run(None, feed)[0], whole.run(None, feed)[0])
+
+
+def test_weights_that_float16_would_change_stay_float32():
+    """Also those that it cannot hold, and small tensors, which it would not make smaller."""
+    exact = np.linspace(-2, 2, 65, dtype=np.float32)
+    values = {
+        "exact": exact, "inexact": exact / 3, "large": exact * 60_000, "few": exact[:9],
+        "nan": np.where(exact == 0, np.float32(np.nan), exact), "int": np.arange(65),
+    }  # fmt: skip
+    nodes = [onnx.helper.make_node("Identity", ["exact"], ["y"])]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+    graph = onnx.helper.make_graph(nodes, "g", [], [], tensors)
+    export.store_as_float16(graph)
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert found.keys() == {"exact.half", *values} - {"exact"}
+    assert found.pop("exact.half").dtype == np.float16
+    assert all(np.array_equal(value, values[k], value.dtype != int) for k, value in found.items())
+    assert [(node.op_type, *node.output) for node in graph.node] == [
+        ("Cast", "exact"), ("Identity", "y"),
+    ]  # fmt: skip
+
+
 def broken_weights(proto):
     """One weight of the graph changed by a little."""
     weights = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-    values = np.frombuffer(weights.raw_data, np.float32).copy()
-    values[0] += 0.05
+    values = onnx.numpy_helper.to_array(weights).copy()
+    values.flat[0] += 0.05
     weights.raw_data = values.tobytes()
 
 
@@ -785,8 +839,9 @@ def test_failed_check_and_bad_numbers_exit_with_5(exported, in_tmp, capsys):
     assert code == 5 and "check failed" in error
     proto = onnx.load(exported)
     for tensor in proto.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.dtype.kind == "f":
+            tensor.raw_data = np.full_like(value, np.nan).tobytes()
     save_sealed(proto, "nan.onnx")
     code, error = main_code(["--model", "nan.onnx", "--output", "x.png"], capsys)
     assert code == 5 and "not finite" in error and not Path("x.png").exists()
