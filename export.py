@@ -168,7 +168,8 @@ def model_card(script, checkpoint, network, graphs, parts):
     config = checkpoint["config"]
     is_codes = script.NAME in ("vae", "gan")
     training = {key: checkpoint[key] for key in ("step", "images", "torch")}
-    training |= {key: config[key] for key in (*script.FIXED, "lr", "epochs", "minutes")}
+    keys = (*script.FIXED, "lr", "epochs", "minutes")
+    training |= {key: config[key] for key in keys if key in config}  # not flags newer than it
     training["data"] = Path(
         config["data"]
     ).name  # of a path the last part: no folder of this machine
