@@ -16,6 +16,8 @@ import hashlib
 import math
 import shutil
 import tempfile
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -344,33 +346,103 @@ def subsample(items, count):
     return items[:: math.ceil(len(items) / count)]
 
 
-def file_stem(class_name):
-    """'T-shirt/top' -> 't-shirt-top': safe in a file name, and understood by parse_classes."""
-    return "".join(c if c.isalnum() else "-" for c in class_name.lower())
+def fold(name):
+    """'T-shirt/top' -> 't-shirt-top': what spellings of a name share, and safe in a file name.
+
+    Letters, digits and, beyond ASCII, marks and symbols stay, in lower case and NFC.
+    """
+    text = unicodedata.normalize("NFC", name.upper().lower())  # upper() makes SS of a sharp s
+    joiners = "\u200c\u200d"  # within words of some scripts, and within emoji
+    return "".join(
+        c
+        if c.isalnum() or c in joiners or (c > "\x7f" and unicodedata.category(c)[0] in "MS")
+        else "-"
+        for c in text
+    )
 
 
-def parse_classes(text, class_names):
-    """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices.
+def file_stems(class_names):
+    """Each class as a part of a file name: short, and different even where case is ignored."""
+    stems = [fold(name)[:50] for name in class_names]
+    count = Counter(stems)
+    return [
+        stem if stem and count[stem] == 1 else f"{stem or 'class'}_{y}"
+        for y, stem in enumerate(stems)
+    ]
 
-    Raises InputError, which suggests similar names.
+
+def same_classes(text, class_names, exact):
+    """The indices of the classes that a text names: exactly (NFC), or folded."""
+
+    def form(name):
+        if exact:
+            return unicodedata.normalize("NFC", name)
+        # A comma in the text is none of the signs that may be another.
+        return [fold(part.strip()) for part in name.split(",")] if "," in text else fold(name)
+
+    return [y for y, name in enumerate(class_names) if form(name) == form(text)]
+
+
+def is_index(text, class_names):
+    """Whether a text is an index of a class: 0 ... number of classes - 1."""
+    is_number = text.isascii() and text.isdecimal() and len(text) < 10
+    return is_number and str(int(text)) == text and int(text) < len(class_names)
+
+
+def class_index(text, class_names, where="the model"):
+    """The index of the class that a text names.
+
+    Tried in this order: the exact name (NFC), an index, the folded name, a beginning of one folded
+    name.  where: the file that has the classes, for errors.  Raises InputError, which lists the
+    indices of an ambiguous name, or suggests similar names.
+    """
+    stems = [fold(name) for name in class_names]
+    stem = fold(text)
+    last = len(class_names) - 1
+    if stem == "all":
+        raise InputError("all means every class, and stands alone: name such a class by its index")
+    found = same_classes(text, class_names, exact=True)
+    if not found and is_index(text, class_names):
+        return int(text)
+    found = found or same_classes(text, class_names, exact=False)
+    if not found and stem.strip("-") and not stem.isdecimal():
+        found = [y for y, other in enumerate(stems) if other.startswith(stem)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        indices = ", ".join(f"{y} ({class_names[y]})" for y in found[:10])
+        more = ", ..." if len(found) > 10 else ""
+        raise InputError(f"{where}: class {text!r} is ambiguous, give an index: {indices}{more}")
+    similar = difflib.get_close_matches(stem, dict.fromkeys(stems), n=3) or stems
+    names = [class_names[y] for y, other in enumerate(stems) if other in similar]
+    suggested = ", ".join([*dict.fromkeys(unicodedata.normalize("NFC", n) for n in names)][:10])
+    raise InputError(
+        f"{where} has no class {text!r}: did you mean {suggested}? (or 0..{last}, or all)"
+    )
+
+
+def parse_classes(text, class_names, where="the model"):
+    """'Sneaker', 'sneaker,bag', '7', 'T-shirt' or 'all' -> list of class indices.
+
+    The whole text may be a name with commas in it, else commas part the names: an exact match of
+    the whole comes first, then exact ones of all parts, then folded ones in the same order.  Parts
+    are as in class_index.  Raises InputError.
     """
     if text.strip().lower() == "all":
         return list(range(len(class_names)))
-    stems = [file_stem(name) for name in class_names]
-    indices = []
-    for part in text.split(","):
-        part = part.strip()
-        stem = file_stem(part)
-        if stem in stems:
-            indices.append(stems.index(stem))
-        elif part.isascii() and part.isdecimal() and len(part) < 6 and int(part) < len(stems):
-            indices.append(int(part))
-        else:
-            similar = difflib.get_close_matches(stem, stems, n=3) or stems[:10]
-            names = ", ".join(class_names[stems.index(s)] for s in similar)
-            last = len(stems) - 1
-            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{last}, or all)")
-    return indices
+    parts = [part.strip() for part in text.split(",")]
+    known = [same_classes(p, class_names, exact=True) or is_index(p, class_names) for p in parts]
+    is_name = same_classes(text, class_names, exact=True) or (
+        not all(known) and same_classes(text, class_names, exact=False)
+    )
+    return [class_index(part, class_names, where) for part in ([text] if is_name else parts)]
+
+
+def note_on_all(class_names):
+    """Say how to ask for a class that is called all."""
+    for y, name in enumerate(class_names):
+        if name.strip().lower() == "all":
+            print(f"class {y} is called {name}: --class {y} is that class, --class all every class")
 
 
 # --- Noise ----------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ class Trained:
         checkpoint = load_checkpoint(self.path, stems)
         self.config = checkpoint["config"]
         self.names = checkpoint["class_names"]
-        self.classes = parse_classes(args.class_, self.names)
+        self.classes = parse_classes(args.class_, self.names, self.path)
         self.latent = args.name == "ldm"
         self.options = {}  # of sample()
         if "steps" in args:
@@ -536,7 +536,7 @@ def add_flags(parser, command, name):
         add("--class", dest="class_", metavar="NAME", required=True, help="class of the images")
     elif samples:
         add("--class", dest="class_", metavar="NAME",
-            help="class names or indices, separated by commas, or all (all)")
+            help="class names, beginnings of names or indices, separated by commas, or all (all)")
     if command == "interpolate":
         add("--vary", choices=("noise", "class"),
             help="what changes from frame to frame (class if two are given, else noise)")

@@ -38,6 +38,8 @@ import os
 import sys
 import tempfile
 import time
+import unicodedata
+from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,7 @@ MODEL_FLAGS = {
     "gan": ("truncation", "interpolate"),
 }
 REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
+YOUNG = 1000  # steps before which samples may be noise still
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -603,9 +606,10 @@ def write_images(images, labels, class_names, path, columns, texts, first=0):
         names = ", ".join(class_names[y] for y in dict.fromkeys(labels))
         save_png(to_picture(images, columns), path, {**texts, "class": names})
     else:
+        stems = file_stems(class_names)
         for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            file = path / f"{i:05d}_{file_stem(class_names[label])}.png"
+            file = path / f"{i:05d}_{stems[label]}.png"
             save_png(picture, file, {**texts, "class": class_names[label], "image": i})
 
 
@@ -677,33 +681,103 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
     return codes
 
 
-def file_stem(class_name):
-    """'T-shirt/top' -> 't-shirt-top': safe in a file name, and understood by parse_classes."""
-    return "".join(c if c.isalnum() else "-" for c in class_name.lower())
+def fold(name):
+    """'T-shirt/top' -> 't-shirt-top': what spellings of a name share, and safe in a file name.
+
+    Letters, digits and, beyond ASCII, marks and symbols stay, in lower case and NFC.
+    """
+    text = unicodedata.normalize("NFC", name.upper().lower())  # upper() makes SS of a sharp s
+    joiners = "\u200c\u200d"  # within words of some scripts, and within emoji
+    return "".join(
+        c
+        if c.isalnum() or c in joiners or (c > "\x7f" and unicodedata.category(c)[0] in "MS")
+        else "-"
+        for c in text
+    )
 
 
-def parse_classes(text, class_names):
-    """'Sneaker', 'sneaker,bag', '7' or 'all' -> list of class indices.
+def file_stems(class_names):
+    """Each class as a part of a file name: short, and different even where case is ignored."""
+    stems = [fold(name)[:50] for name in class_names]
+    count = Counter(stems)
+    return [
+        stem if stem and count[stem] == 1 else f"{stem or 'class'}_{y}"
+        for y, stem in enumerate(stems)
+    ]
 
-    Raises InputError, which suggests similar names.
+
+def same_classes(text, class_names, exact):
+    """The indices of the classes that a text names: exactly (NFC), or folded."""
+
+    def form(name):
+        if exact:
+            return unicodedata.normalize("NFC", name)
+        # A comma in the text is none of the signs that may be another.
+        return [fold(part.strip()) for part in name.split(",")] if "," in text else fold(name)
+
+    return [y for y, name in enumerate(class_names) if form(name) == form(text)]
+
+
+def is_index(text, class_names):
+    """Whether a text is an index of a class: 0 ... number of classes - 1."""
+    is_number = text.isascii() and text.isdecimal() and len(text) < 10
+    return is_number and str(int(text)) == text and int(text) < len(class_names)
+
+
+def class_index(text, class_names, where="the model"):
+    """The index of the class that a text names.
+
+    Tried in this order: the exact name (NFC), an index, the folded name, a beginning of one folded
+    name.  where: the file that has the classes, for errors.  Raises InputError, which lists the
+    indices of an ambiguous name, or suggests similar names.
+    """
+    stems = [fold(name) for name in class_names]
+    stem = fold(text)
+    last = len(class_names) - 1
+    if stem == "all":
+        raise InputError("all means every class, and stands alone: name such a class by its index")
+    found = same_classes(text, class_names, exact=True)
+    if not found and is_index(text, class_names):
+        return int(text)
+    found = found or same_classes(text, class_names, exact=False)
+    if not found and stem.strip("-") and not stem.isdecimal():
+        found = [y for y, other in enumerate(stems) if other.startswith(stem)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        indices = ", ".join(f"{y} ({class_names[y]})" for y in found[:10])
+        more = ", ..." if len(found) > 10 else ""
+        raise InputError(f"{where}: class {text!r} is ambiguous, give an index: {indices}{more}")
+    similar = difflib.get_close_matches(stem, dict.fromkeys(stems), n=3) or stems
+    names = [class_names[y] for y, other in enumerate(stems) if other in similar]
+    suggested = ", ".join([*dict.fromkeys(unicodedata.normalize("NFC", n) for n in names)][:10])
+    raise InputError(
+        f"{where} has no class {text!r}: did you mean {suggested}? (or 0..{last}, or all)"
+    )
+
+
+def parse_classes(text, class_names, where="the model"):
+    """'Sneaker', 'sneaker,bag', '7', 'T-shirt' or 'all' -> list of class indices.
+
+    The whole text may be a name with commas in it, else commas part the names: an exact match of
+    the whole comes first, then exact ones of all parts, then folded ones in the same order.  Parts
+    are as in class_index.  Raises InputError.
     """
     if text.strip().lower() == "all":
         return list(range(len(class_names)))
-    stems = [file_stem(name) for name in class_names]
-    indices = []
-    for part in text.split(","):
-        part = part.strip()
-        stem = file_stem(part)
-        if stem in stems:
-            indices.append(stems.index(stem))
-        elif part.isascii() and part.isdecimal() and len(part) < 6 and int(part) < len(stems):
-            indices.append(int(part))
-        else:
-            similar = difflib.get_close_matches(stem, stems, n=3) or stems[:10]
-            names = ", ".join(class_names[stems.index(s)] for s in similar)
-            last = len(stems) - 1
-            raise InputError(f"no class {part!r}: did you mean {names}? (or 0..{last}, or all)")
-    return indices
+    parts = [part.strip() for part in text.split(",")]
+    known = [same_classes(p, class_names, exact=True) or is_index(p, class_names) for p in parts]
+    is_name = same_classes(text, class_names, exact=True) or (
+        not all(known) and same_classes(text, class_names, exact=False)
+    )
+    return [class_index(part, class_names, where) for part in ([text] if is_name else parts)]
+
+
+def note_on_all(class_names):
+    """Say how to ask for a class that is called all."""
+    for y, name in enumerate(class_names):
+        if name.strip().lower() == "all":
+            print(f"class {y} is called {name}: --class {y} is that class, --class all every class")
 
 
 # --- Diagnosis ------------------------------------------------------------------------------------
@@ -958,7 +1032,9 @@ def build_parser():
                     allow_abbrev=False)
     add = parser.add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
-        help="class names or indices, separated by commas, or all (all)")
+        help="class names, beginnings of names or indices, separated by commas, or all (all)")
+    add("--list-classes", action="store_true",
+        help="print the model's classes and their indices, and stop (off)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
         help="number of images of each class, or of frames between two, 1 to 1,000,000 (1)")
     add_model_flags(parser)
@@ -1066,15 +1142,18 @@ def run(args):
         about = {"file": str(path), "sha256": model.sha256, **card, **brief}
         print(json.dumps(about, indent=1))
         return
+    names = card["class_names"]
+    if args.list_classes:
+        print("\n".join(f"{y:3d}  {name}" for y, name in enumerate(names)))
+        return
     options = sampling_options(args, card)
     print(f"running on {model.where}")
     if args.check:
         return check(model)
-    names = card["class_names"]
-    classes = parse_classes(args.class_, names)
+    classes = parse_classes(args.class_, names, path)
     check_combination(args, classes)
     first, stop = shard_bounds(args, len(classes) * args.num_samples)
-    stem = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
+    stem = file_stems(names)[classes[0]] if len(classes) == 1 else "samples"
     output = args.output or Path(f"{stem}.png")
     joins_other_shards = (  # which may be writing to this folder now
         bool(args.shard)
@@ -1083,6 +1162,10 @@ def run(args):
     )
     if not joins_other_shards:
         check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())
+    note_on_all(names)
+    step = card.get("training", {}).get("step", YOUNG)
+    if step < YOUNG:
+        print(f"{path} is of step {step}, early in its training")
     start = time.perf_counter()
     images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start

@@ -29,7 +29,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import (
-    IDX_SETS, InputError, file_stem, load_data, parse_classes, to_float, to_uint8, without_held_out,
+    IDX_SETS, InputError, file_stems, load_data, note_on_all, parse_classes, to_float, to_uint8,
+    without_held_out,
 )  # fmt: skip
 
 try:
@@ -39,6 +40,7 @@ except ImportError:  # Windows
 
 FORMAT = 2  # of the checkpoint file
 LOG_EVERY = 50  # steps
+YOUNG = 1000  # steps before which samples may be noise still
 # The flags of every script that may change when a run is resumed.
 RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")
 # Commands of explore.py that were flags of these scripts once.
@@ -131,7 +133,9 @@ def run_parser(name, doc, batch_size=64):
              "recipes are not chosen by the test images (off)")
     add = parser.add_argument_group("what to sample").add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
-        help="class names or indices, separated by commas, or all (all)")
+        help="class names, beginnings of names or indices, separated by commas, or all (all)")
+    add("--list-classes", action="store_true",
+        help="print the model's classes and their indices, and stop (off)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
         help="number of images of each class, 1 to 1,000,000 (1)")
     add("--checkpoint", type=file_path,
@@ -504,6 +508,7 @@ def load_run_data(args, checkpoint=None):
     if first_here and dist.is_initialized():
         dist.barrier()
     print(data)
+    note_on_all(data.class_names)
     if checkpoint and data.class_names != checkpoint["class_names"]:
         before = checkpoint["class_names"]
         raise InputError(
@@ -919,16 +924,22 @@ def check_output(path, suffixes, given=()):
 def open_checkpoint(args, name, samples_from):
     """What --checkpoint, --class and --output ask for: (path, checkpoint, classes, output).
 
-    classes: indices;  output: --output, or NAME_CLASS.png.  Raises InputError where it is not there
-    or cannot be written.
+    classes: indices;  output: --output, or NAME_CLASS.png.  With --list-classes, prints them and
+    ends the program.  Raises InputError where a file is not there or cannot be written.
     """
     path = find_checkpoint((name,), args.checkpoint, samples_from)
     checkpoint = load_checkpoint(path, samples_from)
     names = checkpoint["class_names"]
-    classes = parse_classes(args.class_, names)
-    what = file_stem(names[classes[0]]) if len(classes) == 1 else "samples"
+    if args.list_classes:
+        print("\n".join(f"{y:3d}  {name}" for y, name in enumerate(names)))
+        sys.exit()
+    classes = parse_classes(args.class_, names, path)
+    what = file_stems(names)[classes[0]] if len(classes) == 1 else "samples"
     output = args.output or Path(f"{name}_{what}.png")
     check_output(output, [".png", ".npz", ""])
+    note_on_all(names)
+    if checkpoint["step"] < YOUNG:
+        print(f"{path} is of step {checkpoint['step']}, early in its training")
     return path, checkpoint, classes, output
 
 
@@ -985,7 +996,8 @@ def save_images(images, labels, class_names, path, count):
         with written_whole(path) as scratch, scratch.open("wb") as file:
             np.savez_compressed(file, **arrays)
     else:
+        stems = file_stems(class_names)
         for i, (image, label) in enumerate(zip(to_uint8(images), labels, strict=True)):
-            name = f"{i:05d}_{file_stem(class_names[label])}.png"
+            name = f"{i:05d}_{stems[label]}.png"
             pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
             save_picture(Image.fromarray(pixels.numpy()), path / name)

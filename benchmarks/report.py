@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer_onnx import Parser, file_stem, one_line, to_picture, written_whole
+from infer_onnx import Parser, fold, one_line, to_picture, written_whole
 
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
 FEW = 2000  # with fewer samples than this, evaluate.py marks a row
@@ -182,11 +182,11 @@ def write_samples(folder, title, images, neighbours):
     """
     by_class = np.concatenate([images[y::10] for y in range(10)])
     grid = to_picture(by_class, len(by_class) // 10)
-    write_picture(grid, folder / f"samples_{file_stem(title)}.png")
+    write_picture(grid, folder / f"samples_{fold(title)}.png")
     middles = images[: len(neighbours), :, 2:30, 2:30]
     rows = [array.reshape(-1, 10, 28, 28) for array in (middles, neighbours)]
     tiles = np.stack(rows, axis=1).reshape(-1, 1, 28, 28)
-    write_picture(to_picture(tiles, 10), folder / f"nearest_{file_stem(title)}.png")
+    write_picture(to_picture(tiles, 10), folder / f"nearest_{fold(title)}.png")
 
 
 def write_side_by_side(path, rows):
@@ -269,7 +269,7 @@ def write_tsne(folder, title, real, samples, class_names):
     perplexity = min(30, len(both) / 4)
     points = TSNE(random_state=0, perplexity=perplexity).fit_transform(both)
     heading = f"t-SNE of {len(real):,} real images and {len(samples):,} samples: {title}"
-    path = folder / f"tsne_{file_stem(title)}.png"
+    path = folder / f"tsne_{fold(title)}.png"
     plot_map(path, heading, points[: len(real)], points[len(real) :], class_names)
 
 

@@ -279,28 +279,78 @@ def test_epoch_batches_cover_the_data_once_and_depend_on_seed_and_epoch_alone():
 
 
 NAMES = ["T-shirt/top", "Trouser", "Sneaker", "Ankle boot"]
+EMNIST = [*"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"]
+# Names that differ in case, in signs, in marks and symbols alone, with commas, and called all.
+AWKWARD = [
+    "Cat", "cat", "Shoes, Boots", "shoes", "1,000", "\N{ATHLETIC SHOE}", "\N{HANDBAG}",
+    "cafe\u0301", "\u0e01\u0e34", "\u0e01\u0e35", "all", "a/b", "a b",
+    "\N{GREEK SMALL LETTER ALPHA} 1",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("text", "indices"),
+    ("text", "names", "indices"),
     [
-        ("Sneaker", [2]),
-        ("sNEAKER", [2]),
-        ("2", [2]),
-        ("t-shirt/top", [0]),
-        ("T-shirt-top", [0]),
-        ("ankle boot, 1,sneaker", [3, 1, 2]),
-        ("all", [0, 1, 2, 3]),
+        ("Sneaker", NAMES, [2]),
+        ("sNEAKER", NAMES, [2]),
+        ("2", NAMES, [2]),
+        ("t-shirt/top", NAMES, [0]),
+        ("T-shirt-top", NAMES, [0]),
+        ("ankle boot, 1,sneaker", NAMES, [3, 1, 2]),
+        ("all", NAMES, [0, 1, 2, 3]),
+        ("T-shirt", NAMES, [0]),  # a beginning
+        ("ankle,Tr", NAMES, [3, 1]),
+        ("3", ["3", "2", "1", "0"], [0]),  # a name, though an index too
+        ("Cat,cat", AWKWARD, [0, 1]),
+        ("Shoes, Boots", AWKWARD, [2]),
+        ("shoes,boots", AWKWARD, [2]),
+        ("shoes--boots,shoes", AWKWARD, [2, 3]),
+        ("Shoes, Cat", AWKWARD, [3, 0]),
+        ("shoes,Boots", ["Shoes,Boots", "shoes", "Boots"], [1, 2]),  # exact parts before folding
+        ("1,000", AWKWARD, [4]),
+        ("1,2", AWKWARD, [1, 2]),
+        ("\N{HANDBAG}", AWKWARD, [6]),
+        ("caf\u00e9", AWKWARD, [7]),
+        ("CAFE\u0301", AWKWARD, [7]),
+        ("\u0e01\u0e35", AWKWARD, [9]),
+        ("ALL", AWKWARD, [*range(14)]),
+        ("10", AWKWARD, [10]),  # the class called all
+        ("a/b", AWKWARD, [11]),
+        ("\N{GREEK CAPITAL LETTER ALPHA}", AWKWARD, [13]),
     ],
 )
-def test_parse_classes(text, indices):
-    assert common.parse_classes(text, NAMES) == indices
+def test_parse_classes(text, names, indices):
+    assert common.parse_classes(text, names) == indices
 
 
-@pytest.mark.parametrize("text", ["Sneakr", "", "4", "-1", "Sneaker,", "²", "1.0"])
+def test_every_class_of_emnist_is_found_by_its_name():
+    assert [common.parse_classes(name, EMNIST) for name in EMNIST] == [[y] for y in range(62)]
+
+
+@pytest.mark.parametrize("text", ["Sneakr", "", "4", "-1", "Sneaker,", "²", "1.0", "-", "01"])
 def test_unknown_classes_are_refused_with_help(text):
-    with pytest.raises(InputError, match=r"did you mean .*0\.\.3"):
-        common.parse_classes(text, NAMES)
+    with pytest.raises(InputError, match=r"FILE has no class .* did you mean .*0\.\.3"):
+        common.parse_classes(text, NAMES, "FILE")
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "message"),
+    [
+        ("CAT", AWKWARD, r"FILE: class 'CAT' is ambiguous, give an index: 0 \(Cat\), 1 \(cat\)$"),
+        ("a-b", AWKWARD, r"give an index: 11 \(a/b\), 12 \(a b\)$"),
+        ("S", ["Sandal", "Shirt", "Bag"], r"ambiguous, give an index: 0 \(Sandal\), 1 \(Shirt\)$"),
+        ("caf\u00e9", ["caf\u00e9", "cafe\u0301"], r"ambiguous, give an index: 0 .*, 1 "),
+        ("all,Cat", AWKWARD, "all means every class, and stands alone"),
+        ("1,000", NAMES, "no class '000'"),
+        ("10", ["100 g", "200 g"], "no class '10'"),  # no beginning: it would be an index
+        ("\N{HIGH-HEELED SHOE}", AWKWARD, "no class"),
+        ("Cta", AWKWARD, r"did you mean Cat, cat\? "),
+        ("kat", ["cat", "ca\u0074", "dog"], r"did you mean cat\? "),
+    ],
+)
+def test_what_is_not_one_class_is_refused(text, names, message):
+    with pytest.raises(InputError, match=message):
+        common.parse_classes(text, names, "FILE")
 
 
 def test_close_class_is_suggested():
@@ -308,10 +358,22 @@ def test_close_class_is_suggested():
         common.parse_classes("Sneakr", NAMES)
 
 
-def test_file_stems_stay_in_the_folder_and_name_their_class():
-    for name in (*NAMES, "../../etc/passwd", "a\\b", "C:x"):
-        stem = common.file_stem(name)
-        assert not set(stem) & set("/\\.:") and common.parse_classes(stem, [name]) == [0]
+def test_a_class_called_all_is_said(capsys):
+    common.note_on_all(NAMES)
+    assert capsys.readouterr().out == ""
+    common.note_on_all(AWKWARD)
+    assert capsys.readouterr().out.startswith("class 10 is called all: --class 10 is that class")
+
+
+def test_file_stems_are_safe_and_readable_and_differ():
+    assert common.file_stems(NAMES) == ["t-shirt-top", "trouser", "sneaker", "ankle-boot"]
+    names = [*AWKWARD, "../../etc/passwd", "C:x\\y\0", "", "x" * 300, "x" * 301, "cat_0"]
+    stems = common.file_stems(names)
+    assert stems[:2] == ["cat_0", "cat_1"] and stems[5] == "\N{ATHLETIC SHOE}"
+    assert stems[8:10] == ["\u0e01\u0e34", "\u0e01\u0e35"] and stems[7] == "caf\u00e9"
+    assert len({stem.casefold() for stem in stems}) == len(names)
+    for stem in stems:
+        assert stem and not set(stem) & set('/\\.:*?"<>|\0 ') and len(stem.encode()) < 220
 
 
 def test_noise_of_an_image_does_not_depend_on_the_batch():

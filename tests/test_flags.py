@@ -94,7 +94,8 @@ def test_the_ends_of_every_range_are_accepted_and_values_are_needed(command, cap
 SCRIPTS = tuple(TINY_FLAGS)
 DIFFUSION = ("ddpm", "ddim", "ldm")
 COMBINATIONS = [
-    (SCRIPTS, ["--class", "Snaeker"], "no class 'Snaeker'"),
+    (SCRIPTS, ["--class", "Snaeker"], ".pt has no class 'Snaeker'"),
+    (SCRIPTS, ["--train", "--list-classes"], "--list-classes: to sample from a model"),
     (SCRIPTS, ["--class", "o,"], "no class ''"),
     (SCRIPTS, ["--class", "10"], "no class '10'"),
     (SCRIPTS, ["--output", "x.jpg"], "must end in"),

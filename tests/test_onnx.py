@@ -1,5 +1,6 @@
 """export.py and infer_onnx.py: equal pictures without torch, providers, exit codes of bad files."""
 
+import contextlib
 import ctypes
 import errno
 import importlib
@@ -674,6 +675,21 @@ def test_an_exported_run_is_preferred_to_the_shipped_model(exported, tmp_path):
     assert f"model {Path('runs/ddim/ddim.onnx')}" in done.stdout
 
 
+def test_the_classes_and_the_age_of_a_model_are_said(exported, tiny_run, in_tmp, capsys):
+    for main, flags in (
+        (infer_onnx.main, ["--model", str(exported)]),
+        (ddim.main, ["--checkpoint", str(tiny_run)]),
+    ):
+        with contextlib.suppress(SystemExit):
+            main([*flags, "--list-classes"])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == ["  0  o", "  1  ki"] and len(lines) == 10 and not any(in_tmp.iterdir())
+        main([*flags, "--class", "ki", "--steps", "1", "--output", "x.png"])
+        said = capsys.readouterr().out
+        assert re.search(r" is of step \d+, early in its training$", said, re.MULTILINE)
+        Path("x.png").unlink()
+
+
 def test_outputs(exported, tmp_path):
     flags = "--steps 2 --class o,ki --num-samples 3 --seed 4"
     at = ["--model", exported, *flags.split()]
@@ -798,7 +814,7 @@ def main_code(argv, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--class", "Sneakr"], "no class 'Sneakr'"),
+        (["--class", "Sneakr"], "ddim.onnx has no class 'Sneakr'"),
         (["--class", "99"], "no class '99'"),
         (["--class", "-1"], "no class '-1'"),
         (["--steps", "0"], "from 1"),

@@ -21,6 +21,7 @@ from chromium import Chromium, find_chromium
 from conftest import ROOT, save_sealed
 from onnx import TensorProto, helper
 from PIL import Image
+from test_common import AWKWARD
 
 import infer_onnx
 
@@ -102,6 +103,32 @@ def test_time_pairs_are_those_of_infer_onnx():
     cases = [(1000, steps) for steps in (1, 2, 3, 10, 20, 50, 250, 999, 1000)] + [(7, 7), (10, 3)]
     found = [[tuple(pair) for pair in pairs] for pairs in node("pairs", cases=cases)]
     assert found == [infer_onnx.time_pairs(*case) for case in cases]
+
+
+@needs_node
+@needs_runtime
+def test_classes_are_those_of_infer_onnx():
+    """The same text names the same class, or none; a list of names is for infer_onnx.py alone."""
+    texts = [
+        *AWKWARD, "CAT", "shoes,boots", "shoes--boots", "CAFE\u0301", "caf\u00e9", "a-b", "s",
+        "sho", "3", "13", "14", "01", "", "-", ",", "ALL", "\N{HANDBAG}\ufe0f", "STRASSE",
+    ]  # fmt: skip
+    names = [*AWKWARD, "stra\u00dfe", "x" * 60, "x" * 61, ""]
+    found, stems, named = node("classes", texts=texts, names=names)
+    for text, answer in zip(texts, found, strict=True):
+        try:
+            expected = infer_onnx.class_index(text, names)
+        except infer_onnx.InputError as error:
+            kind = next(k for k in ("ambiguous", "no class", "all means") if k in str(error))
+            assert kind in answer, (text, answer)
+        else:
+            assert answer == expected, (text, answer)
+    assert stems == infer_onnx.file_stems(names)
+    assert [infer_onnx.parse_classes(text, names) for text in named] == [
+        [y] for y in range(len(names))
+    ]
+    shown = [name for name, text in zip(names, named, strict=True) if text != name]
+    assert shown == ["all"]
 
 
 @needs_node
@@ -374,6 +401,12 @@ def test_keyboard_and_controls(page, address):
         page.evaluate(f"location.hash = 'model=ddim&class=Bag&seed={seed}&steps=10'")
     assert settle(page) == "done"
     assert_draws(page, shipped("ddim"), 8, seed=6, steps=10)
+    for text_of_link in ("7", "ANKLE"):  # an index, a beginning
+        page.evaluate(f"location.hash = 'model=gan&class={text_of_link}&seed=0'")
+        assert settle(page) == "done"
+        assert_draws(page, shipped("gan"), 7 if text_of_link == "7" else 9)
+    page.evaluate("location.hash = 'model=ddim&class=Bag&seed=6&steps=10'")
+    assert settle(page) == "done"
     # The slider shows any step: at the first, x_t is the noise.
     noise = canvas(page, "x_t")
     page.evaluate("shown.value = 0; shown.oninput()")
@@ -402,6 +435,7 @@ def test_the_png_is_that_of_infer_onnx(page, address):
     [
         ({"model": "flow"}, "no model flow: ddim, ddpm, ldm, gan, vae"),
         ({"model": "file"}, "no model file: open the file of this link again"),
+        ({"class": "S"}, "class S is ambiguous, give an index: 5 (Sandal), 6 (Shirt), 7 (Sneaker)"),
         ({"class": "Hat"}, "no class Hat: choose one of T-shirt/top, Trouser"),
         ({"seed": "-1"}, "seed -1 is not a whole number from 0"),
         ({"steps": "2000"}, "steps 2000 is not in 1..1000"),

@@ -27,6 +27,19 @@ const COMMANDS = {
     return cases.map(([numTimesteps, steps]) => sampler.timePairs(numTimesteps, steps));
   },
 
+  // The class that each text names, or the error; then file names, and texts for all.
+  classes({ texts, names }) {
+    const found = texts.map((text) => {
+      try {
+        return sampler.classIndex(text, names);
+      } catch (error) {
+        return error.message;
+      }
+    });
+    const named = names.map((_, y) => sampler.classText(y, names));
+    return [found, sampler.fileStems(names), named];
+  },
+
   card({ path }) {
     return sampler.readCard(path, readFileSync(path));
   },

@@ -484,6 +484,69 @@ async function sampleCodesAndDecode(model, labels, streams) {
   return asBytes(images);
 }
 
+// --- Classes -------------------------------------------------------------------------------------
+
+/** "T-shirt/top" -> "t-shirt-top": what spellings of a name share, and safe in a file name.
+
+    Letters, digits and, beyond ASCII, marks and symbols stay, in lower case and NFC. */
+export function fold(name) {
+  const text = name.toUpperCase().toLowerCase().normalize("NFC");
+  const isKept = (c) => /[\p{L}\p{N}\u200c\u200d]|(?!\p{ASCII})[\p{M}\p{S}]/u.test(c);
+  return Array.from(text, (c) => (isKept(c) ? c : "-")).join("");
+}
+
+/** Each class as a part of a file name: short, and different even where case is ignored. */
+export function fileStems(classNames) {
+  const stems = classNames.map((name) => Array.from(fold(name)).slice(0, 50).join(""));
+  return stems.map((stem, y) => {
+    const isUnique = stems.filter((other) => other === stem).length === 1;
+    return stem && isUnique ? stem : `${stem || "class"}_${y}`;
+  });
+}
+
+/** The index of the class that a text names.
+
+    Tried in this order: the exact name (NFC), an index, the folded name, a beginning of one folded
+    name.  Throws InputError, which lists the indices of an ambiguous name. */
+export function classIndex(text, classNames) {
+  const indices = (isSame) => [...classNames.keys()].filter((y) => isSame(classNames[y]));
+  const stem = fold(text);
+  // A comma in the text is none of the signs that may be another.
+  const folded = (name) =>
+    text.includes(",") ? name.split(",").map((part) => fold(part.trim())).join() : fold(name);
+  if (stem === "all") {
+    throw new InputError("all means every class: name a class that is called so by its index");
+  }
+  let found = indices((name) => name.normalize("NFC") === text.normalize("NFC"));
+  if (!found.length && /^(0|[1-9]\d{0,8})$/.test(text) && Number(text) < classNames.length) {
+    return Number(text);
+  }
+  if (!found.length) found = indices((name) => folded(name) === folded(text));
+  if (!found.length && /[^-]/.test(stem) && !/^\p{Nd}+$/u.test(stem)) {
+    found = indices((name) => fold(name).startsWith(stem));
+  }
+  if (found.length === 1) return found[0];
+  if (found.length) {
+    const list = found.slice(0, 10).map((y) => `${y} (${classNames[y]})`);
+    const more = found.length > 10 ? ", ..." : "";
+    throw new InputError(
+      `class ${text} is ambiguous, give an index: ${list.join(", ")}${more}`,
+    );
+  }
+  const some = [...new Set(classNames)].slice(0, 10);
+  throw new InputError(`no class ${text}: choose one of ${some.join(", ")}`);
+}
+
+/** A text that names class y: its name, or its index where the name does not. */
+export function classText(y, classNames, name = classNames[y]) {
+  try {
+    if (classIndex(name, classNames) === y) return name;
+  } catch {
+    // it is called all, or as another class is
+  }
+  return String(y);
+}
+
 // --- Codes and noise -----------------------------------------------------------------------------
 
 /** The Gaussian mixtures in a card as arrays for sampleCodes; null stands for N(0, 1). */
