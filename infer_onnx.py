@@ -16,10 +16,14 @@
     python infer_onnx.py --class all --num-samples 10    ten images of each class
     python infer_onnx.py --model vae --class Bag         vae, gan, ddpm, ddim, ldm, or an .onnx file
     python infer_onnx.py --info                          what the model file says about itself
+    python infer_onnx.py --list-classes                  the names of its classes and their indices
 
 The model is the newest runs/*/NAME.onnx (written by export.py), else pretrained/NAME.onnx, else
 NAME.onnx. The file contains everything that is needed to use it. The same seed gives the same image
 as in torch, whatever the batch size.
+
+A class is named exactly, or by its index, or without regard to case and signs, or by a beginning
+that no other class has; a name that fits several classes is refused, with their indices.
 
 Exit codes: 0 done, 2 wrong flags, 3 model file cannot be used, 4 provider not available,
 5 run failed, 130 Ctrl-C.
