@@ -40,9 +40,9 @@ NAME = "ddpm"
 SAMPLES_FROM = ("ddpm", "ddim")  # both scripts train the same network in the same way
 STEPS = 250  # default number of sampling steps
 GRID_STEPS = 50  # of the grids of samples written while training
-SAMPLER_FLAGS = ("guidance_limit", "variance", "clip")  # passed on to sample()
+SAMPLER_FLAGS = ("guidance_interval", "variance", "clip")  # passed on to sample()
 GUIDANCE = 1.6  # default
-GUIDANCE_LIMIT = 0.8  # default, a fraction of T
+GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
 
 # --- Method ---------------------------------------------------------------------------------------
 
@@ -160,15 +160,28 @@ def time_pairs(num_timesteps, steps):
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def guided(model, y, guidance, until=math.inf):
+def guided_times(interval, num_timesteps):
+    """The timesteps start <= t < stop at which guidance above 1 acts.
+
+    Kynkäänniemi et al. 2024 (arXiv:2404.07724): at high t it costs variety, at low t it is hardly
+    needed.  A step that is not guided takes one network evaluation, not two.
+
+    interval: (low, high), fractions of T.  Raises InputError unless 0 <= low <= high <= 1.
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"guidance interval {low} {high}: right is 0 <= LOW <= HIGH <= 1")
+    return low * num_timesteps, high * num_timesteps
+
+
+def guided(model, y, guidance, start=0, stop=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
     Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both
     take one pass.  It holds for v as for eps, since either is an affine function of the other at a
-    given x_t.  Above 1 it acts only at t < until: in more noise it costs variety (Kynkäänniemi et
-    al. 2024, arXiv:2404.07724).
+    given x_t.  Above 1 it acts only at start <= t < stop.
 
-    y: int64 (B,);  until: a timestep.
+    y: int64 (B,);  start, stop: of guided_times.
     """
     null = torch.full_like(y, NULL_LABEL)
 
@@ -176,7 +189,7 @@ def guided(model, y, guidance, until=math.inf):
         times = torch.full_like(y, t)
         if guidance == 0:
             return model(x_t, times, null)
-        if guidance == 1 or (guidance > 1 and t >= until):
+        if guidance == 1 or (guidance > 1 and not start <= t < stop):
             return model(x_t, times, y)
         both = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([null, y]))
         output_u, output_c = both.chunk(2)
@@ -232,14 +245,14 @@ def ddpm_sample(
 
 @torch.no_grad()
 def sample(
-    *, model, config, labels, steps=STEPS, guidance=GUIDANCE, guidance_limit=GUIDANCE_LIMIT,
+    *, model, config, labels, steps=STEPS, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
     variance="small", clip=True, seed=0, batch_size=100, trace=None,
 ):  # fmt: skip
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  config: the checkpoint's;
-    labels: int64 (N,);  guidance_limit: a fraction of T;  the rest: as in the functions above, and
-    --help;  trace: where N <= batch_size.
+    labels: int64 (N,);  guidance_interval: as in guided_times;  the rest: as in the functions
+    above, and --help;  trace: where N <= batch_size.
     """
     device = next(model.parameters()).device
     shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
@@ -254,8 +267,8 @@ def sample(
         def noise(streams=streams):
             return torch.from_numpy(next_noise(streams, shape)).to(device)
 
-        until = guidance_limit * config["num_timesteps"]
-        denoise = guided(model, labels[part].to(device), guidance, until)
+        times = guided_times(guidance_interval, config["num_timesteps"])
+        denoise = guided(model, labels[part].to(device), guidance, *times)
         x_T = noise()
         x_0 = ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance, clip, noise, trace)
         images.append(x_0.cpu())
@@ -288,9 +301,9 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, learning_rate, load_run_data,
-    number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device, power_ema,
-    run_parser, save_images, training_device, whole_numbers,
+    LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, autocast, errors_in_one_line, learning_rate,
+    load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
+    power_ema, run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -422,8 +435,13 @@ def sampling_flags(parser):
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0),
         help=f"guidance weight: 0 ignores the class, 1 is conditional, above 1 guided ({GUIDANCE})")
-    add("--guidance-limit", type=number(float, 0, 1), default=GUIDANCE_LIMIT,
-        help=f"guide only at timesteps below this fraction of T, 0 to 1 ({GUIDANCE_LIMIT})")
+    low, high = GUIDANCE_INTERVAL
+    add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
+        default=GUIDANCE_INTERVAL,
+        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
+             f"({low} {high})")
+    add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
+        help=argparse.SUPPRESS)
     add("--steps", type=number(int, 1),
         help=f"number of sampling steps, 1 to T, the number of training timesteps ({STEPS})")
     add("--variance", choices=("small", "large"), default="small",

@@ -416,7 +416,7 @@ class Setting:
     name: str  # as on the command line
     path: Path
     model: infer_onnx.Model
-    options: dict  # of diffusion models: steps, guidance; solver and limit if not the default
+    options: dict  # of diffusion models: steps, guidance; interval and solver if not the default
     shown: np.ndarray | None = None  # the samples in pictures, the first of seed 0
 
     def evaluations(self):
@@ -424,8 +424,21 @@ class Setting:
         return infer_onnx.evaluations(self.model.card, **self.options)
 
     def title(self):
-        values = [f"{key} {value}".replace("_", " ") for key, value in self.options.items()]
-        return ", ".join([self.name, *(value.removesuffix(".0") for value in values)])
+        """Such as "ddim, steps 20, guidance 2, guidance interval 0:0.6, solver dpm++".
+
+        The interval is named where it is not the model's default.  The solver is named where it is
+        not ddim, whatever the default: a title means the same in old tables and in new ones.
+        """
+        options = dict(self.options)
+        solver = options.pop("solver", self.model.card.get("solver", "ddim"))
+        if solver != "ddim":
+            options["solver"] = solver
+        texts = [self.name]
+        for key, value in options.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            shown = ":".join(f"{number}".removesuffix(".0") for number in numbers)
+            texts.append(f"{key} {shown}".replace("_", " "))
+        return ", ".join(texts)
 
 
 def find_settings(args, class_names):
@@ -467,17 +480,20 @@ def setting_options(args, name, card):
     if args.guidance and card["guidance_fixed"]:
         guidances = [card["guidance"]]
         print(f"{name} supports only guidance {card['guidance']:g}: --guidance is ignored")
-    solvers = args.solver
-    if "solver" not in infer_onnx.MODEL_FLAGS[card["model"]] and solvers != ["ddim"]:
-        solvers = ["ddim"]
+    usual = card.get("solver")  # ddpm has only one sampler
+    solvers = args.solver or [usual]
+    if usual is None and args.solver:
+        solvers = [None]
         print(f"{name} has only one sampler: --solver is ignored")
-    limits = args.guidance_limit or [card["guidance_limit"]]
+    intervals = args.guidance_interval or [tuple(card["guidance_interval"])]
     found = []
-    for solver, limit, guidance, count in itertools.product(solvers, limits, guidances, steps):
+    for solver, interval, guidance, count in itertools.product(
+        solvers, intervals, guidances, steps
+    ):
         options = {"steps": count, "guidance": guidance}
-        if guidance > 1 and limit != card["guidance_limit"]:  # no limit matters up to guidance 1
-            options["guidance_limit"] = limit
-        if solver != "ddim":
+        if guidance > 1 and interval != tuple(card["guidance_interval"]):  # else it does not matter
+            options["guidance_interval"] = interval
+        if solver != usual:
             options["solver"] = solver
         if options not in found:
             found.append(options)
@@ -577,7 +593,7 @@ def latency(setting):
     """Median ms per image, from labels to bytes: {"batch": {size: ms}, "best": size}."""
     warm_up = dict(setting.options)
     if warm_up:
-        warm_up |= {"steps": 1, "guidance_limit": 1}  # a single step, guided if any is
+        warm_up |= {"steps": 1, "guidance_interval": (0, 1)}  # a single step, guided if any is
     times = {}
     for batch in TIMED_BATCHES:
         labels = balanced_labels(0, batch)
@@ -598,6 +614,19 @@ def latency(setting):
 def several(parse):
     """An argparse type: values with commas, each once."""
     return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))
+
+
+def interval(text):
+    """An argparse type: '0.25:0.8' -> (0.25, 0.8)."""
+    low, _, high = text.partition(":")
+    fraction = number(float, 0, 1)
+    try:
+        pair = fraction(low), fraction(high)
+        infer_onnx.guided_times(pair, 1)
+    except (argparse.ArgumentTypeError, InputError) as error:
+        right = "LOW:HIGH with 0 <= LOW <= HIGH <= 1"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {right}") from error
+    return pair
 
 
 def solver(text):
@@ -624,10 +653,13 @@ def build_parser():
     add("--guidance", type=several(number(float, 0)), metavar="W,...",
         help="guidance weights: 0 ignores the class, 1 is conditional, above 1 guided "
              "(the model's default)")
-    add("--guidance-limit", type=several(number(float, 0, 1)), metavar="F,...",
-        help="guide only at timesteps below these fractions of T, 0 to 1 (the model's default)")
-    add("--solver", type=several(solver), default=["ddim"], metavar="NAME,...",
-        help="samplers of ddim and ldm: ddim, dpm++ or both (ddim)")
+    add("--guidance-interval", type=several(interval), metavar="LOW:HIGH,...",
+        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
+             "(the model's default)")
+    add("--guidance-limit", action=infer_onnx.Renamed, nargs="?",
+        const="--guidance-interval 0:HIGH", help=argparse.SUPPRESS)
+    add("--solver", type=several(solver), metavar="NAME,...",
+        help="samplers of ddim and ldm: ddim, dpm++ or both (the model's default)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist",
         help="data set of the real images (fashion-mnist)")
     add("--data-dir", type=os.path.expanduser, metavar="FOLDER",
@@ -725,8 +757,8 @@ def score_setting(setting, reference, sets, test, args):
         "sha256": setting.model.sha256,
         "steps": options.get("steps"),
         "guidance": options.get("guidance"),
-        "guidance_limit": options.get("guidance_limit", card.get("guidance_limit")),
-        "solver": options.get("solver"),
+        "guidance_interval": options.get("guidance_interval", card.get("guidance_interval")),
+        "solver": options.get("solver", card.get("solver")),
         "n": n,
         "marked": marked(n, reference),
         "seeds": args.seeds,

@@ -263,8 +263,9 @@ class Trained:
     def denoiser(self, y):
         """denoise(x_t, t) of classes y, int64 (B,)."""
         network = self.network.denoiser if self.latent else self.network
-        until = self.options["guidance_limit"] * self.config["num_timesteps"]
-        return ddim.guided(network, y.to(self.device), self.options["guidance"], until)
+        interval = self.options["guidance_interval"]
+        times = ddim.guided_times(interval, self.config["num_timesteps"])
+        return ddim.guided(network, y.to(self.device), self.options["guidance"], *times)
 
     def solve(self, denoise, x_T, trace=None):
         """Walk from noise to images, or latents, without noise in the steps."""
@@ -583,6 +584,8 @@ def add_flags(parser, command, name):
         add("--guidance", type=number(float, 0),
             help="guidance weight: 0 ignores the class, 1 is conditional; above 1 the way back "
                  "misses the image (1)")
+        add("--solver", choices=("ddim", "dpm++"), default="ddim",
+            help="sampler of the way back: ddim, which the inversion is of, or dpm++ (ddim)")
     # fmt: on
 
 

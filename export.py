@@ -211,11 +211,13 @@ def diffusion_card(script, config, network):
         "prediction": config["prediction"],
         "steps": min(script.STEPS, script.max_steps(config)),
         "guidance": script.default_guidance(config),
-        "guidance_limit": script.GUIDANCE_LIMIT,
+        "guidance_interval": script.GUIDANCE_INTERVAL,
         # With labels dropped never or always, one value of the guidance is all that was learned.
         "guidance_fixed": config["label_dropout"] in (0, 1),
         "alpha_bars": alpha_bars.tolist(),
     }
+    if script.NAME != "ddpm":  # which has one sampler
+        card["solver"] = script.SOLVER
     if script.NAME == "ldm":
         card["latent_shape"] = [config["latent_channels"], 8, 8]
         card["latent_mean"] = network.latent_mean.flatten().tolist()

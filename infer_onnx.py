@@ -57,11 +57,12 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # of the .onnx metadata entry whose JSON says how to use the model
-METADATA_FORMAT = 4
+METADATA_FORMAT = 5
 # Protobuf: field 14 (metadata) of 74 bytes, whose key is "sha256" and whose value has 64 bytes.
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
-DIFFUSION_OPTIONS = ("steps", "guidance", "guidance_limit")  # of `sample`; defaults in the card
+# Options of `sample` whose defaults are in the card.
+DIFFUSION_OPTIONS = ("steps", "guidance", "guidance_interval")
 KIND_KEYS = {
     "diffusion": ("null_label", "alpha_bars", "prediction", "guidance_fixed", *DIFFUSION_OPTIONS),
     "codes": ("latent_dim", "prior"),  # decodes a latent code: VAE and GAN
@@ -218,19 +219,26 @@ def read_card(session, path):
             raise ModelError(f"{path} is an ONNX model, but not one that export.py wrote")
         card = json.loads(text)
         version = card["format"]
-        keys = (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ()))
+        has_solver = "solver" in MODEL_FLAGS.get(card.get("model"), ())
+        if version == 4 and "guidance_limit" in card:  # the interval was (0, limit) then
+            card["guidance_interval"] = [0, card.pop("guidance_limit")]
+            if has_solver:
+                card["solver"] = "ddim"
+        keys = (*CARD_KEYS, *KIND_KEYS.get(card.get("kind"), ()), *["solver"] * has_solver)
         missing = [key for key in keys if key not in card]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} has broken metadata: {one_line(error)}") from error
-    if version != METADATA_FORMAT:
+    if version not in (4, METADATA_FORMAT):
         newer = isinstance(version, int) and version > METADATA_FORMAT
         remedy = "update infer_onnx.py" if newer else "export it again"
-        reads = f"this infer_onnx.py reads {METADATA_FORMAT}"
+        reads = f"this infer_onnx.py reads 4 and {METADATA_FORMAT}"
         raise ModelError(f"{path} has metadata format {version}, {reads}: {remedy}")
     if missing:
         raise ModelError(f"{path}: no {missing[0]} in its metadata")
     if card["kind"] not in KIND_KEYS or card["model"] not in MODEL_FLAGS:
         raise ModelError(f"{path}: unknown kind {card['kind']!r} or model {card['model']!r}")
+    if has_solver and card["solver"] not in SOLVERS:
+        raise ModelError(f"{path}: unknown solver {card['solver']!r}")
     return card
 
 
@@ -246,11 +254,11 @@ def run_session(session, **feed):
         raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {reason}") from error
 
 
-def denoiser(session, y, guidance, null_label, until):
+def denoiser(session, y, guidance, null_label, start, stop):
     """denoise(x_t, t) -> network output, with classifier-free guidance (Ho & Salimans 2022).
 
     output = output_u + guidance * (output_c - output_u), where u is without a class and c is with
-    class y, int64 (B,);  until: guidance above 1 applies at t < until only, else it is 1.
+    class y, int64 (B,);  start, stop: of guided_times; at other t, guidance above 1 is 1.
     """
     null = np.full_like(y, null_label)
 
@@ -258,7 +266,7 @@ def denoiser(session, y, guidance, null_label, until):
         return run_session(session, x_t=x_t, t=np.full(len(labels), t, np.int64), y=labels)
 
     def denoise(x_t, t):
-        if not is_guided(guidance, t, until):
+        if not is_guided(guidance, t, start, stop):
             return network(x_t, t, null if guidance == 0 else y)
         outputs = network(np.concatenate([x_t, x_t]), t, np.concatenate([null, y]))
         output_u, output_c = np.split(outputs, 2)
@@ -267,9 +275,9 @@ def denoiser(session, y, guidance, null_label, until):
     return denoise
 
 
-def is_guided(guidance, t, until):
+def is_guided(guidance, t, start, stop):
     """Whether step t needs the network both with a class and without it."""
-    return guidance not in (0, 1) and (guidance < 1 or t < until)
+    return guidance not in (0, 1) and (guidance < 1 or start <= t < stop)
 
 
 # --- Walk -----------------------------------------------------------------------------------------
@@ -301,6 +309,20 @@ def time_pairs(num_timesteps, steps):
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
     times = [max(int(num_timesteps * (i / steps) ** 1.3 + 0.5), i) - 1 for i in range(steps, 0, -1)]
     return list(zip(times, [*times[1:], -1], strict=True))
+
+
+def guided_times(interval, num_timesteps):
+    """The timesteps start <= t < stop at which guidance above 1 acts.
+
+    Kynkäänniemi et al. 2024 (arXiv:2404.07724): at high t it costs variety, at low t it is hardly
+    needed.  A step that is not guided takes one network evaluation, not two.
+
+    interval: (low, high), fractions of T.  Raises InputError unless 0 <= low <= high <= 1.
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"guidance interval {low} {high}: right is 0 <= LOW <= HIGH <= 1")
+    return low * num_timesteps, high * num_timesteps
 
 
 def predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t, clip=False):
@@ -455,16 +477,16 @@ def ddpm_sample(
 
 
 def sample(
-    model, labels, *, steps=None, guidance=None, guidance_limit=None, solver="ddim", eta=0.0,
+    model, labels, *, steps=None, guidance=None, guidance_interval=None, solver=None, eta=0.0,
     variance="small", truncation=None, prior="fitted", seed=0, first=0, batch_size=100,
 ):  # fmt: skip
     """Sample one image for each label: uint8 (N, C, 32, 32); image i has noise (seed, first + i).
 
     model: from load_model;  labels: list of int, indices into the class names of the card;
-    steps, guidance, guidance_limit: of diffusion models, default from the card;
-    solver, eta: of ddim and ldm;  variance: of ddpm;  truncation: of vae and gan;  prior: of vae.
-    Raises ValueError for other labels or solvers, RunError if the network fails or its output is
-    not finite.
+    steps, guidance, guidance_interval: of diffusion models, default from the card;  solver, eta: of
+    ddim and ldm, the solver's default from the card;  variance: of ddpm;  truncation: of vae and
+    gan;  prior: of vae.  Raises ValueError for other labels, solvers or intervals, RunError if the
+    network fails or its output is not finite.
     """
     card = model.card
     num_classes = len(card["class_names"])
@@ -476,10 +498,12 @@ def sample(
         streams = noise_streams(seed, range(first, first + len(labels)))
         codes = sample_codes(mixture, labels, streams, card["latent_dim"], truncation)
         return decode_codes(model, codes, class_weights(labels, num_classes), batch_size)
+    if solver is None:
+        solver = card.get("solver", "ddim")  # ddpm, which has none, leaves it out
     if solver not in SOLVERS or (solver == "dpm++" and eta > 0):
         raise ValueError(f"solver {solver!r} with eta {eta}: it must be ddim, or dpm++ with eta 0")
     alpha_bars = np.array(card["alpha_bars"], np.float64)
-    pairs, guidance, until = walk_of(card, steps, guidance, guidance_limit)
+    pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
     latent_shape = card.get("latent_shape")  # of an LDM
     clip = not latent_shape
 
@@ -490,7 +514,7 @@ def sample(
             return next_noise(streams, latent_shape or card["image_shape"])
 
         y = np.array([labels[i] for i in indices], np.int64)
-        denoise = denoiser(model.session, y, guidance, card["null_label"], until)
+        denoise = denoiser(model.session, y, guidance, card["null_label"], *times)
         arguments = (denoise, noise(), alpha_bars, pairs, card["prediction"])
         if card["model"] == "ddpm":
             x_0 = ddpm_sample(*arguments, variance=variance, clip=clip, noise=noise)
@@ -507,15 +531,16 @@ def sample(
     return in_batches(model, walk, len(labels), batch_size)
 
 
-def walk_of(card, steps=None, guidance=None, guidance_limit=None):
-    """(pairs, guidance, until) of a diffusion model's walk; None is the model's default.
+def walk_of(card, steps=None, guidance=None, guidance_interval=None):
+    """(pairs, guidance, times) of a diffusion model's walk; None is the model's default.
 
-    pairs: from time_pairs;  until: guidance above 1 applies at t < until only.
+    pairs: from time_pairs;  times: (start, stop) from guided_times.
     """
     steps = card["steps"] if steps is None else steps
     guidance = card["guidance"] if guidance is None else guidance
-    limit = card["guidance_limit"] if guidance_limit is None else guidance_limit
-    return time_pairs(steps_limit(card), steps), guidance, len(card["alpha_bars"]) * limit
+    interval = card["guidance_interval"] if guidance_interval is None else guidance_interval
+    times = guided_times(interval, len(card["alpha_bars"]))
+    return time_pairs(steps_limit(card), steps), guidance, times
 
 
 def steps_limit(card):
@@ -523,12 +548,12 @@ def steps_limit(card):
     return walk_length(np.array(card["alpha_bars"]), card["prediction"])
 
 
-def evaluations(card, *, steps=None, guidance=None, guidance_limit=None, **_):
+def evaluations(card, *, steps=None, guidance=None, guidance_interval=None, **_):
     """Network evaluations per image, with options as in `sample`: a guided step takes two."""
     if card["kind"] == "codes":
         return 1
-    pairs, guidance, until = walk_of(card, steps, guidance, guidance_limit)
-    return sum(2 if is_guided(guidance, t, until) else 1 for t, _ in pairs)
+    pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
+    return sum(2 if is_guided(guidance, t, *times) else 1 for t, _ in pairs)
 
 
 def fitted_prior(card):
@@ -961,6 +986,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+class Renamed(argparse.Action):
+    """A flag that is refused with the name of the one that took its place, in const."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is now: {self.const}")
+
+
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: int or float in [low, high], or in (low, high] with above."""
 
@@ -1011,11 +1043,14 @@ def add_model_flags(parser):
     add("--guidance", type=number(float, 0),
         help="guidance weight: 0 ignores the class, 1 is conditional, above 1 guided; "
              "diffusion models only (the model's default)")
-    add("--guidance-limit", type=number(float, 0, 1),
-        help="guide only at timesteps below this fraction of T, 0 to 1; "
+    add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps; "
              "diffusion models only (the model's default)")
+    add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
+        help=argparse.SUPPRESS)
     add("--solver", choices=SOLVERS,
-        help="sampler: ddim, or dpm++, of second order, for few steps; ddim and ldm only (ddim)")
+        help="sampler: ddim, or dpm++, of second order, for few steps; "
+             "ddim and ldm only (the model's default)")
     add("--eta", type=number(float, 0, 1),
         help="noise added in each step, from 0, deterministic, to 1, as in DDPM; "
              "ddim and ldm only (0)")
@@ -1074,15 +1109,16 @@ def sampling_options(args, card):
         if value is not None and flag in for_some and flag not in MODEL_FLAGS[card["model"]]:
             name = flag.replace("_", "-")
             raise InputError(f"--{name} is not for {card['model']} models: leave it out")
-    if args.solver == "dpm++" and args.eta:
-        raise InputError("--solver dpm++ needs the deterministic sampler, --eta 0")
-    flags = ("solver", "eta", "variance", "truncation", "prior")
+    flags = ("eta", "variance", "truncation", "prior")
     options = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     if card["kind"] == "codes":
         return options
-    for key in DIFFUSION_OPTIONS:
-        value = getattr(args, key)
-        options[key] = card[key] if value is None else value
+    for key in (*DIFFUSION_OPTIONS, "solver"):
+        if key in card:  # ddpm has no solver
+            options[key] = card[key] if getattr(args, key) is None else getattr(args, key)
+    guided_times(options["guidance_interval"], len(card["alpha_bars"]))  # or InputError
+    if options.get("solver") == "dpm++" and args.eta:
+        raise InputError(f"--eta {args.eta} is for --solver ddim: dpm++ is deterministic")
     limit = steps_limit(card)
     if options["steps"] > limit:
         raise InputError(f"--steps {options['steps']} is more than the {limit} timesteps of a walk")
@@ -1174,6 +1210,8 @@ def run(args):
     images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
     seconds = time.perf_counter() - start
     options["seed"] = args.seed
+    if card["kind"] == "diffusion":  # as it is typed
+        options["guidance_interval"] = "{:g} {:g}".format(*options["guidance_interval"])
     texts = {"model": card["model"], "model_sha256": model.sha256, **options}
     texts["Software"] = "infer_onnx.py"
     write_images(images, labels, names, output, columns, texts, first)

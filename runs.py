@@ -62,6 +62,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+class Renamed(argparse.Action):
+    """A flag that is refused with the name of the one that took its place, in const."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is now: {self.const}")
+
+
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: int or float in [low, high], or in (low, high] with above."""
 

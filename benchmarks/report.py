@@ -153,8 +153,9 @@ NOTES = """\
   {train:,} training images over that to the nearest of {others:,} test images. Copies: fraction of
   them with a ratio that only 1 % of real images fall below. A copy ratio far below that of real
   images, or copies far above 0.01, show that training images are reproduced.
-- Network evaluations: per image. A guided step takes two; steps are guided at t below the guidance
-  limit, which is the model's unless the row names another.
+- Network evaluations: per image. A guided step takes two; steps are guided at t in the guidance
+  interval, fractions of T, which is the model's unless the row names another. A row of ddim or ldm
+  that names no solver is of DDIM.
 - CAS (Ravuri & Vinyals 2019, arXiv:1905.10887): accuracy on the test images of a classifier trained
   on {train:,} samples; for real images, of the same classifier trained on the training images.
 """

@@ -82,8 +82,10 @@ TRIALS = {
 }  # fmt: skip
 # How samples are made for the scores.
 DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
-DRAWN["ddim"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.25 --guidance-limit 1"
-DRAWN["ldm"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.5 --guidance-limit 1"
+DRAWN["ddim"] = (
+    "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.25 --guidance-interval 0:1"
+)
+DRAWN["ldm"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.5 --guidance-interval 0:1"
 EXPONENTS = (1.0, 1.3, 2.0)  # of the spacing of steps
 WALKS = (("ddim", 20), ("dpm++", 10))  # solver, steps
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")

@@ -233,7 +233,8 @@ def test_every_flag_explains_itself_and_says_its_true_default(name):
             said = text.rsplit("(", 1)[1].rstrip(")")
             assert said == str(default) or float(said) == default, dest
         elif isinstance(default, tuple):
-            assert text.endswith(f"({','.join(map(str, default))})"), dest
+            said = " ".join(map(str, default))  # of a flag with two values; else they have commas
+            assert text.endswith((f"({said})", f"({said.replace(' ', ',')})")), dest
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -263,9 +264,19 @@ def test_what_is_sampled_without_asking_is_the_same_everywhere(name):
     config = {"label_dropout": 0.1}
     assert card["steps"] == defaults["steps"] == script.STEPS
     assert card["guidance"] == defaults["guidance"] == script.default_guidance(config)
-    assert card["guidance_limit"] == defaults["guidance_limit"] == flags["guidance_limit"]
+    interval = defaults["guidance_interval"]
+    assert tuple(card["guidance_interval"]) == interval == flags["guidance_interval"]
+    assert interval == script.GUIDANCE_INTERVAL
     assert flags["steps"] is flags["guidance"] is None  # they are the script's constants
-    assert without_torch["steps"] is without_torch["guidance"] is None  # they are the card's
-    for key in ("seed", "solver", "eta", "variance"):
+    if name == "ddpm":
+        assert "solver" not in {*card, *defaults, *flags} and not hasattr(script, "SOLVER")
+    else:
+        assert card["solver"] == defaults["solver"] == flags["solver"] == script.SOLVER
+    for key in (*infer_onnx.DIFFUSION_OPTIONS, "solver"):
+        assert without_torch[key] is None  # they are the card's
+    args = evaluate.build_parser().parse_args([name])
+    [options] = evaluate.setting_options(args, name, card)
+    assert options == {"steps": card["steps"], "guidance": card["guidance"]}  # and the card's
+    for key in ("seed", "eta", "variance"):
         found = {place[key] for place in (flags, defaults, without_torch) if key in place}
         assert len(found) == 1, (key, found)

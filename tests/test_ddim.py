@@ -359,12 +359,21 @@ def test_guidance_by_hand(guidance, expected):
 @pytest.mark.parametrize(
     ("guidance", "expected", "passes"), [(0, 10, 1), (1, 2, 1), (1.5, 2, 1), (0.5, 6, 2)]
 )
-def test_from_the_limit_on_guidance_above_1_is_off(guidance, expected, passes):
+def test_outside_its_interval_guidance_above_1_is_off(guidance, expected, passes):
     model = Recorder()
-    denoise = ddim.guided(model, torch.tensor([2]), guidance, until=7.5)
-    assert denoise(torch.zeros(1, 1, 2, 2), 8)[0, 0, 0, 0] == expected
-    assert len(model.calls[0][1]) == passes
-    assert denoise(torch.zeros(1, 1, 2, 2), 7)[0, 0, 0, 0] == 10 + guidance * (2 - 10)
+    times = ddim.guided_times((0.25, 0.625), 8)
+    denoise = ddim.guided(model, torch.tensor([2]), guidance, *times)
+    for t in (0, 1, 5, 7):
+        assert denoise(torch.zeros(1, 1, 2, 2), t)[0, 0, 0, 0] == expected
+        assert len(model.calls[-1][1]) == passes
+    for t in (2, 3, 4):
+        assert denoise(torch.zeros(1, 1, 2, 2), t)[0, 0, 0, 0] == 10 + guidance * (2 - 10)
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 0.5), (0, 1.5), (math.nan, 1)])
+def test_an_interval_that_is_none_is_refused(interval):
+    with pytest.raises(InputError, match="right is 0 <= LOW <= HIGH <= 1"):
+        ddim.guided_times(interval, 1000)
 
 
 CONFIG = {
@@ -717,6 +726,8 @@ def test_code_in_a_checkpoint_is_not_run(in_tmp, capsys):
         (["--filmstrip"], "python explore.py filmstrip ddim"),
         (["--solver", "dpm++", "--eta", "1"], "--eta 1.0 is for --solver ddim"),
         (["--solver", "euler"], "invalid choice"),
+        (["--guidance-interval", "0.8", "0.2"], "right is 0 <= LOW <= HIGH <= 1"),
+        (["--guidance-limit", "0.8"], "--guidance-limit is now: --guidance-interval 0 HIGH"),
         (["--no-such-flag"], "unrecognized"),
     ],
 )

@@ -604,7 +604,8 @@ def test_the_cache_knows_all_that_samples_depend_on(workplace, in_tmp, monkeypat
         {"model": replace(model, session=cuda)},
         {"options": {"steps": 3, "guidance": 1.5}},
         {"options": {"steps": 2, "guidance": 1.6}},
-        {"options": {"steps": 2, "guidance": 1.5, "guidance_limit": 0.5}},
+        {"options": {"steps": 2, "guidance": 1.5, "guidance_interval": (0, 0.5)}},
+        {"options": {"steps": 2, "guidance": 1.5, "guidance_interval": (0.1, 0.5)}},
         {"options": {"steps": 2, "guidance": 1.5, "solver": "dpm++"}},
         {"seed": 1},
         {"first": 10},
@@ -708,19 +709,55 @@ def test_settings_follow_the_flags(workplace, capsys):
     assert [(s.options["guidance"], s.options["steps"], s.evaluations()) for s in settings] == [
         (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 9), (2, 1000, 1800),
     ]  # fmt: skip
-    flags = ["ddim", "--steps", "5", "--guidance", "2", "--guidance-limit", "1,0.7"]
-    args = evaluate.build_parser().parse_args(flags)
+    flags = ["ddim", "--steps", "5", "--guidance", "2", "--guidance-interval"]
+    args = evaluate.build_parser().parse_args(
+        [*flags, "0:1,0.3:0.7"]
+    )  # t = 999, 747, 514, 303, 122
     settings = evaluate.find_settings(args, CLASSES)
-    assert [(s.options["guidance_limit"], s.evaluations()) for s in settings] == [(1, 10), (0.7, 8)]
-    assert settings[1].title() == "ddim, steps 5, guidance 2, guidance limit 0.7"
-    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-limit", "0.8,1"]
+    found = [(s.options["guidance_interval"], s.evaluations()) for s in settings]
+    assert found == [((0, 1), 10), ((0.3, 0.7), 7)]
+    assert settings[1].title() == "ddim, steps 5, guidance 2, guidance interval 0.3:0.7"
+    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-interval", "0:0.8,0:1"]
     args = evaluate.build_parser().parse_args(flags)
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
-    found = [(o["guidance"], o.get("guidance_limit")) for o in options]
-    assert found == [(0, None), (1, None), (1.6, None), (1.6, 1)]
+    found = [(o["guidance"], o.get("guidance_interval")) for o in options]
+    assert found == [(0, None), (1, None), (1.6, None), (1.6, (0, 1))]
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
+
+
+@pytest.mark.parametrize("usual", infer_onnx.SOLVERS)
+def test_a_title_names_every_solver_but_ddim(in_tmp, usual):
+    """Whatever the card's default, so that titles of tables of then and now mean the same."""
+    card = infer_onnx.load_model(ROOT / "pretrained/ddim.onnx", "cpu").card | {"solver": usual}
+    titles = {}
+    for flags in ([], ["--solver", "ddim,dpm++"]):
+        args = evaluate.build_parser().parse_args(["ddim", *flags])
+        model = SimpleNamespace(card=card)
+        for options in evaluate.setting_options(args, "ddim", card):
+            setting = evaluate.Setting("ddim", Path("ddim.onnx"), model, options)
+            titles.setdefault(setting.title(), []).append(options.get("solver"))
+    start = f"ddim, steps {card['steps']}, guidance {card['guidance']}"
+    other = "ddim" if usual == "dpm++" else "dpm++"
+    named = {"ddim": start, "dpm++": f"{start}, solver dpm++"}
+    assert titles == {named[usual]: [None, None], named[other]: [other]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guidance-interval", "0.8"], "'0.8' is not LOW:HIGH with 0 <= LOW <= HIGH <= 1"),
+        (["--guidance-interval", "0:1,0.8:0.2"], "'0.8:0.2' is not LOW:HIGH"),
+        (["--guidance-interval", "0:x"], "'0:x' is not LOW:HIGH"),
+        (["--guidance-limit", "0.6,0.8"], "is now: --guidance-interval 0:HIGH"),
+    ],
+)
+def test_intervals_that_are_none_are_refused_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.build_parser().parse_args(["ddim", *flags])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_few_or_unequal_samples_are_marked(sets):

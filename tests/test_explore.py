@@ -315,7 +315,7 @@ def test_interpolations_as_pictures(name, draw):
 def test_flags_of_sampling_change_an_interpolation(draw):
     found = set()
     for flags in (
-        [], ["--guidance", "4"], ["--guidance", "4", "--guidance-limit", "0.3"],
+        [], ["--guidance", "4"], ["--guidance", "4", "--guidance-interval", "0", "0.3"],
         ["--solver", "dpm++"], ["--no-clip"], ["--seed", "5"], ["--steps", "5"],
     ):  # fmt: skip
         steps = int(flags[1]) if "--steps" in flags else 3
@@ -555,6 +555,8 @@ def refused(argv, capsys):
         ("filmstrip ddpm --eta 1", "unrecognized arguments: --eta"),
         ("filmstrip ddim --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("filmstrip ldm --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
+        ("interpolate ddim --guidance-interval 0.8 0.2", "right is 0 <= LOW <= HIGH <= 1"),
+        ("filmstrip ddpm --guidance-limit 0.8", "is now: --guidance-interval 0 HIGH"),
         ("gif ddim --output x.png", "must end in .gif"),
         ("gif gan --steps 5", "unrecognized arguments: --steps"),
         ("gif ddim --checkpoint nowhere.pt", "there is no nowhere.pt"),
@@ -648,7 +650,7 @@ def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
     expected = sampling_flags_of(name) if sampled else {}
     assert found.keys() & every == expected.keys()
     changed = {flag for flag in expected if found[flag] != expected[flag]}
-    assert changed == ({"--steps", "--guidance"} if command == "invert" else set())
+    assert changed == ({"--steps", "--guidance", "--solver"} if command == "invert" else set())
     assert ("--seed" in found) == (sampled and command != "invert")
     reads = command in ("invert", "reconstruct", "between", "map")
     assert ("--data-dir" in found) == reads

@@ -158,7 +158,7 @@ def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     config = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)["config"]
     flags = {flag.dest for flag in script.build_parser()._actions}
     action = {"help", "train", "resume", "run_dir", "class_", "num_samples", "checkpoint", "output"}
-    sampling = {"guidance", "guidance_limit", "steps", "solver", "eta", "variance", "clip"}
-    sampling |= {"prior", "truncation"}
+    sampling = {"guidance", "guidance_interval", "steps", "solver", "eta", "variance", "clip"}
+    sampling |= {"guidance_limit", "prior", "truncation"}
     assert {*config} == flags - action - sampling
     assert config["data"] == "kmnist" and runs.FORMAT == 2

@@ -108,7 +108,8 @@ def test_the_metadata_says_all(loaded, tiny_run):
     assert card["training"]["step"] == 18
     assert card["steps"] == 20
     assert card["guidance"] == ddim.GUIDANCE
-    assert card["guidance_limit"] == ddim.GUIDANCE_LIMIT
+    assert card["guidance_interval"] == list(ddim.GUIDANCE_INTERVAL)
+    assert card["solver"] == ddim.SOLVER and card["format"] == 5
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -122,20 +123,20 @@ def test_network_outputs_equal_those_of_torch(loaded, tiny_run, batch):
 
 
 @pytest.mark.parametrize(
-    ("steps", "guidance", "limit", "eta", "solver"),
+    ("steps", "guidance", "interval", "eta", "solver"),
     [
-        (20, 1.5, 1, 0.0, "ddim"),
-        (7, 1, 1, 0.0, "dpm++"),
-        (5, 0, 0.5, 0.6, "ddim"),
-        (4, 3.0, 0.5, 1.0, "ddim"),
-        (8, 2, 0.3, 0.0, "dpm++"),
+        (20, 1.5, (0, 1), 0.0, "ddim"),
+        (7, 1, (0, 1), 0.0, "dpm++"),
+        (5, 0, (0, 0.5), 0.6, "ddim"),
+        (4, 3.0, (0, 0.5), 1.0, "ddim"),
+        (8, 2, (0.1, 0.6), 0.0, "dpm++"),
     ],
 )
-def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit, eta, solver):
+def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, interval, eta, solver):
     checkpoint = runs.load_checkpoint(tiny_run / "ddim.pt", ("ddim",))
     network = ddim.ema_network(checkpoint, torch.device("cpu"))
     options = {
-        "steps": steps, "guidance": guidance, "guidance_limit": limit, "eta": eta,
+        "steps": steps, "guidance": guidance, "guidance_interval": interval, "eta": eta,
         "solver": solver, "seed": 5,
     }  # fmt: skip
     known = {"model": network, "config": checkpoint["config"], "labels": torch.arange(6)}
@@ -149,13 +150,18 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, limit,
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"steps": 5, "guidance": 2, "guidance_limit": 1}, 10),
-        ({"steps": 5, "guidance": 2, "guidance_limit": 0.5}, 7),  # t = 999, 747, 514, 303, 122
-        ({"steps": 5, "guidance": 2, "guidance_limit": 0.514}, 7),
-        ({"steps": 5, "guidance": 2, "guidance_limit": 0.515}, 8),
-        ({"steps": 5, "guidance": 2, "guidance_limit": 0}, 5),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0, 1)}, 10),
+        # t = 999, 747, 514, 303, 122
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0.5)}, 7),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0.514)}, 7),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0.515)}, 8),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0.303, 0.747)}, 7),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0.304, 0.748)}, 7),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0.3, 0.75)}, 8),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0.6, 0.7)}, 5),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0)}, 5),
         ({"steps": 5, "guidance": 1}, 5),
-        ({"steps": 5, "guidance": 0.5, "guidance_limit": 0}, 10),
+        ({"steps": 5, "guidance": 0.5, "guidance_interval": (0, 0)}, 10),
         ({}, 36),
         ({"steps": 3, "guidance": 0}, 3),
     ],
@@ -172,22 +178,54 @@ def test_evaluations_are_counted(loaded, monkeypatch, options, expected):
     assert sum(rows) == 2 * expected and infer_onnx.evaluations(loaded.card, **options) == expected
 
 
+def test_a_file_of_format_4_is_sampled_as_it_was(exported, loaded, in_tmp):
+    """Its interval is (0, guidance_limit) and its solver ddim."""
+
+    def older(card):
+        new = ("guidance_interval", "solver")
+        kept = {key: value for key, value in card.items() if key not in new}
+        return {**kept, "format": 4, "guidance_limit": 0.4}
+
+    with_card(exported, "x.onnx", older)
+    model = infer_onnx.load_model("x.onnx", "cpu")
+    assert model.card["guidance_interval"] == [0, 0.4] and model.card["solver"] == "ddim"
+    expected = infer_onnx.sample(loaded, [1, 2], guidance_interval=(0, 0.4), solver="ddim")
+    assert np.array_equal(infer_onnx.sample(model, [1, 2]), expected)
+
+
+def test_the_interval_and_the_solver_of_the_card_are_the_defaults(exported, loaded, in_tmp, capsys):
+    changes = {"guidance_interval": [0.1, 0.5], "solver": "dpm++"}
+    with_card(exported, "x.onnx", lambda card: {**card, **changes})
+    model = infer_onnx.load_model("x.onnx", "cpu")
+    expected = infer_onnx.sample(loaded, [1, 2], **changes)
+    assert np.array_equal(infer_onnx.sample(model, [1, 2]), expected)
+    count = infer_onnx.evaluations(loaded.card, **changes)
+    assert infer_onnx.evaluations(model.card) == count < infer_onnx.evaluations(loaded.card)
+    plain = infer_onnx.sample(loaded, [1, 2], guidance_interval=(0.1, 0.5), solver="ddim")
+    assert not np.array_equal(plain, expected)
+    infer_onnx.main(["--model", "x.onnx", "--class", "1,2", "--output", "x.npz"])
+    assert np.array_equal(np.load("x.npz")["x"], expected)
+    assert "guidance interval 0.1 0.5, solver dpm++" in capsys.readouterr().out
+    code, error = main_code(["--model", "x.onnx", "--eta", "1"], capsys)
+    assert code == 2 and "--eta 1.0 is for --solver ddim" in error
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
 def test_guidance_flags_sample_the_same_with_torch_and_without(name, tiny_runs, exports, in_tmp):
     images = {}
-    for limit in ("0.5", "1"):
-        flags = ["--steps", "4", "--guidance", "40", "--guidance-limit", limit]
+    for interval in ("0 0.5", "0.5 1"):
+        flags = ["--steps", "4", "--guidance", "40", "--guidance-interval", *interval.split()]
         at = ["--checkpoint", str(tiny_runs(name))]
         importlib.import_module(name).main([*at, *flags, "--output", "torch.npz"])
         infer_onnx.main(["--model", str(exports(name)), *flags, "--output", "onnx.npz"])
         a, b = (np.load(f"{place}.npz")["x"].astype(int) for place in ("torch", "onnx"))
         assert np.abs(a - b).max() <= 1
-        images[limit] = a
+        images[interval] = a
         if name == "ddim":  # an interpolation of classes starts with a sample of the first
             between = ["--class", "0,1", "--num-samples", "2", "--output", "between.npz"]
             explore.main(["interpolate", name, *at, *flags, *between])
             assert np.abs(np.load("between.npz")["x"][0] - a[0]).max() <= 1
-    assert np.abs(images["0.5"] - images["1"]).max() > 3
+    assert np.abs(images["0 0.5"] - images["0.5 1"]).max() > 3
 
 
 WAYS = [
@@ -253,11 +291,11 @@ def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
 
 OPTIONS = {
     "ddpm": [
-        {"steps": 12, "guidance": 1.5, "guidance_limit": 0.4},
+        {"steps": 12, "guidance": 1.5, "guidance_interval": (0.1, 0.4)},
         {"steps": 6, "guidance": 1, "variance": "large"},
     ],
     "ldm": [
-        {"steps": 8, "guidance": 2, "guidance_limit": 0.4, "solver": "dpm++"},
+        {"steps": 8, "guidance": 2, "guidance_interval": (0.1, 0.4), "solver": "dpm++"},
         {"steps": 5, "guidance": 0, "eta": 1},
     ],
     "gan": [{}, {"truncation": 0.5}],
@@ -432,7 +470,7 @@ def test_a_part_that_is_missing_or_of_another_export_exits_with_3(
     [
         ("vae", ["--steps", "5"]),
         ("gan", ["--guidance", "2"]),
-        ("vae", ["--guidance-limit", "1"]),
+        ("vae", ["--guidance-interval", "0", "1"]),
         ("gan", ["--reconstruct", "x.png"]),
         ("gan", ["--prior", "normal"]),
         ("ddpm", ["--eta", "0"]),
@@ -741,6 +779,8 @@ def make_bad_file(kind, exported, tiny_run, path):
         save_sealed(proto, path)
     elif kind == "newer metadata":
         with_card(exported, path, lambda card: {**card, "format": 99})
+    elif kind == "unknown solver":
+        with_card(exported, path, lambda card: {**card, "solver": "euler"})
     elif kind == "older metadata":
         with_card(exported, path, lambda card: {**card, "format": 2})
     elif kind == "broken metadata":
@@ -774,10 +814,11 @@ def make_bad_file(kind, exported, tiny_run, path):
         ("a checkpoint", "export it with export.py"),
         ("a Git LFS pointer", "git lfs pull"),
         ("another model", "not a file that export.py wrote"),
-        ("newer metadata", "metadata format 99, this infer_onnx.py reads 4: update infer_onnx.py"),
-        ("older metadata", "metadata format 2, this infer_onnx.py reads 4: export it again"),
+        ("newer metadata", "format 99, this infer_onnx.py reads 4 and 5: update infer_onnx.py"),
+        ("older metadata", "format 2, this infer_onnx.py reads 4 and 5: export it again"),
         ("broken metadata", "broken metadata"),
         ("unknown kind", "unknown kind 'flow'"),
+        ("unknown solver", "unknown solver 'euler'"),
         ("side-car weights missing", "not an ONNX model that onnxruntime can load"),
     ],
 )
@@ -793,7 +834,7 @@ def test_bad_model_files_exit_with_3(exported, tiny_run, tmp_path, kind, message
 
 
 @pytest.mark.parametrize(
-    "key", ["format", *infer_onnx.CARD_KEYS, *infer_onnx.KIND_KEYS["diffusion"]]
+    "key", ["format", "solver", *infer_onnx.CARD_KEYS, *infer_onnx.KIND_KEYS["diffusion"]]
 )
 def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
     with_card(exported, "x.onnx", lambda card: {k: v for k, v in card.items() if k != key})
@@ -821,7 +862,10 @@ def main_code(argv, capsys):
         (["--steps", "1001"], "more than the 1000"),
         (["--guidance", "-0.5"], "from 0"),
         (["--eta", "2"], "from 0 to 1"),
-        (["--solver", "dpm++", "--eta", "1"], "--eta 0"),
+        (["--solver", "dpm++", "--eta", "1"], "--eta 1.0 is for --solver ddim"),
+        (["--guidance-interval", "0.8", "0.2"], "right is 0 <= LOW <= HIGH <= 1"),
+        (["--guidance-interval", "0.8"], "expected 2 arguments"),
+        (["--guidance-limit", "0.8"], "--guidance-limit is now: --guidance-interval 0 HIGH"),
         (["--variance", "small"], "--variance is not for ddim"),
         (["--batch-size", "0"], "from 1"),
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),

@@ -141,7 +141,8 @@ def test_card_is_read_from_the_file(name):
 SETTINGS = {
     "ddim": [
         {}, {"guidance": 0}, {"guidance": 0.5}, {"guidance": 1}, {"seed": 2**62 + 3},
-        {"guidance": 3, "guidance_limit": 0.3}, {"solver": "dpm++", "steps": 8}, {"steps": 1},
+        {"guidance": 3, "guidance_interval": [0.25, 0.6]}, {"solver": "dpm++", "steps": 8},
+        {"steps": 1},
     ],
     "ddpm": [{"steps": 20}, {"steps": 10, "guidance": 3, "seed": 5}],
     "ldm": [{}, {"solver": "dpm++", "steps": 10, "seed": 9}],
@@ -180,6 +181,19 @@ def with_card(name, folder, **changes):
 
 @needs_node
 @needs_runtime
+def test_the_interval_and_the_solver_of_the_card_are_the_defaults(tmp_path):
+    changes = {"format": 5, "guidance_interval": [0.1, 0.5], "solver": "dpm++"}
+    path = with_card("ddim", tmp_path, **changes)
+    [images], [answer] = node_pictures(path, [SNEAKER], [{"steps": 8}])
+    assert difference(images, expected(path, steps=8))[1] <= LEVELS
+    assert answer["evaluations"] == infer_onnx.evaluations(model_of(path).card, steps=8)
+    newer = with_card("ddim", tmp_path, **changes | {"solver": "euler"})
+    answer = node("sample", path=newer, labels=[SNEAKER], cases=[{}])[0]
+    assert answer["error"] == "solver euler is not ddim or dpm++"
+
+
+@needs_node
+@needs_runtime
 def test_predictions_of_eps(tmp_path):
     """No shipped network predicts eps: one that is read so draws nonsense, the same nonsense."""
     path = with_card("ddim", tmp_path, prediction="eps")
@@ -196,7 +210,10 @@ def test_settings_out_of_range():
         "steps 0 is not in 1..1000": {"steps": 0},
         "steps 1001 is not in 1..1000": {"steps": 1001},
         "guidance -1 is not a number from 0": {"guidance": -1},
-        "guidance limit 1.5 is not a number from 0 to 1": {"guidance_limit": 1.5},
+        "guidance interval 0 1.5: right is 0 <= LOW <= HIGH <= 1": {"guidance_interval": [0, 1.5]},
+        "guidance interval 0.8 0.2: right is 0 <= LOW <= HIGH <= 1": {
+            "guidance_interval": [0.8, 0.2]
+        },
         "solver euler is not ddim or dpm++": {"solver": "euler"},
         f"seed {2**63} is not a whole number from 0 to {2**63 - 1}": {"seed": str(2**63)},
     }
@@ -367,22 +384,26 @@ def test_the_page_draws_a_sneaker(page, address, name):
 @needs_chromium
 @needs_runtime
 def test_a_link_is_a_picture(page, address):
-    options = {"seed": 2**62 + 3, "steps": 8, "guidance": 3, "guidance_limit": 0.5}
+    options = {"seed": 2**62 + 3, "steps": 8, "guidance": 3}
     settings = {"model": "ddim", "class": "t-shirt-top", **options, "solver": "dpm++"}
-    assert open_page(page, address, **settings) == "done"
+    options["guidance_interval"] = [0.125, 0.5]
+    ends = {"guidance_low": 0.125, "guidance_high": 0.5}
+    assert open_page(page, address, **settings, **ends) == "done"
     assert_draws(page, shipped("ddim"), 0, **options, solver="dpm++")
     command = text(page, "command")
     flags = command.removeprefix("python infer_onnx.py ").split()
     args = infer_onnx.build_parser().parse_args(flags)
     card = model_of(shipped("ddim")).card
     assert infer_onnx.sampling_options(args, card) == {
-        "steps": 8, "guidance": 3, "guidance_limit": 0.5, "solver": "dpm++",
+        "steps": 8, "guidance": 3, "guidance_interval": [0.125, 0.5], "solver": "dpm++",
     }  # fmt: skip
     assert (args.seed, args.class_) == (2**62 + 3, "t-shirt-top")
     link = page.evaluate("location.hash")
     page.open(address + link)
     page.wait("document.body && document.body.dataset.state === 'done'")
     assert_draws(page, shipped("ddim"), 0, **options, solver="dpm++")
+    assert open_page(page, address, **settings, guidance_limit=0.5) == "done"  # an older link
+    assert "--guidance-interval 0 0.5" in text(page, "command")
 
 
 @needs_chromium

@@ -9,13 +9,13 @@
    such as sqrt(alpha_bar_t), are plain numbers here. */
 
 const METADATA_KEY = "model_card"; // of the metadata entry whose JSON says how to use the model
-const METADATA_FORMAT = 4;
+const METADATA_FORMAT = 5;
 const SEAL_BYTES = 12 + 64; // see isSealed
 const CARD_KEYS = ["model", "kind", "class_names", "image_shape", "parts"];
 const KIND_KEYS = {
   diffusion: [
     "null_label", "alpha_bars", "prediction", "guidance_fixed",
-    "steps", "guidance", "guidance_limit",
+    "steps", "guidance", "guidance_interval",
   ],
   codes: ["latent_dim", "prior"], // decodes a latent code: VAE and GAN
 };
@@ -157,17 +157,24 @@ export function readCard(name, bytes) {
     }
     card = JSON.parse(text);
     if (typeof card !== "object" || card === null) throw new TypeError("the card is no object");
+    if (card.format === 4 && "guidance_limit" in card) { // the interval was [0, limit] then
+      card.guidance_interval = [0, card.guidance_limit];
+      delete card.guidance_limit;
+      if (card.model !== "ddpm") card.solver = "ddim";
+    }
   } catch (error) {
     if (error instanceof ModelError) throw error;
     throw new ModelError(`${name} has broken metadata: ${oneLine(error)}`);
   }
-  if (card.format !== METADATA_FORMAT) {
+  if (![4, METADATA_FORMAT].includes(card.format)) {
     throw new ModelError(
-      `${name} has metadata format ${card.format}, this page reads ${METADATA_FORMAT}: ` +
+      `${name} has metadata format ${card.format}, this page reads 4 and ${METADATA_FORMAT}: ` +
         (card.format > METADATA_FORMAT ? "update the page" : "export it again"),
     );
   }
-  const missing = [...CARD_KEYS, ...(KIND_KEYS[card.kind] ?? [])].find((key) => !(key in card));
+  const solver = ["ddim", "ldm"].includes(card.model) ? ["solver"] : [];
+  const keys = [...CARD_KEYS, ...(KIND_KEYS[card.kind] ?? []), ...solver];
+  const missing = keys.find((key) => !(key in card));
   if (missing) throw new ModelError(`${name}: no ${missing} in its metadata`);
   if (!(card.kind in KIND_KEYS) || !MODELS.includes(card.model)) {
     throw new ModelError(`${name}: unknown kind ${card.kind} or model ${card.model}`);
@@ -195,8 +202,8 @@ async function runSession(ort, session, inputs) {
 /** denoise(x_t, t) -> network output, with classifier-free guidance (Ho & Salimans 2022).
 
     output = output_u + guidance * (output_c - output_u), where u is without a class and c is with
-    class y, labels (B);  until: guidance above 1 applies at t < until only, else it is 1. */
-function denoiser(model, labels, shape, guidance, until) {
+    class y, labels (B);  start, stop: of guidedTimes; at other t, guidance above 1 is 1. */
+function denoiser(model, labels, shape, guidance, start, stop) {
   const nullLabels = labels.map(() => model.card.null_label);
 
   function network(x_t, t, y) {
@@ -208,7 +215,7 @@ function denoiser(model, labels, shape, guidance, until) {
   }
 
   return async function denoise(x_t, t) {
-    if (!isGuided(guidance, t, until)) {
+    if (!isGuided(guidance, t, start, stop)) {
       return network(x_t, t, guidance === 0 ? nullLabels : labels);
     }
     const twice = new Float32Array(2 * x_t.length);
@@ -222,8 +229,8 @@ function denoiser(model, labels, shape, guidance, until) {
 }
 
 /** Whether step t needs the network both with a class and without it. */
-function isGuided(guidance, t, until) {
-  return guidance !== 0 && guidance !== 1 && (guidance < 1 || t < until);
+function isGuided(guidance, t, start, stop) {
+  return guidance !== 0 && guidance !== 1 && (guidance < 1 || (start <= t && t < stop));
 }
 
 // --- Walk ----------------------------------------------------------------------------------------
@@ -265,6 +272,16 @@ export function timePairs(numTimesteps, steps) {
     times.push(Math.max(Math.floor(numTimesteps * (i / steps) ** 1.3 + 0.5), i) - 1);
   }
   return times.map((t, k) => [t, times[k + 1] ?? -1]);
+}
+
+/** [start, stop]: the timesteps start <= t < stop at which guidance above 1 acts.
+
+    interval: [low, high], fractions of T.  Throws InputError unless 0 <= low <= high <= 1. */
+function guidedTimes([low, high], numTimesteps) {
+  if (!(0 <= low && low <= high && high <= 1)) {
+    throw new InputError(`guidance interval ${low} ${high}: right is 0 <= LOW <= HIGH <= 1`);
+  }
+  return [low * numTimesteps, high * numTimesteps];
 }
 
 /** x_0_hat and eps_hat, the image and the noise that a network output stands for.
@@ -387,22 +404,21 @@ async function ddpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, tra
 /** Sample one image for each label: uint8 (N, C, H, W); image i has noise (seed, first + i).
 
     model: from loadModel;  labels: array of indices into the class names of the card;
-    steps, guidance, guidance_limit: of diffusion models, default from the card;  solver: of ddim
-    and ldm;  seed: BigInt;  trace: of diffusion models, as in ddimSample.  Throws InputError for
+    steps, guidance, guidance_interval: of diffusion models, default from the card;  solver: of ddim
+    and ldm, default from the card;  seed: BigInt;  trace: of diffusion models, as in ddimSample.  Throws InputError for
     other values, RunError if the network fails or its output is not finite. */
 export async function sample(model, labels, options = {}) {
   const { card } = model;
-  const { seed = 0n, first = 0, solver = "ddim", trace = async () => {} } = options;
-  const { steps, guidance, guidance_limit } = checkedOptions(card, labels, options);
+  const { seed = 0n, first = 0, trace = async () => {} } = options;
+  const { steps, guidance, times, solver } = checkedOptions(card, labels, options);
   const streams = labels.map((_, i) => new NoiseStream(seed, first + i));
   if (card.kind === "codes") return sampleCodesAndDecode(model, labels, streams);
   const alpha_bars = card.alpha_bars;
   const pairs = timePairs(walkLength(card), steps);
-  const until = alpha_bars.length * guidance_limit;
   const shape = card.latent_shape ?? card.image_shape; // latent_shape: of an LDM
   const clip = !card.latent_shape;
   const noise = () => nextNoise(streams, size(shape));
-  const denoise = denoiser(model, labels, shape, guidance, until);
+  const denoise = denoiser(model, labels, shape, guidance, ...times);
   const walk = [denoise, noise(), alpha_bars, pairs, card.prediction, clip, trace];
   let x_0;
   if (card.model === "ddpm") x_0 = await ddpmSample(...walk, noise);
@@ -411,9 +427,11 @@ export async function sample(model, labels, options = {}) {
   return asBytes(await toImages(model, x_0));
 }
 
-/** {steps, guidance, guidance_limit}, the model's where they are not given. Throws InputError. */
+/** {steps, guidance, times, solver}, the model's where they are not given. Throws InputError.
+
+    times: [start, stop] of guidedTimes;  solver: undefined for ddpm, which has one sampler. */
 export function checkedOptions(card, labels, options = {}) {
-  const { seed = 0n, solver = "ddim" } = options;
+  const { seed = 0n } = options;
   const classes = card.class_names.length;
   if (!labels.length || !labels.every((y) => Number.isInteger(y) && y >= 0 && y < classes)) {
     throw new InputError(`labels ${labels} must be one or more of 0..${classes - 1}`);
@@ -422,31 +440,31 @@ export function checkedOptions(card, labels, options = {}) {
     throw new InputError(`seed ${seed} is not a whole number from 0 to ${MAX_SEED}`);
   }
   if (card.kind === "codes") return {};
-  if (!SOLVERS.includes(solver)) throw new InputError(`solver ${solver} is not ddim or dpm++`);
+  const solver = options.solver ?? card.solver;
+  if (solver !== undefined && !SOLVERS.includes(solver)) {
+    throw new InputError(`solver ${solver} is not ddim or dpm++`);
+  }
   const guidance = options.guidance ?? card.guidance;
-  const guidance_limit = options.guidance_limit ?? card.guidance_limit;
   const steps = options.steps ?? card.steps;
   timePairs(walkLength(card), steps);
   if (!(guidance >= 0 && guidance < Infinity)) {
     throw new InputError(`guidance ${guidance} is not a number from 0`);
   }
-  if (!(guidance_limit >= 0 && guidance_limit <= 1)) {
-    throw new InputError(`guidance limit ${guidance_limit} is not a number from 0 to 1`);
-  }
+  const interval = options.guidance_interval ?? card.guidance_interval;
+  const times = guidedTimes(interval, card.alpha_bars.length);
   if (card.guidance_fixed && guidance !== card.guidance) {
     throw new InputError(`this model supports no other guidance than ${card.guidance}`);
   }
-  return { steps, guidance, guidance_limit };
+  return { steps, guidance, times, solver };
 }
 
 /** Network evaluations per image: a guided step takes two. */
 export function evaluations(card, options = {}) {
   if (card.kind === "codes") return 1;
-  const { steps, guidance, guidance_limit } = checkedOptions(card, [0], options);
-  const until = card.alpha_bars.length * guidance_limit;
+  const { steps, guidance, times } = checkedOptions(card, [0], options);
   let count = 0;
   for (const [t] of timePairs(walkLength(card), steps)) {
-    count += isGuided(guidance, t, until) ? 2 : 1;
+    count += isGuided(guidance, t, ...times) ? 2 : 1;
   }
   return count;
 }
