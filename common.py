@@ -19,6 +19,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,36 @@ class ImageData:
         n, c, h, w = self.images.shape
         counts = torch.bincount(self.labels, minlength=len(self.class_names))
         low, high = self.images.aminmax()
-        return (
+        first = (
             f"{self.source}: {n:,} images of {c}x{h}x{w}, {len(self.class_names)} classes of "
             f"{counts.min():,} to {counts.max():,} images, values {low}..{high}"
         )
+        return "\n".join([first, *(f"warning: {text}" for text in self.warnings)])
+
+    @cached_property
+    def warnings(self):
+        """What looks wrong in the data, a list of lines: empty where nothing does."""
+        found = []
+        n = len(self.images)
+        counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        if empty := [y for y, count in zip(self.class_names, counts, strict=True) if count == 0]:
+            more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+            found.append(f"no images of {', '.join(empty[:10])}{more}")
+        if len(counts) == 1:
+            found.append(f"all images are of one class, {self.class_names[0]}: it is no condition")
+        pixels = self.images.flatten(2)
+        varied = (pixels.amax(2) != pixels.amin(2)).any(1)
+        if constant := n - varied.sum().item():
+            found.append(f"{constant:,} of {n:,} images are constant, one colour each")
+        low, high = (value.item() for value in self.images.aminmax())
+        if low < high == 1:
+            found.append("all values are 0 or 1 of 255: were they 0.0 to 1.0? Multiply by 255")
+        elif low < high < low + 32:
+            found.append(f"all values are {low} to {high}, of 0 to 255: next to no contrast")
+        different = {hash(image.tobytes()) for image in self.images[varied].numpy()}
+        if (copies := n - constant - len(different)) > 0.1 * n:
+            found.append(f"{copies:,} of {n:,} images are exact copies of others")
+        return found
 
 
 def load_data(name, data_dir=None, channels=1, train=True):

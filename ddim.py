@@ -388,7 +388,7 @@ def train(args, checkpoint=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
     precision = autocast(device, args.bf16)
-    run = Run(NAME, args, len(images), checkpoint)
+    run = Run(NAME, args, data, checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
@@ -402,7 +402,7 @@ def train(args, checkpoint=None):
             "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
             "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
         }  # fmt: skip
-        run.save(state, grid)
+        run.save(state, grid, grid_labels)
 
     size = sum(p.numel() for p in model.parameters())
     print(f"run {run} on {device}, {size:,} parameters", flush=True)

@@ -17,11 +17,12 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
 
 Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018,
 arXiv:1802.05637), residual convolutions, no batch norm, the R1 penalty (Mescheder et al. 2018,
-arXiv:1801.04406), on every n-th step alone (Karras et al. 2019, arXiv:1912.04958, but without their
-correction of Adam), no momentum, an annealed learning rate, and an EMA of the generator over a
-fraction of the run (Karras et al. 2024, arXiv:2312.02696).  Losses of later papers: hinge (Miyato
-et al. 2018, arXiv:1802.05957), relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both
-penalties: Huang et al. 2024, arXiv:2501.05441).
+arXiv:1801.04406), on every n-th step alone (Karras et al. 2019, arXiv:1912.04958; theirs is a step
+more of Adam, for which they correct it, ours is added to the loss of that step), no momentum, an
+annealed learning rate, and an EMA of the generator over a fraction of the run (Karras et al. 2024,
+arXiv:2312.02696).  Losses of later papers: hinge (Miyato et al. 2018, arXiv:1802.05957),
+relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties: Huang et al. 2024,
+arXiv:2501.05441).
 """
 
 import itertools
@@ -243,7 +244,7 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Run, autocast, class_diversity, errors_in_one_line, learning_rate,
+    LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
     power_ema, run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
@@ -289,7 +290,7 @@ def train(args, checkpoint=None):
     forward_g = parallel(model)
     forward_d = parallel(discriminator)
     precision = autocast(device, args.bf16)
-    run = Run(NAME, args, len(images), checkpoint)
+    run = Run(NAME, args, data, checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
 
@@ -302,10 +303,7 @@ def train(args, checkpoint=None):
             "optimizer_d": optimizer_d.state_dict(), "sums": sums.tolist(),
             "penalty": last_penalty.item(),
         }  # fmt: skip
-        run.watch(samples=grid.abs().max().item())
-        trained = ema_model.n_averaged > 0  # at the start all samples are alike
-        run.log({"diversity": class_diversity(grid, grid_labels, data, warn=trained)})
-        run.save(state, grid)
+        run.save(state, grid, grid_labels)
 
     size_g = sum(p.numel() for p in model.parameters())
     size_d = sum(p.numel() for p in discriminator.parameters())

@@ -543,7 +543,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
     precision = autocast(device, args.bf16)
-    run = Run(NAME, args, len(images), checkpoint, part="autoencoder", fraction=fraction)
+    run = Run(NAME, args, data, checkpoint, part="autoencoder", fraction=fraction)
     config = {key: getattr(args, key) for key in FIXED + FREE}
 
     @torch.no_grad()
@@ -560,7 +560,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
             "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
             "optimizer": optimizer.state_dict(), "sums": sums.tolist(),
         }  # fmt: skip
-        run.save(state, grid, columns=10)
+        run.save(state, grid, data.labels[:400], made=x_hat.cpu(), columns=10)
 
     size = sum(p.numel() for p in parameters)
     print(f"stage 1 in {run} on {device}, {size:,} parameters", flush=True)
@@ -660,7 +660,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
     precision = autocast(device, args.bf16)
-    run = Run(NAME, args, len(latents), checkpoint, folder=folder, fraction=fraction)
+    run = Run(NAME, args, data, checkpoint, folder=folder, fraction=fraction)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     config["latent_channels"] = autoencoder["latent_channels"]
     config["autoencoder_widths"] = autoencoder["widths"]
@@ -678,7 +678,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
             "by_tenth": by_tenth.tolist(), "stage_1_seconds": stage_1_seconds,
         }  # fmt: skip
-        run.save(state, grid)
+        run.save(state, grid, grid_labels)
 
     size = sum(p.numel() for p in parameters)
     print(f"stage 2 in {run} on {device}, {size:,} parameters", flush=True)

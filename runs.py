@@ -29,8 +29,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import (
-    IDX_SETS, InputError, file_stems, load_data, note_on_all, parse_classes, to_float, to_uint8,
-    without_held_out,
+    IDX_SETS, InputError, file_stems, load_data, note_on_all, parse_classes, subsample, to_float,
+    to_uint8, without_held_out,
 )  # fmt: skip
 
 try:
@@ -595,26 +595,27 @@ def new_folder(name):
 class Run:
     """A training run: its folder, step and clock; the training itself is the script's.
 
-        run = Run(name, args, len(images), checkpoint)
+        run = Run(name, args, data, checkpoint)
         with run:                         # the folder is locked, errors say how to resume
             for step in run.steps(save):  # until the length asked for is over, or a signal comes
                 ...
         return run.end()
 
-    name: of the script;  args: its flags;  num_images: in the data;  checkpoint: to resume;
+    name: of the script;  args: its flags;  data: ImageData;  checkpoint: to resume;
     part: what is trained, if not all of it;  folder: that of an earlier part;  fraction: of
     --epochs or --minutes that this part takes.  `progress` is the fraction of it that is over.
     """
 
-    def __init__(self, name, args, num_images, checkpoint=None, part="", folder=None, fraction=1.0):
+    def __init__(self, name, args, data, checkpoint=None, part="", folder=None, fraction=1.0):
         self.name = name
         self.part = part
         self.args = args
-        self.num_images = num_images
+        self.data = data
+        self.num_images = len(data.images)
         self.fraction = fraction
         self.stem = part or name
         self.log_file = f"{part}_log.jsonl" if part else "log.jsonl"
-        self.steps_per_epoch = len(epoch_batches(num_images, args.batch_size, args.seed, 0))
+        self.steps_per_epoch = len(epoch_batches(self.num_images, args.batch_size, args.seed, 0))
         self.resumed = checkpoint is not None
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -623,6 +624,8 @@ class Run:
         self.stopped = False  # by a signal
         self.in_step = False  # between the start of a step and its end
         self.text = ""  # shown beside the bar
+        self.warned = set()  # kinds of warnings that were printed
+        self.first_ema = None  # the averaged weights at step 0
         if folder is None:
             folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
         self.folder = folder
@@ -725,6 +728,8 @@ class Run:
         finish: called by rank 0 after that, unless a signal stopped the run; one ends it, too.
         """
         if self.rank == 0 and not self.resumed:
+            if self.data.warnings:
+                self.log({"warnings": self.data.warnings})
             save()  # from now on there is a run to resume
         while not self._is_over():
             self.in_step = True
@@ -801,11 +806,22 @@ class Run:
         self.bar.update(min(self.fraction_done(), 1.0) - self.bar.n)
 
     def log(self, line):
-        """Add a line, a dict of numbers, to log.jsonl."""
+        """Add a line, a dict of numbers, to log.jsonl, with `warnings` where it tells of a fault.
+
+        Each kind of warning is printed once.
+        """
         if self.rank:
             return
+        step = self.step + self.in_step
+        found = faults(line, step)
+        for kind, text in found.items():
+            if kind not in self.warned:
+                tqdm.write(f"warning: step {step}: {text}")
+        self.warned |= found.keys()
+        if found:
+            line = {**line, "warnings": [*found.values()]}
         self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
-        at = {"step": self.step + self.in_step, "epoch": self._epoch(), "seconds": self._seconds()}
+        at = {"step": step, "epoch": self._epoch(), "seconds": self._seconds()}
         with (self.folder / self.log_file).open("a") as file:
             file.write(json.dumps({**at, **line}, allow_nan=False) + "\n")
 
@@ -813,12 +829,15 @@ class Run:
         waited = time.monotonic() - self.last_save
         return self.rank == 0 and waited >= 60 * self.args.save_every
 
-    def save(self, content, grid, columns=8):
+    def save(self, content, grid, labels, made=None, columns=8):
         """Write the checkpoint, `content` and where the run stands, and a grid of images.
 
-        grid: (N, C, H, W) in [-1, 1].  Raises InputError if it is not finite.
+        grid: (N, C, H, W) in [-1, 1];  made: images to judge in the log, if not those of the grid;
+        labels: their classes, int64.  Raises InputError if the grid is not finite.
         """
         self.watch(samples=grid.abs().max().item())
+        if self.step > self.first_step or not self.resumed:  # else the log has this line
+            self._judge(content["ema"], grid if made is None else made, labels)
         name = f"{self.part or 'step'}_{self.step:07d}.png"
         save_picture(image_grid(grid, columns), self.folder / "samples" / name)
         state = {
@@ -832,6 +851,18 @@ class Run:
         except RuntimeError as error:  # torch's type for a full disk
             raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
         self.last_save = time.monotonic()
+
+    def _judge(self, ema, images, labels):
+        """Log whether training works: what the images and the averaged weights tell of it."""
+        images = images.clamp(-1, 1)  # as they are shown
+        ema = {key: w.cpu().clone() for key, w in ema.items() if w.is_floating_point()}
+        if self.step == 0:
+            self.first_ema = ema
+        self.log({
+            "diversity": class_diversity(images, labels, self.data),
+            "flat": flat_fraction(images, self.data),
+            "ema_moved": self.first_ema and distance_moved(self.first_ema, ema),
+        })  # fmt: skip
 
     def end(self):
         """Say how the run ended and what comes next; returns the exit code."""
@@ -861,21 +892,83 @@ class Run:
         return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
 
 
-def class_diversity(grid, labels, data, warn):
+# --- Signs of a fault -----------------------------------------------------------------------------
+
+# Steps: before that, samples need not vary as real images do, nor the loss have fallen.
+JUDGED_FROM = 500
+
+
+def faults(line, step):
+    """What a line of the log tells of: {kind: what is wrong, and what would be right}.
+
+    Empty where all is well, or it is too early to tell.
+    """
+    found = {}
+    # None: a tenth of t that no image had.
+    ratios = [ratio for ratio in line.get("loss_by_tenth_of_t", ()) if ratio is not None]
+    best = min(ratios, default=0)
+    if step >= 100 and best > 1.05:
+        found["loss"] = (
+            f"the loss is at least {best:.2f} times that of an output of 0, in every tenth of t: "
+            "lower --lr"
+        )
+    elif step >= JUDGED_FROM and best > 0.95:
+        found["loss"] = (
+            "the loss is that of an output of 0, in every tenth of t: nothing is learned. Try the "
+            "default --lr, and look at the data"
+        )
+    if step and (moved := line.get("ema_moved")) is not None and moved < 0.05:
+        found["young"] = (
+            f"the grid shows averaged weights, which have hardly moved yet ({moved:.1%} of their "
+            "size): train for longer, or raise --lr"
+        )
+    diversities = line.get("diversity", {}).items()
+    least = 0.4 if step >= JUDGED_FROM else 0.05
+    low = [f"{y} ({value:.2f})" for y, value in diversities if value is not None and value < least]
+    if step and (flat := line.get("flat")) and flat > 0.5:
+        found["flat"] = f"{flat:.0%} of the generated images are nearly of one colour: lower --lr"
+    elif step and low:
+        found["collapse"] = (
+            f"collapse: generated images vary far less than real ones in {', '.join(low)}: lower "
+            "--lr"
+        )
+    return found
+
+
+def distance_moved(first, last):
+    """|last - first| / |first| over all weights that have moved; both {name: tensor}."""
+    squares = [
+        ((last[k] - w).double().square().sum().item(), w.double().square().sum().item())
+        for k, w in first.items()
+    ]
+    moved = sum(square for square, _ in squares)
+    size = sum(size for square, size in squares if square > 0)
+    return math.sqrt(moved / size) if size else 0.0
+
+
+def flat_fraction(images, data):
+    """The fraction of images whose pixels vary less than a tenth as much as those of real images.
+
+    images: (N, C, H, W) in [-1, 1];  data: ImageData.  None where real images are flat.
+    """
+
+    def spread(images):  # of the pixels of each image
+        return images.flatten(2).std(dim=2).mean(dim=1)
+
+    real = spread(to_float(subsample(data.images, 1000))).mean().item()
+    return (spread(images) < 0.1 * real).float().mean().item() if real else None
+
+
+def class_diversity(grid, labels, data):
     """{class name: diversity} of a grid of samples, against the first 100 images of each class.
 
-    grid: (N, C, H, W) in [-1, 1];  labels: (N,);  data: ImageData;  warn: print the low ones.
+    grid: (N, C, H, W) in [-1, 1];  labels: (N,);  data: ImageData.
     """
     found = {}
     for y in labels.unique().tolist():
         reals = to_float(data.images[data.labels == y][:100])
         if len(reals) > 1:
             found[data.class_names[y]] = diversity(grid[labels == y], reals)
-    low = {name: value for name, value in found.items() if value is not None and value < 0.4}
-    collapsed = [f"{name} ({value:.2f})" for name, value in low.items()]
-    if collapsed and warn:
-        names = ", ".join(collapsed)
-        tqdm.write(f"collapse: samples vary far less than real images in {names}")
     return found
 
 

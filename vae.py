@@ -284,7 +284,7 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Run, autocast, class_diversity, errors_in_one_line, learning_rate,
+    LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
     power_ema, run_parser, save_images, training_device, whole_numbers,
 )  # fmt: skip
@@ -320,7 +320,7 @@ def train(args, checkpoint=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
     precision = autocast(device, args.bf16)
-    run = Run(NAME, args, len(images), checkpoint)
+    run = Run(NAME, args, data, checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
     components = args.prior_components
@@ -345,12 +345,8 @@ def train(args, checkpoint=None):
             "optimizer": optimizer.state_dict(), "sums": sums.tolist(), "prior": prior,
         }  # fmt: skip
         # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
-        run.watch(samples=grid.abs().max().item())
-        active_units = (mu.var(dim=0) > 0.01).sum().item()
-        trained = ema_model.n_averaged > 0  # at the start all samples are alike
-        found = class_diversity(grid, grid_labels, data, warn=trained)
-        run.log({"active_units": active_units, "diversity": found})
-        run.save(state, grid)
+        run.log({"active_units": (mu.var(dim=0) > 0.01).sum().item()})
+        run.save(state, grid, grid_labels)
 
     def finish():
         if components:

@@ -172,6 +172,9 @@ def test_lazy_penalties_weigh_as_much_as_they_are_rare(
     assert gan.main([*flags, "--penalty-every", "3"]) == 0
     assert len(calls) == penalties * 2  # at steps 0 and 3
     assert all(call.grad == 3 * 0.5 for call in calls)  # gamma / 2, and for three steps
+    # Adam takes no step more for a penalty, so that nothing of it need be corrected.
+    moments = torch.load("runs/gan/gan.pt", weights_only=True)["optimizer_d"]["state"]
+    assert {state["step"].item() for state in moments.values()} == {6}
     calls.clear()
     assert gan.main([*flags, "--gamma", "0"]) == 0
     assert not calls

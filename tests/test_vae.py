@@ -13,7 +13,6 @@ from conftest import TINY_FLAGS
 from torch import distributions
 
 import common
-import runs
 import vae
 
 
@@ -208,27 +207,6 @@ def test_a_signal_while_the_last_checkpoint_is_written_skips_the_mixture(
 # --- Log ------------------------------------------------------------------------------------------
 
 
-def test_diversity_is_one_for_real_images_and_falls_with_collapse():
-    reals = torch.rand(40, 1, 8, 8)
-    assert runs.diversity(reals[:20], reals[20:]) == pytest.approx(1, abs=0.05)
-    assert runs.diversity(reals[:1].expand(20, -1, -1, -1), reals) == pytest.approx(0, abs=1e-3)
-    half = 0.5 * reals[:20] + 0.5 * reals[:1]
-    assert runs.diversity(half, reals) == pytest.approx(0.5, abs=0.1)
-
-
-def test_mode_collapse_is_reported(capsys, data_dir):
-    data = common.load_data("kmnist", data_dir)
-    grid = common.to_float(data.images[data.labels == 0][:4])
-    grid = torch.cat([grid, grid[:1].expand(4, -1, -1, -1)])
-    labels = torch.tensor([0] * 4 + [1] * 4)
-    found = runs.class_diversity(grid, labels, data, warn=True)
-    assert found["o"] > 0.8 and found["ki"] == pytest.approx(0, abs=1e-3)
-    said = capsys.readouterr().out
-    assert "collapse" in said and "ki (0.00)" in said and "o (" not in said
-    runs.class_diversity(grid, labels, data, warn=False)
-    assert capsys.readouterr().out == ""
-
-
 def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monkeypatch):
     monkeypatch.setattr(vae, "LOG_EVERY", 3)
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
@@ -240,7 +218,6 @@ def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monk
     ends = [line for line in lines if "active_units" in line]
     assert len(ends) == 3
     assert 0 <= ends[-1]["active_units"] <= 4
-    assert len(ends[-1]["diversity"]) == 10
 
 
 # --- Pictures -------------------------------------------------------------------------------------
