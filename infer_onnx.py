@@ -78,6 +78,7 @@ MODEL_FLAGS = {
 }
 REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
 YOUNG = 1000  # steps before which samples may be noise still
+SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -587,16 +588,32 @@ def in_batches(model, images_of, count, batch_size):
     On CUDA the last batch is filled up, since cuDNN tunes itself anew for every batch size.
     """
     images = []
-    for start in range(0, count, batch_size):
-        indices = list(range(start, min(start + batch_size, count)))
+    for batch in batches_of(range(count), batch_size):
+        indices = list(batch)
         size = len(indices)
-        if model.provider == CUDA and start > 0:
+        if model.provider == CUDA and indices[0] > 0:
             indices += indices[-1:] * (batch_size - size)
         images.append(as_bytes(images_of(indices)[:size]))
-        if count > batch_size and sys.stderr.isatty():
-            end = "" if start + size < count else "\n"
-            print(f"\r{start + size} of {count} images", end=end, file=sys.stderr, flush=True)
     return np.concatenate(images)
+
+
+def batches_of(numbers, batch_size):
+    """Yield a range batch by batch; if there are several, say on stderr how many are done.
+
+    On a terminal that is one line, which changes; elsewhere whole lines, one every few seconds.
+    """
+    count = len(numbers)
+    last = time.monotonic()
+    for start in range(0, count, batch_size):
+        batch = numbers[start : start + batch_size]
+        yield batch
+        done = start + len(batch)
+        if count > batch_size and sys.stderr.isatty():
+            end = "" if done < count else "\n"
+            print(f"\r{done} of {count} images", end=end, file=sys.stderr, flush=True)
+        elif count > batch_size and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            print(f"{done} of {count} images", file=sys.stderr, flush=True)
+            last = time.monotonic()
 
 
 def as_bytes(images):
@@ -622,10 +639,10 @@ def to_picture(images, columns):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def write_images(images, labels, class_names, path, columns, texts, first=0):
+def write_images(images, labels, class_names, path, columns, texts):
     """Write uint8 images to a .png (a grid), an .npz (x, y, class_names) or a folder of PNGs.
 
-    texts: {key: value} for the metadata of every PNG;  first: number of the first file in a folder.
+    texts: {key: value} for the metadata of every PNG.
     """
     if path.suffix.lower() == ".npz":
         arrays = {"x": images, "y": np.array(labels), "class_names": np.array(class_names)}
@@ -635,11 +652,84 @@ def write_images(images, labels, class_names, path, columns, texts, first=0):
         names = ", ".join(class_names[y] for y in dict.fromkeys(labels))
         save_png(to_picture(images, columns), path, {**texts, "class": names})
     else:
-        stems = file_stems(class_names)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
-            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            file = path / f"{i:05d}_{stems[label]}.png"
-            save_png(picture, file, {**texts, "class": class_names[label], "image": i})
+        folder = PictureFolder(path, labels, class_names, texts)
+        for i, image in enumerate(images):
+            folder.save(i, image)
+
+
+class PictureFolder:
+    """A folder for the images of one command, of whose shards several may be writing to it.
+
+    labels: of all images;  texts: {key: value} for the metadata of every PNG.
+    """
+
+    def __init__(self, path, labels, class_names, texts):
+        self.path = path
+        self.labels = labels
+        self.class_names = class_names
+        self.texts = {key: str(value) for key, value in texts.items()}
+        self.stems = file_stems(class_names)
+
+    def file(self, i):
+        return self.path / f"{i:05d}_{self.stems[self.labels[i]]}.png"
+
+    def save(self, i, image):
+        """Write image i, uint8 (C, H, W)."""
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        texts = {**self.texts, "class": self.class_names[self.labels[i]], "image": i}
+        save_png(picture, self.file(i), texts)
+
+    def check(self, numbers):
+        """Raise InputError unless all that the folder holds are images of the same command.
+
+        numbers: those of this shard, whose settings are compared, and with them those of one more.
+        """
+        others = False
+        for file in sorted(self.path.iterdir()):
+            name = file.name
+            if name.startswith(
+                "."
+            ):  # being written now, or left behind by a process that was killed
+                name = name[1:].rpartition(".")[0].rpartition(".")[0]
+            number = name.split("_")[0]
+            i = int(number) if number.isascii() and number.isdecimal() else len(self.labels)
+            if i >= len(self.labels) or name != self.file(i).name:
+                raise InputError(
+                    f"--output {self.path} holds {file.name}, no image of this command: "
+                    "name another folder"
+                )
+            if name != file.name or (others and i not in numbers):
+                continue
+            others = others or i not in numbers
+            try:
+                with Image.open(file) as picture:
+                    found = getattr(picture, "text", {})
+            except (OSError, ValueError, SyntaxError) as error:
+                raise InputError(f"{file} is not a readable image: delete it") from error
+            for key in (*self.texts, *found):
+                if key not in ("class", "image") and found.get(key) != self.texts.get(key):
+                    differs = f"{key} {found.get(key)}, not {self.texts.get(key)}"
+                    raise InputError(f"{file} has {differs}: name another folder")
+
+    def fill(self, numbers, batch_size, images_of):
+        """Write each batch as soon as it is sampled; returns how many images were there before.
+
+        images_of: (range) -> uint8 images; it is called with whole batches, so that a command that
+        was stopped and run again gives the same images as one that was not.
+        """
+        found = 0
+        try:
+            for batch in batches_of(numbers, batch_size):
+                missing = [i for i in batch if not self.file(i).exists()]
+                found += len(batch) - len(missing)
+                if missing:
+                    images = images_of(batch)
+                    for i in missing:
+                        self.save(i, images[i - batch[0]])
+        except KeyboardInterrupt:
+            print(f"{self.path} keeps what is written: the same command does the rest")
+            raise
+        return found
 
 
 def save_png(picture, path, texts):
@@ -944,10 +1034,10 @@ def decode_between(model, ends, labels, count, batch_size):
     return decode_codes(model, codes.astype(np.float32), classes, batch_size)
 
 
-def images_of_flags(model, args, classes, options, first, stop):
+def images_of_flags(model, args, classes, options):
     """What the flags ask for: uint8 images, their labels, and the columns of their grid.
 
-    options: of `sample`;  first, stop: the images of this --shard.
+    options: of `sample`.
     """
     card, count, size = model.card, args.num_samples, args.batch_size
     if args.reconstruct or args.between:
@@ -973,8 +1063,8 @@ def images_of_flags(model, args, classes, options, first, stop):
             ends = sample_codes(prior, pair, streams, card["latent_dim"], args.truncation)
             images.append(decode_between(model, ends, pair, count, size))
         return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
-    labels = [y for y in classes for _ in range(count)][first:stop]
-    images = sample(model, labels, seed=args.seed, first=first, batch_size=size, **options)
+    labels = [y for y in classes for _ in range(count)]
+    images = sample(model, labels, seed=args.seed, batch_size=size, **options)
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
 
@@ -1159,15 +1249,14 @@ def check_combination(args, classes):
         raise InputError("--reconstruct and --between need one --class, that of the images")
 
 
-def shard_bounds(args, count):
-    """first and stop of the --shard of `count` images. Raises InputError."""
+def numbers_of_shard(args, count):
+    """The numbers of the images of the --shard, of `count` images: a range. Raises InputError."""
     part, parts = args.shard or (1, 1)
-    first = count * (part - 1) // parts
-    stop = count * part // parts
+    numbers = range(count * (part - 1) // parts, count * part // parts)
     from_codes = args.interpolate or args.reconstruct or args.between
-    if args.shard and (from_codes or first == stop or not args.output or args.output.suffix):
+    if args.shard and (from_codes or not numbers or not args.output or args.output.suffix):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
-    return first, stop
+    return numbers
 
 
 def run(args):
@@ -1192,31 +1281,47 @@ def run(args):
         return check(model)
     classes = parse_classes(args.class_, names, path)
     check_combination(args, classes)
-    first, stop = shard_bounds(args, len(classes) * args.num_samples)
+    numbers = numbers_of_shard(args, len(classes) * args.num_samples)
     stem = file_stems(names)[classes[0]] if len(classes) == 1 else "samples"
     output = args.output or Path(f"{stem}.png")
-    joins_other_shards = (  # which may be writing to this folder now
-        bool(args.shard)
-        and output.is_dir()
-        and all(file.name.lstrip(".")[:5].isdecimal() for file in output.iterdir())
-    )
-    if not joins_other_shards:
-        check_output(output, [".png", ".npz", ""], args.reconstruct or args.between or ())
+    given = args.reconstruct or args.between or ()
+    settings = {**options, "seed": args.seed}
+    if card["kind"] == "diffusion":  # as it is typed
+        settings["guidance_interval"] = "{:g} {:g}".format(*options["guidance_interval"])
+    texts = {"model": card["model"], "model_sha256": model.sha256, **settings}
+    texts["Software"] = "infer_onnx.py"
+    folder = None  # to which images are written as they are sampled
+    if not (output.suffix or given or args.interpolate):
+        labels = [y for y in classes for _ in range(args.num_samples)]
+        folder = PictureFolder(output, labels, names, texts)
+    if folder and output.is_dir() and any(output.iterdir()):
+        folder.check(numbers)
+    else:
+        check_output(output, [".png", ".npz", ""], given)
     note_on_all(names)
     step = card.get("training", {}).get("step", YOUNG)
     if step < YOUNG:
         print(f"{path} is of step {step}, early in its training")
     start = time.perf_counter()
-    images, labels, columns = images_of_flags(model, args, classes, options, first, stop)
-    seconds = time.perf_counter() - start
-    options["seed"] = args.seed
-    if card["kind"] == "diffusion":  # as it is typed
-        options["guidance_interval"] = "{:g} {:g}".format(*options["guidance_interval"])
-    texts = {"model": card["model"], "model_sha256": model.sha256, **options}
-    texts["Software"] = "infer_onnx.py"
-    write_images(images, labels, names, output, columns, texts, first)
-    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
-    print(f"wrote {output}: {len(images)} images in {seconds:.2f} s, {settings}, model {path}")
+    count, found = len(numbers), 0
+    if folder:
+        size = args.batch_size
+
+        def images_of(batch):
+            part = [labels[i] for i in batch]
+            where = {"seed": args.seed, "first": batch[0], "batch_size": size}
+            return sample(model, part, **where, **options)
+
+        found = folder.fill(numbers, size, images_of)
+        seconds = time.perf_counter() - start
+    else:
+        images, labels, columns = images_of_flags(model, args, classes, options)
+        seconds = time.perf_counter() - start
+        write_images(images, labels, names, output, columns, texts)
+        count = len(images)
+    there = f" ({found} were there)" if found else ""
+    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
+    print(f"wrote {output}: {count} images{there} in {seconds:.2f} s, {said}, model {path}")
 
 
 def one_line(error):
