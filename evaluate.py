@@ -198,6 +198,8 @@ def load_extractor(path, data, test, threads):
         command = f"python benchmarks/extractor.py --data {data} --output {path.parent}"
         raise InputError(f"no extractor {path}: {command} trains it")
     content = infer_onnx.read_model(path)
+    if not infer_onnx.has_seal(content):
+        raise infer_onnx.damaged(path)
     session = infer_onnx.open_session(path, content, threads)
     try:
         card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])

@@ -3,6 +3,7 @@
     python export.py ddim        the newest run of ddim.py, exported into its folder
     python export.py all         the same for every script that has a run
     python export.py ddim --checkpoint runs/ddim-2 --output sneakers.onnx
+    python export.py seal sneakers.onnx    a new checksum, after another tool has changed the file
 
 The file holds the averaged (EMA) weights and, in its metadata, everything needed to use them.  With
 --weights they are rounded to float16, which makes it half as large, and written as a small .pt file
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 
 import infer_onnx
 from common import IMAGE_SIZE, NULL_LABEL, InputError, next_noise, noise_streams, to_uint8
@@ -335,9 +337,7 @@ def export(name, checkpoint_path, output, weights):
         for part, content in contents.items():
             Path(scratch, files[part].name).write_bytes(content)
         worst, levels = compare(script, checkpoint, network, graphs, Path(scratch, output.name))
-    with contextlib.ExitStack() as stack:  # no file gets its name before all are written
-        for part, content in contents.items():
-            stack.enter_context(written_whole(files[part])).write_bytes(content)
+    write_files({files[part]: content for part, content in contents.items()})
     for part in graphs:
         megabytes = files[part].stat().st_size / 1e6
         print(f"wrote {files[part]} ({megabytes:.2f} MB) from {path}")
@@ -367,6 +367,13 @@ def file_contents(script, checkpoint, network, graphs, files):
     return contents
 
 
+def write_files(contents):
+    """Write {path: bytes}; no file gets its name before all are written."""
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            stack.enter_context(written_whole(path)).write_bytes(content)
+
+
 def write_weights(checkpoint, path):
     """Write what is needed to sample as a small .pt file, without a folder of this machine."""
     kept = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
@@ -384,6 +391,45 @@ def write_weights(checkpoint, path):
     print(f"wrote {path} ({megabytes:.2f} MB), the averaged weights alone, in float16")
 
 
+def seal(path):
+    """Replace the checksum of a file that another tool has changed, and those of its parts.
+
+    What a tool writes is sealed as it is; the outputs are only compared with those at the export.
+    """
+    protos = {"": read_proto(path)}
+    cards = [entry for entry in protos[""].metadata_props if entry.key == METADATA_KEY]
+    if not cards:
+        raise InputError(f"{path} has no model card: it is not a model that export.py wrote")
+    card = json.loads(cards[0].value)
+    files = {name: path.with_name(Path(part["file"]).name) for name, part in card["parts"].items()}
+    contents = {}
+    for name, file in files.items():
+        contents[file] = infer_onnx.sealed(read_proto(file).SerializeToString())
+        card["parts"][name]["sha256"] = hashlib.sha256(contents[file]).hexdigest()
+    cards[0].value = json.dumps(card)
+    contents[path] = infer_onnx.sealed(protos[""].SerializeToString())
+    write_files(contents)
+    print(f"sealed {' and '.join(map(str, contents))}")
+    try:
+        infer_onnx.check(infer_onnx.load_model(path, "cpu"))
+    except infer_onnx.RunError as error:
+        print(f"note: {error}")
+
+
+def read_proto(path):
+    """An ONNX file without its seal, wherever a tool has put it. Raises InputError."""
+    try:
+        proto = onnx.load_model_from_string(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise InputError(f"{path} is not an ONNX file") from error
+    kept = [entry for entry in proto.metadata_props if entry.key != infer_onnx.SEAL_KEY]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    return proto
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -394,7 +440,10 @@ def build_parser():
     )
     # fmt: off
     add = parser.add_argument
-    add("name", choices=[*NAMES, "all"], help="script that trained the model, or all")
+    add("name", choices=[*NAMES, "all", "seal"],
+        help="script that trained the model, or all; or seal, to write the checksum of FILE anew")
+    add("file", metavar="FILE", type=infer_onnx.file_path, nargs="?",
+        help="with seal: an .onnx file of export.py that another tool has changed")
     add("--checkpoint", type=infer_onnx.file_path,
         help="a .pt file or a run's folder to export (newest run, else the shipped weights)")
     add("--output", type=infer_onnx.file_path,
@@ -413,6 +462,15 @@ def main(argv=None):
             if args.output and args.output.suffix.lower() != ".onnx":
                 hint = "the name must end in .onnx, or infer_onnx.py will not find it"
                 raise InputError(f"--output {args.output}: {hint}")
+            if (args.name == "seal") != bool(args.file):
+                raise InputError(
+                    "FILE goes with seal, and seal with FILE: python export.py seal FILE"
+                )
+            if args.name == "seal":
+                if args.checkpoint or args.output or args.weights:
+                    raise InputError("seal takes FILE: no --checkpoint, --output or --weights")
+                seal(args.file)
+                return 0
             names = [args.name]
             if args.name == "all":
                 if args.checkpoint or args.output or args.weights:

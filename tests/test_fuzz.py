@@ -81,7 +81,7 @@ def test_corrupted_onnx_is_refused(corrupt, small_model, folder):
     except infer_onnx.ModelError as error:
         assert "\n" not in str(error)
     else:
-        assert content == small_model
+        assert content in (small_model, small_model[: -len(infer_onnx.SEAL) - 64])
 
 
 @many

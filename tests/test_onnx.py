@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -773,6 +774,16 @@ def make_bad_file(kind, exported, tiny_run, path):
         proto = onnx.load(exported)
         del proto.metadata_props[:]
         onnx.save(proto, path)
+    elif kind == "changed by a tool":
+        proto = onnx.load(exported)
+        proto.graph.name = "slim"
+        onnx.save(proto, path)
+    elif kind == "checksum moved by a tool":
+        proto = onnx.load(exported)
+        onnx.helper.set_model_props(
+            proto, {entry.key: entry.value for entry in reversed(proto.metadata_props)}
+        )
+        onnx.save(proto, path)
     elif kind == "no card":
         proto = onnx.load(exported)
         del proto.metadata_props[:]
@@ -790,6 +801,7 @@ def make_bad_file(kind, exported, tiny_run, path):
     elif kind != "missing":
         contents = {
             "empty": b"",
+            "checksum cut": content[:-5],
             "truncated": content[: len(content) // 2],
             "a flipped bit": bytes([*content[:90_000], content[90_000] ^ 1, *content[90_001:]]),
             "sealed nonsense": infer_onnx.sealed(b"nonsense"),
@@ -807,13 +819,16 @@ def make_bad_file(kind, exported, tiny_run, path):
         ("directory", "cannot be read"),
         ("empty", "damaged"),
         ("truncated", "damaged"),
+        ("checksum cut", "damaged"),
+        ("changed by a tool", "if you changed it: python export.py seal FILE"),
+        ("checksum moved by a tool", "damaged"),
         ("a flipped bit", "damaged"),
         ("random", "damaged"),
         ("sealed nonsense", "not an ONNX model"),
         ("no card", "not one that export.py wrote"),
         ("a checkpoint", "export it with export.py"),
         ("a Git LFS pointer", "git lfs pull"),
-        ("another model", "not a file that export.py wrote"),
+        ("another model", "not one that export.py wrote"),
         ("newer metadata", "format 99, this infer_onnx.py reads 4 and 5: update infer_onnx.py"),
         ("older metadata", "format 2, this infer_onnx.py reads 4 and 5: export it again"),
         ("broken metadata", "broken metadata"),
@@ -1057,6 +1072,89 @@ def test_cuda_that_does_not_start_is_reported(exported, in_tmp, capsys, cuda, ch
     assert code == 4 and reason in error
     Path("x.onnx").write_bytes(b"broken")
     assert main_code(["--model", "x.onnx"], capsys)[0] == 3  # a broken file is not CUDA's fault
+
+
+# --- Files that other tools have changed ----------------------------------------------------------
+
+
+def changed_by_a_tool(path, keep_seal):
+    """Rewrite a file as tools do: all is kept but the name of the graph, and maybe the checksum."""
+    proto = onnx.load(path)
+    proto.graph.name = "slim"
+    kept = [e for e in proto.metadata_props if keep_seal or e.key != infer_onnx.SEAL_KEY]
+    onnx.helper.set_model_props(proto, {entry.key: entry.value for entry in kept})
+    onnx.save(proto, path)
+
+
+def test_a_file_without_a_checksum_is_drawn_and_said(exported, in_tmp, capsys):
+    shutil.copy(exported, "x.onnx")
+    changed_by_a_tool("x.onnx", keep_seal=False)
+    argv = ["--model", "x.onnx", "--class", "su", "--steps", "1"]
+    assert infer_onnx.main([*argv, "--output", "x.png"]) == 0
+    assert capsys.readouterr().err.startswith("note: x.onnx has no checksum: ")
+    assert infer_onnx.main(["--model", str(exported), *argv[2:], "--output", "y.png"]) == 0
+    assert capsys.readouterr().err == ""
+    assert np.array_equal(Image.open("x.png"), Image.open("y.png"))
+
+
+@pytest.mark.parametrize("name", ["gan", "vae", "ldm"])
+@pytest.mark.parametrize("keep_seal", [False, True])
+def test_a_changed_file_can_be_sealed_with_its_part(exports, in_tmp, capsys, name, keep_seal):
+    files = [Path(path.name) for path in sorted(exports(name).parent.glob("*.onnx"))]
+    for file in files:
+        shutil.copy(exports(name).parent / file, file)
+        changed_by_a_tool(file, keep_seal)
+    whole = Path(f"{name}.onnx")
+    if keep_seal or len(files) == 2:
+        assert main_code(["--model", whole], capsys)[0] == 3
+    assert export.main(["seal", str(whole)]) == 0
+    assert "check passed" in capsys.readouterr().out
+    for file in files:
+        proto = onnx.load(file)
+        onnx.checker.check_model(proto)
+        assert [e.key for e in proto.metadata_props].count(infer_onnx.SEAL_KEY) == 1
+    content = whole.read_bytes()
+    assert infer_onnx.main(["--model", str(whole), "--check"]) == 0
+    assert capsys.readouterr().err == ""
+    assert export.main(["seal", str(whole)]) == 0 and whole.read_bytes() == content
+
+
+def test_weights_changed_on_purpose_are_sealed_and_said(exported, in_tmp, capsys):
+    proto = onnx.load(exported)
+    broken_weights(proto)
+    onnx.save(proto, "x.onnx")
+    assert export.main(["seal", "x.onnx"]) == 0
+    assert "note: the check failed: ddim's outputs differ" in capsys.readouterr().out
+    assert infer_onnx.main(["--model", "x.onnx", "--steps", "1", "--output", "x.png"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["seal"], "seal with FILE"),
+        (["ddim", "x.onnx"], "FILE goes with seal"),
+        (["seal", "x.onnx", "--weights", "x.pt"], "seal takes FILE"),
+        (["seal", "none.onnx"], "none.onnx cannot be read"),
+        (["seal", "x.onnx"], "x.onnx is not an ONNX file"),
+        (["seal", "bare.onnx"], "bare.onnx has no model card"),
+    ],
+)
+def test_what_cannot_be_sealed_exits_with_2(in_tmp, capsys, flags, message):
+    Path("x.onnx").write_bytes(b"nonsense")
+    onnx.save(onnx.ModelProto(ir_version=8), "bare.onnx")
+    before = {path.name: path.read_bytes() for path in in_tmp.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        export.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+    assert {path.name: path.read_bytes() for path in in_tmp.iterdir()} == before
+
+
+def test_the_card_is_printed_whole_and_alone(exported, capsys):
+    assert infer_onnx.main(["--model", str(exported), "--card"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == infer_onnx.load_model(exported, "cpu").card
+    assert printed.err == ""
 
 
 # --- Around ---------------------------------------------------------------------------------------

@@ -240,6 +240,17 @@ def test_files_that_cannot_be_used(tmp_path):
     flipped[1_000_000] ^= 1
     for content in (b"", whole[:1000], whole[:-1], bytes(flipped), b"\0" * 5000):
         assert "is damaged" in error_of("gan.onnx", content)
+    for keep in (True, False):  # a file that another tool has changed, with the old seal or none
+        proto = onnx.load_from_string(whole)
+        proto.graph.name = "slim"
+        props = [(e.key, e.value) for e in proto.metadata_props if keep or e.key == "model_card"]
+        onnx.helper.set_model_props(proto, dict(props))
+        if keep:
+            assert "if you changed it" in error_of("gan.onnx", proto.SerializeToString())
+        else:
+            onnx.save(proto, tmp_path / "gan.onnx")
+            [drawn] = node("sample", path=tmp_path / "gan.onnx", labels=[SNEAKER], cases=[{}])
+            assert drawn["evaluations"] == 1
     assert "Git LFS pointer" in error_of("a.onnx", b"version https://git-lfs.github.com/spec/v1")
     assert "is a checkpoint" in error_of("a.pt", b"PK\3\4")
     assert "not one that export.py wrote" in error_of("a.onnx", infer_onnx.sealed(b""))

@@ -42,10 +42,17 @@ export class RunError extends Error {}
 
     ort: the module onnxruntime-web;  name: of the file, for messages;  bytes: Uint8Array;
     readPart: async (file name) -> its bytes, for the decoder of an LDM.
-    The model is {ort, card, session, parts, prior}.  Throws ModelError. */
+    The model is {ort, card, session, parts, sealed, prior}.  Throws ModelError. */
 export async function loadModel(ort, name, bytes, readPart) {
-  await checkFile(name, bytes);
-  const card = readCard(name, bytes);
+  const sealed = await checkFile(name, bytes);
+  let card, session;
+  try {
+    card = readCard(name, bytes);
+    session = await openSession(ort, name, bytes);
+  } catch (error) {
+    throw sealed ? error : damaged(name);
+  }
+  if (!sealed && "sha256" in readMetadata(bytes)) throw damaged(name); // a seal in a wrong place
   const parts = {};
   for (const [key, part] of Object.entries(card.parts)) {
     if (!NEEDED_PARTS.includes(key)) continue;
@@ -53,15 +60,17 @@ export async function loadModel(ort, name, bytes, readPart) {
     await checkFile(part.file, content);
     const digest = await sha256(content);
     if (digest !== null && digest !== part.sha256) {
-      throw new ModelError(`${part.file} is not the ${key} of ${name}: export both again`);
+      const remedy = "export both again, or seal them together with export.py seal";
+      throw new ModelError(`${part.file} is not the ${key} of ${name}: ${remedy}`);
     }
     parts[key] = await openSession(ort, part.file, content);
   }
-  const session = await openSession(ort, name, bytes);
-  return { ort, card, session, parts, prior: fittedPrior(card) };
+  return { ort, card, session, parts, sealed, prior: fittedPrior(card) };
 }
 
-/** Throw ModelError unless the bytes are as export.py wrote them. */
+/** Throw ModelError unless the bytes have the right seal, or none, as other tools write them.
+
+    Returns whether they have it. */
 async function checkFile(name, bytes) {
   const start = new TextDecoder("latin1").decode(bytes.subarray(0, 30));
   if (start.startsWith("version https://git-lfs")) {
@@ -70,11 +79,17 @@ async function checkFile(name, bytes) {
   if (start.startsWith("PK")) {
     throw new ModelError(`${name} is a checkpoint or an archive: export it with export.py`);
   }
-  if (!(await isSealed(bytes))) {
-    throw new ModelError(
-      `${name} is damaged, or not a file that export.py wrote: export it again`,
-    );
-  }
+  if (await isSealed(bytes)) return true;
+  const tail = new TextDecoder("latin1").decode(bytes.subarray(-SEAL_BYTES - 10));
+  if (tail.includes("\x06sha256") || /[0-9a-f]{64}$/.test(tail)) throw damaged(name);
+  return false;
+}
+
+function damaged(name) {
+  return new ModelError(
+    `${name} is damaged, or not a file that export.py wrote: export it again ` +
+      "(if you changed it: python export.py seal FILE)",
+  );
 }
 
 /** Whether a file ends with one more metadata entry: the SHA-256 of all that comes before it.
