@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -472,6 +473,62 @@ def note_on_all(class_names):
             print(f"class {y} is called {name}: --class {y} is that class, --class all every class")
 
 
+# Options of `sample`: a kind of number and its range, or the choices.
+RANGES = {
+    "steps": (Integral, 1, math.inf),
+    "guidance": (Real, 0, math.inf),
+    "guidance_interval": (Real, 0, 1),  # each of the two
+    "eta": (Real, 0, 1),
+    "truncation": (Real, 0.1, math.inf),
+    "seed": (Integral, 0, 2**63 - 1),
+    "first": (Integral, 0, math.inf),
+    "batch_size": (Integral, 1, math.inf),
+}
+CHOICES = {
+    "solver": ("ddim", "dpm++"), "variance": ("small", "large"), "prior": ("fitted", "normal"),
+}  # fmt: skip
+
+
+def check_options(**options):
+    """Raise InputError for an option of `sample` that is not one of its values; None is one."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in CHOICES:
+            if value not in CHOICES[name]:
+                raise InputError(f"{name} {value!r} is not one of {', '.join(CHOICES[name])}")
+            continue
+        kind, low, high = RANGES[name]
+        is_pair = name == "guidance_interval"
+        if is_pair and (not isinstance(value, list | tuple) or len(value) != 2):
+            raise InputError(f"{name} {value!r} is not a pair (low, high)")
+        for number in value if is_pair else [value]:
+            is_number = isinstance(number, kind) and not isinstance(number, bool)
+            if not is_number or not low <= number <= high or number == math.inf:
+                noun = "whole number" if kind is Integral else "number"
+                limits = f"from {low} to {high}" if high < math.inf else f"from {low}"
+                raise InputError(f"{name} {number!r} is not a {noun} {limits}")
+
+
+def label_indices(labels, class_names):
+    """The labels of `sample` as a list of indices into class_names.
+
+    labels: a list, array or tensor of indices or names.  Raises InputError.
+    """
+    given = labels.tolist() if hasattr(labels, "tolist") else labels
+    right = f"a list of 0..{len(class_names) - 1} or of class names"
+    if not isinstance(given, list | tuple | range) or not len(given):
+        raise InputError(f"labels {labels!r} are not {right}")
+    given = [y.tolist() if hasattr(y, "tolist") else y for y in given]
+    names = {y: class_index(y, class_names) for y in given if isinstance(y, str)}
+    found = [names[y] if isinstance(y, str) else y for y in given]
+    for y in found:
+        # Without this check CUDA would read beyond the table of class embeddings.
+        if type(y) is not int or not 0 <= y < len(class_names):
+            raise InputError(f"labels are not {right}: {y!r} is none")
+    return found
+
+
 # --- Noise ----------------------------------------------------------------------------------------
 
 
@@ -636,6 +693,7 @@ class UNet(nn.Module):
         if emb_channels < 4 or emb_channels % 4:
             raise InputError(f"--emb-channels {emb_channels} must be a multiple of 4")
         self.patch = patch
+        self.class_names = [str(y) for y in range(num_classes)]  # until ema_network knows them
         self.embedding = TimeClassEmbedding(emb_channels, num_classes)
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()

@@ -33,7 +33,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, NULL_LABEL, InputError, UNet, next_noise, noise_streams, to_float,
+    IMAGE_SIZE, NULL_LABEL, InputError, UNet, check_options, label_indices, next_noise,
+    noise_streams, to_float,
 )  # fmt: skip
 
 NAME = "ddpm"
@@ -245,15 +246,24 @@ def ddpm_sample(
 
 @torch.no_grad()
 def sample(
-    *, model, config, labels, steps=STEPS, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
+    model, labels, *, config=None, steps=None, guidance=None, guidance_interval=GUIDANCE_INTERVAL,
     variance="small", clip=True, seed=0, batch_size=100, trace=None,
 ):  # fmt: skip
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
-    Image i depends on (seed, i), not on N.  model: from ema_network;  config: the checkpoint's;
-    labels: int64 (N,);  guidance_interval: as in guided_times;  the rest: as in the functions
-    above, and --help;  trace: where N <= batch_size.
+    Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
+    tensor of class names or indices;  config: the checkpoint's;  steps, guidance: those of --help;
+    guidance_interval: as in guided_times;  the rest: as in the functions above;  trace: where
+    N <= batch_size.  Raises InputError.
     """
+    check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    check_options(seed=seed, batch_size=batch_size)
+    check_options(variance=variance)
+    config = config or model.config
+    guidance = default_guidance(config) if guidance is None else guidance
+    steps = min(STEPS, max_steps(config)) if steps is None else steps
+    check_sampling(config, steps, guidance)
+    labels = torch.tensor(label_indices(labels, model.class_names))
     device = next(model.parameters()).device
     shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
@@ -290,10 +300,23 @@ def default_guidance(config):
     return GUIDANCE
 
 
+def check_sampling(config, steps, guidance):
+    """Raise InputError for what the training does not allow."""
+    only = default_guidance(config)
+    if config["label_dropout"] in (0, 1) and guidance != only:
+        raise InputError(f"the label dropout of the training leaves only --guidance {only}")
+    if steps > max_steps(config):
+        raise InputError(
+            f"--steps {steps} is more than the {max_steps(config)} timesteps of a walk"
+        )
+
+
 def ema_network(checkpoint, device):
     """The network with the averaged weights of a checkpoint, ready to sample."""
     model = UNet(**checkpoint["network"])
     model.load_state_dict(checkpoint["ema"])
+    model.config = checkpoint["config"]
+    model.class_names = checkpoint["class_names"]
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -484,17 +507,6 @@ def build_parser():
     # fmt: on
     sampling_flags(parser)
     return parser
-
-
-def check_sampling(config, steps, guidance):
-    """Raise InputError for what the training does not allow."""
-    only = default_guidance(config)
-    if config["label_dropout"] in (0, 1) and guidance != only:
-        raise InputError(f"the label dropout of the training leaves only --guidance {only}")
-    if steps > max_steps(config):
-        raise InputError(
-            f"--steps {steps} is more than the {max_steps(config)} timesteps of a walk"
-        )
 
 
 def draw(args):

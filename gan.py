@@ -37,7 +37,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
 
 from common import (
-    IMAGE_SIZE, ResidualBlock, group_norm, next_noise, noise_streams, to_float,
+    IMAGE_SIZE, ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
+    to_float,
 )  # fmt: skip
 
 NAME = "gan"
@@ -60,6 +61,7 @@ class Generator(nn.Module):
         super().__init__()
         self.latent_dim = latent_dim
         self.num_classes = num_classes
+        self.class_names = [str(y) for y in range(num_classes)]  # until ema_network knows them
         self.bottom = IMAGE_SIZE // 2 ** len(widths)
         upwards = widths[::-1]
         self.latent = nn.Sequential(
@@ -222,12 +224,14 @@ def generate(model, z, classes, batch_size=100):
     return torch.cat([model(z.to(device), c.to(device)).cpu() for z, c in pairs])
 
 
-def sample(*, model, labels, truncation=None, seed=0, batch_size=100):
+def sample(model, labels, *, truncation=None, seed=0, batch_size=100):
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
-    Image i depends on (seed, i), not on N.  model: from ema_network;  labels: int64 (N,);
-    truncation: as in sample_codes.
+    Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
+    tensor of class names or indices;  truncation: as in sample_codes.  Raises InputError.
     """
+    check_options(truncation=truncation, seed=seed, batch_size=batch_size)
+    labels = torch.tensor(label_indices(labels, model.class_names))
     streams = noise_streams(seed, range(len(labels)))
     z = sample_codes(None, labels.tolist(), streams, model.latent_dim, truncation)
     return generate(model, torch.from_numpy(z), one_hot(labels, model.num_classes), batch_size)
@@ -237,6 +241,7 @@ def ema_network(checkpoint, device):
     """The generator with the averaged weights of a checkpoint, ready to sample."""
     model = Generator(**checkpoint["network"])
     model.load_state_dict(checkpoint["ema"])
+    model.class_names = checkpoint["class_names"]
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

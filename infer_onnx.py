@@ -47,6 +47,7 @@ import unicodedata
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -501,31 +502,36 @@ def ddpm_sample(
 
 
 def sample(
-    model, labels, *, steps=None, guidance=None, guidance_interval=None, solver=None, eta=0.0,
-    variance="small", truncation=None, prior="fitted", seed=0, first=0, batch_size=100,
+    model, labels, *, steps=None, guidance=None, guidance_interval=None, solver=None, eta=None,
+    variance=None, truncation=None, prior=None, seed=0, first=0, batch_size=100,
 ):  # fmt: skip
     """Sample one image for each label: uint8 (N, C, 32, 32); image i has noise (seed, first + i).
 
-    model: from load_model;  labels: list of int, indices into the class names of the card;
+    model: from load_model;  labels: a list, array or tensor of class names or indices;
     steps, guidance, guidance_interval: of diffusion models, default from the card;  solver, eta: of
-    ddim and ldm, the solver's default from the card;  variance: of ddpm;  truncation: of vae and
-    gan;  prior: of vae.  Raises ValueError for other labels, solvers or intervals, RunError if the
-    network fails or its output is not finite.
+    ddim and ldm, the solver's default from the card, eta's 0;  variance: of ddpm (small);
+    truncation: of vae and gan (off);  prior: of vae (fitted).  Raises InputError for other values
+    and for options of other models, RunError if the network fails or its output is not finite.
     """
     card = model.card
-    num_classes = len(card["class_names"])
-    if not labels or not all(0 <= y < num_classes for y in labels):
-        # Without this check CUDA would read beyond the table of class embeddings.
-        raise ValueError(f"labels {labels} must be one or more of 0..{num_classes - 1}")
+    given = {
+        "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval,
+        "solver": solver, "eta": eta, "variance": variance, "truncation": truncation,
+        "prior": prior,
+    }  # fmt: skip
+    check_use(card, given)
+    check_options(**given, seed=seed, first=first, batch_size=batch_size)
+    labels = label_indices(labels, card["class_names"])
     if card["kind"] == "codes":
-        mixture = fitted_prior(card) if prior == "fitted" else None
+        mixture = None if prior == "normal" else fitted_prior(card)
         streams = noise_streams(seed, range(first, first + len(labels)))
         codes = sample_codes(mixture, labels, streams, card["latent_dim"], truncation)
-        return decode_codes(model, codes, class_weights(labels, num_classes), batch_size)
-    if solver is None:
-        solver = card.get("solver", "ddim")  # ddpm, which has none, leaves it out
-    if solver not in SOLVERS or (solver == "dpm++" and eta > 0):
-        raise ValueError(f"solver {solver!r} with eta {eta}: it must be ddim, or dpm++ with eta 0")
+        return decode_codes(
+            model, codes, class_weights(labels, len(card["class_names"])), batch_size
+        )
+    solver = solver or card.get("solver", "ddim")  # ddpm, which has none, leaves it out
+    eta = eta or 0.0
+    check_walk(card, steps, guidance, solver, eta)
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
     latent_shape = card.get("latent_shape")  # of an LDM
@@ -541,7 +547,7 @@ def sample(
         denoise = denoiser(model.session, y, guidance, card["null_label"], *times)
         arguments = (denoise, noise(), alpha_bars, pairs, card["prediction"])
         if card["model"] == "ddpm":
-            x_0 = ddpm_sample(*arguments, variance=variance, clip=clip, noise=noise)
+            x_0 = ddpm_sample(*arguments, variance=variance or "small", clip=clip, noise=noise)
         elif solver == "dpm++":
             x_0 = dpm_sample(*arguments, clip=clip)
         else:
@@ -565,6 +571,27 @@ def walk_of(card, steps=None, guidance=None, guidance_interval=None):
     interval = card["guidance_interval"] if guidance_interval is None else guidance_interval
     times = guided_times(interval, len(card["alpha_bars"]))
     return time_pairs(steps_limit(card), steps), guidance, times
+
+
+def check_use(card, options):
+    """Raise InputError for an option of `sample` that is given and that this model does not use."""
+    for_some = set().union(*MODEL_FLAGS.values())
+    for key, value in options.items():
+        if value is not None and key in for_some and key not in MODEL_FLAGS[card["model"]]:
+            name = key.replace("_", "-")
+            raise InputError(f"--{name} is not for {card['model']} models: leave it out")
+
+
+def check_walk(card, steps, guidance, solver, eta):
+    """Raise InputError for what the training of a diffusion model or its solver rules out."""
+    if solver == "dpm++" and eta:
+        raise InputError(f"--eta {eta} is for --solver ddim: dpm++ is deterministic")
+    only = float(card["guidance"])
+    if card["guidance_fixed"] and guidance not in (None, only):
+        raise InputError(f"the label dropout of the training leaves only --guidance {only}")
+    limit = steps_limit(card)
+    if steps is not None and steps > limit:
+        raise InputError(f"--steps {steps} is more than the {limit} timesteps of a walk")
 
 
 def steps_limit(card):
@@ -922,6 +949,62 @@ def note_on_all(class_names):
             print(f"class {y} is called {name}: --class {y} is that class, --class all every class")
 
 
+# Options of `sample`: a kind of number and its range, or the choices.
+RANGES = {
+    "steps": (Integral, 1, math.inf),
+    "guidance": (Real, 0, math.inf),
+    "guidance_interval": (Real, 0, 1),  # each of the two
+    "eta": (Real, 0, 1),
+    "truncation": (Real, 0.1, math.inf),
+    "seed": (Integral, 0, 2**63 - 1),
+    "first": (Integral, 0, math.inf),
+    "batch_size": (Integral, 1, math.inf),
+}
+CHOICES = {
+    "solver": ("ddim", "dpm++"), "variance": ("small", "large"), "prior": ("fitted", "normal"),
+}  # fmt: skip
+
+
+def check_options(**options):
+    """Raise InputError for an option of `sample` that is not one of its values; None is one."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in CHOICES:
+            if value not in CHOICES[name]:
+                raise InputError(f"{name} {value!r} is not one of {', '.join(CHOICES[name])}")
+            continue
+        kind, low, high = RANGES[name]
+        is_pair = name == "guidance_interval"
+        if is_pair and (not isinstance(value, list | tuple) or len(value) != 2):
+            raise InputError(f"{name} {value!r} is not a pair (low, high)")
+        for number in value if is_pair else [value]:
+            is_number = isinstance(number, kind) and not isinstance(number, bool)
+            if not is_number or not low <= number <= high or number == math.inf:
+                noun = "whole number" if kind is Integral else "number"
+                limits = f"from {low} to {high}" if high < math.inf else f"from {low}"
+                raise InputError(f"{name} {number!r} is not a {noun} {limits}")
+
+
+def label_indices(labels, class_names):
+    """The labels of `sample` as a list of indices into class_names.
+
+    labels: a list, array or tensor of indices or names.  Raises InputError.
+    """
+    given = labels.tolist() if hasattr(labels, "tolist") else labels
+    right = f"a list of 0..{len(class_names) - 1} or of class names"
+    if not isinstance(given, list | tuple | range) or not len(given):
+        raise InputError(f"labels {labels!r} are not {right}")
+    given = [y.tolist() if hasattr(y, "tolist") else y for y in given]
+    names = {y: class_index(y, class_names) for y in given if isinstance(y, str)}
+    found = [names[y] if isinstance(y, str) else y for y in given]
+    for y in found:
+        # Without this check CUDA would read beyond the table of class embeddings.
+        if type(y) is not int or not 0 <= y < len(class_names):
+            raise InputError(f"labels are not {right}: {y!r} is none")
+    return found
+
+
 # --- Diagnosis ------------------------------------------------------------------------------------
 
 
@@ -1218,11 +1301,7 @@ def build_parser():
 
 def sampling_options(args, card):
     """The options of `sample` from the flags, with the model's defaults. Raises InputError."""
-    for_some = set().union(*MODEL_FLAGS.values())
-    for flag, value in vars(args).items():
-        if value is not None and flag in for_some and flag not in MODEL_FLAGS[card["model"]]:
-            name = flag.replace("_", "-")
-            raise InputError(f"--{name} is not for {card['model']} models: leave it out")
+    check_use(card, vars(args))
     flags = ("eta", "variance", "truncation", "prior")
     options = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     if card["kind"] == "codes":
@@ -1231,13 +1310,7 @@ def sampling_options(args, card):
         if key in card:  # ddpm has no solver
             options[key] = card[key] if getattr(args, key) is None else getattr(args, key)
     guided_times(options["guidance_interval"], len(card["alpha_bars"]))  # or InputError
-    if options.get("solver") == "dpm++" and args.eta:
-        raise InputError(f"--eta {args.eta} is for --solver ddim: dpm++ is deterministic")
-    limit = steps_limit(card)
-    if options["steps"] > limit:
-        raise InputError(f"--steps {options['steps']} is more than the {limit} timesteps of a walk")
-    if card["guidance_fixed"] and options["guidance"] != card["guidance"]:
-        raise InputError(f"this model was trained for --guidance {card['guidance']:g} only")
+    check_walk(card, options["steps"], options["guidance"], options.get("solver"), args.eta)
     return options
 
 

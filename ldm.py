@@ -35,8 +35,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    NULL_LABEL, InputError, UNet, group_norm, next_noise, noise_streams, to_float, to_uint8,
-    zero_init,
+    NULL_LABEL, InputError, UNet, check_options, group_norm, label_indices, next_noise,
+    noise_streams, to_float, to_uint8, zero_init,
 )  # fmt: skip
 
 NAME = "ldm"
@@ -133,6 +133,7 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         shape = (1, autoencoder["latent_channels"], 1, 1)
         self.denoiser = UNet(**network)
+        self.class_names = self.denoiser.class_names
         self.autoencoder = Autoencoder(**autoencoder).requires_grad_(False)
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_std", torch.ones(shape))
@@ -407,19 +408,26 @@ def ddim_sample(
 
 @torch.no_grad()
 def sample(
-    *, model, config, labels, steps=STEPS, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
+    model, labels, *, config=None, steps=None, guidance=None, guidance_interval=GUIDANCE_INTERVAL,
     eta=0.0, solver=SOLVER, seed=0, batch_size=100, trace=None,
 ):  # fmt: skip
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
-    Image i depends on (seed, i), not on N.  model: from ema_network;  config: the checkpoint's;
-    labels: int64 (N,);  guidance_interval: as in guided_times;  the rest: as in the functions
-    above, and --help;  trace: where N <= batch_size; it gets latents.
+    Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
+    tensor of class names or indices;  config: the checkpoint's;  steps, guidance: those of --help;
+    guidance_interval: as in guided_times;  the rest: as in the functions above;  trace: where
+    N <= batch_size; it gets latents.  Raises InputError.
     """
-    if solver not in ("ddim", "dpm++"):
-        raise InputError(f"solver {solver!r} is not one of ddim, dpm++")
+    check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    check_options(seed=seed, batch_size=batch_size)
+    check_options(eta=eta, solver=solver)
     if solver == "dpm++" and eta > 0:
         raise InputError(f"--eta {eta} is for --solver ddim: {solver} is deterministic")
+    config = config or model.config
+    guidance = default_guidance(config) if guidance is None else guidance
+    steps = min(STEPS, max_steps(config)) if steps is None else steps
+    check_sampling(config, steps, guidance)
+    labels = torch.tensor(label_indices(labels, model.class_names))
     device = next(model.parameters()).device
     shape = (config["latent_channels"], 8, 8)
     alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
@@ -459,10 +467,23 @@ def default_guidance(config):
     return GUIDANCE
 
 
+def check_sampling(config, steps, guidance):
+    """Raise InputError for what the training does not allow."""
+    only = default_guidance(config)
+    if config["label_dropout"] in (0, 1) and guidance != only:
+        raise InputError(f"the label dropout of the training leaves only --guidance {only}")
+    if steps > max_steps(config):
+        raise InputError(
+            f"--steps {steps} is more than the {max_steps(config)} timesteps of a walk"
+        )
+
+
 def ema_network(checkpoint, device):
     """Autoencoder and denoiser with the averaged weights of a checkpoint, ready to sample."""
     model = LatentDiffusion(checkpoint["network"], checkpoint["autoencoder"])
     model.load_state_dict(checkpoint["ema"])
+    model.config = checkpoint["config"]
+    model.class_names = checkpoint["class_names"]
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -819,17 +840,6 @@ def build_parser():
     # fmt: on
     sampling_flags(parser)
     return parser
-
-
-def check_sampling(config, steps, guidance):
-    """Raise InputError for what the training does not allow."""
-    only = default_guidance(config)
-    if config["label_dropout"] in (0, 1) and guidance != only:
-        raise InputError(f"the label dropout of the training leaves only --guidance {only}")
-    if steps > max_steps(config):
-        raise InputError(
-            f"--steps {steps} is more than the {max_steps(config)} timesteps of a walk"
-        )
 
 
 def draw(args):

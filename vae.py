@@ -35,7 +35,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, ResidualBlock, group_norm, next_noise, noise_streams, subsample, to_float,
+    IMAGE_SIZE, ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
+    subsample, to_float,
 )  # fmt: skip
 
 NAME = "vae"
@@ -111,6 +112,8 @@ class VAE(nn.Module):
         super().__init__()
         self.latent_dim = network["latent_dim"]
         self.num_classes = network["num_classes"]
+        self.class_names = [str(y) for y in range(self.num_classes)]  # until ema_network knows them
+        self.prior = None  # of fit_prior
         self.encoder = Encoder(**network)
         self.decoder = Decoder(**network)
 
@@ -261,12 +264,18 @@ def decode(model, z, classes, batch_size=100):
     return torch.cat([model.decoder(z.to(device), c.to(device)).tanh().cpu() for z, c in pairs])
 
 
-def sample(*, model, prior, labels, truncation=None, seed=0, batch_size=100):
+def sample(model, labels, *, prior="fitted", truncation=None, seed=0, batch_size=100):
     """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
 
-    Image i depends on (seed, i), not on N.  model: from ema_network;  prior: the checkpoint's, or
-    None for N(0, 1);  labels: int64 (N,);  truncation: as in sample_codes.
+    Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
+    tensor of class names or indices;  prior: fitted, which is the model's, normal or None, N(0, 1),
+    or a mixture of fit_prior;  truncation: as in sample_codes.  Raises InputError.
     """
+    if isinstance(prior, str):
+        check_options(prior=prior)
+        prior = model.prior if prior == "fitted" else None
+    check_options(truncation=truncation, seed=seed, batch_size=batch_size)
+    labels = torch.tensor(label_indices(labels, model.class_names))
     arrays = prior and {key: value.numpy() for key, value in prior.items()}
     streams = noise_streams(seed, range(len(labels)))
     z = sample_codes(arrays, labels.tolist(), streams, model.latent_dim, truncation)
@@ -277,6 +286,8 @@ def ema_network(checkpoint, device):
     """The network with the averaged weights of a checkpoint, ready to sample."""
     model = VAE(**checkpoint["network"])
     model.load_state_dict(checkpoint["ema"])
+    model.class_names = checkpoint["class_names"]
+    model.prior = checkpoint["prior"]
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

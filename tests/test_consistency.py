@@ -71,6 +71,7 @@ def test_ddpm_and_ddim_differ_in_the_sampler_alone():
 
 
 def test_infer_onnx_shares_the_samplers():
+    assert (infer_onnx.RANGES, infer_onnx.CHOICES) == (common.RANGES, common.CHOICES)
     scripts = {name for script in ("ddim", "ddpm") for name in definitions(SOURCES[script])}
     shared = definitions(SOURCES["infer_onnx"]).keys() & scripts
     assert shared >= {
@@ -262,12 +263,12 @@ def test_what_is_sampled_without_asking_is_the_same_everywhere(name):
     )
     card = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu").card
     config = {"label_dropout": 0.1}
-    assert card["steps"] == defaults["steps"] == script.STEPS
-    assert card["guidance"] == defaults["guidance"] == script.default_guidance(config)
+    assert card["steps"] == script.STEPS and card["guidance"] == script.default_guidance(config)
     interval = defaults["guidance_interval"]
     assert tuple(card["guidance_interval"]) == interval == flags["guidance_interval"]
     assert interval == script.GUIDANCE_INTERVAL
-    assert flags["steps"] is flags["guidance"] is None  # they are the script's constants
+    for key in ("steps", "guidance"):  # they are the script's constants, as the training allows
+        assert flags[key] is defaults[key] is None
     if name == "ddpm":
         assert "solver" not in {*card, *defaults, *flags} and not hasattr(script, "SOLVER")
     else:
@@ -278,5 +279,6 @@ def test_what_is_sampled_without_asking_is_the_same_everywhere(name):
     [options] = evaluate.setting_options(args, name, card)
     assert options == {"steps": card["steps"], "guidance": card["guidance"]}  # and the card's
     for key in ("seed", "eta", "variance"):
-        found = {place[key] for place in (flags, defaults, without_torch) if key in place}
-        assert len(found) == 1, (key, found)
+        found = {place[key] for place in (flags, defaults) if key in place}
+        assert len(found) <= 1, (key, found)
+        assert without_torch[key] in (*found, None)  # None: as is compared in test_library.py

@@ -897,7 +897,7 @@ def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):
 def test_fixed_guidance_is_refused(exported, in_tmp, capsys):
     with_card(exported, "x.onnx", lambda card: {**card, "guidance": 1.0, "guidance_fixed": True})
     code, error = main_code(["--model", "x.onnx", "--guidance", "2"], capsys)
-    assert code == 2 and "this model was trained for --guidance 1 only" in error
+    assert code == 2 and "leaves only --guidance 1.0" in error
 
 
 def test_unknown_model_names_exit_with_3(in_tmp, capsys):

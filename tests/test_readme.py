@@ -6,10 +6,13 @@ import importlib
 import json
 import re
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import ddim
 import ddpm
@@ -82,15 +85,22 @@ def test_commands_parse(line):
         PARSERS[script].build_parser().parse_args(argv)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"))
-def test_code_runs(code, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names = {}
-    exec(code, names)
-    images = names["images"]
-    limits = (-1, 1) if isinstance(images, torch.Tensor) else (0, 255)
-    assert images.shape == (3, 1, 32, 32) and str(images.dtype) in ("torch.float32", "uint8")
-    assert (images.min(), images.max()) == limits
+def test_code_runs_and_saves_the_same_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    pictures = []
+    for code in blocks(README, "python"):
+        names = {}
+        exec(code, names)
+        images = names["images"]
+        limits = (-1, 1) if isinstance(images, torch.Tensor) else (0, 255)
+        assert images.shape == (3, 1, 32, 32) and str(images.dtype) in ("torch.float32", "uint8")
+        assert (images.min(), images.max()) == limits
+        with Image.open("sneakers.png") as picture:
+            pictures.append(np.array(picture).astype(int))
+        Path("sneakers.png").unlink()
+    first, second = pictures
+    assert first.shape == second.shape and np.abs(first - second).max() <= 1
 
 
 def anchors(text):
