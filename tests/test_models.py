@@ -157,7 +157,8 @@ def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     """A checkpoint holds the flags of its training, and none of the flags of sampling."""
     config = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)["config"]
     flags = {flag.dest for flag in script.build_parser()._actions}
-    action = {"help", "train", "resume", "run_dir", "class_", "num_samples", "checkpoint", "output"}
+    action = {"help", "train", "resume", "run_dir", "class_", "list_classes", "num_samples"}
+    action |= {"checkpoint", "output"}
     sampling = {"guidance", "guidance_interval", "steps", "solver", "eta", "variance", "clip"}
     sampling |= {"guidance_limit", "prior", "truncation"}
     assert {*config} == flags - action - sampling
