@@ -216,12 +216,12 @@ class Erring(torch.nn.Module):
 
 
 SAMPLERS = {
-    "ddim": (ddim, {"clip": False}),
-    "ddim, eta 1": (ddim, {"clip": False, "eta": 1.0}),
+    "ddim": (ddim, {"clip": False, "solver": "ddim"}),
+    "ddim, eta 1": (ddim, {"clip": False, "solver": "ddim", "eta": 1.0}),
     "dpm++": (ddim, {"clip": False, "solver": "dpm++"}),
     "ddpm": (ddpm, {"clip": False}),
     "ddpm, large": (ddpm, {"clip": False, "variance": "large"}),
-    "ldm": (ldm, {}),
+    "ldm": (ldm, {"solver": "ddim"}),
     "ldm, dpm++": (ldm, {"solver": "dpm++"}),
 }
 
@@ -597,7 +597,8 @@ def test_the_command_printed_at_the_end_works_for_few_timesteps(in_tmp, data_dir
 def test_other_methods_train_and_sample(in_tmp, data_dir, flags):
     flags = [*flags, "--schedule", "linear", "--num-timesteps", "30", "--channels", "3", "--bf16"]
     assert ddim.main(["--train", "--epochs", "0.5", "--data-dir", data_dir, *flags, *TINY]) == 0
-    assert ddim.main(["--class", "o,ki", "--steps", "20", "--eta", "1", "--output", "x.npz"]) == 0
+    flags = ["--class", "o,ki", "--steps", "20", "--solver", "ddim", "--eta", "1"]
+    assert ddim.main([*flags, "--output", "x.npz"]) == 0
     assert np.load("x.npz")["x"].shape == (2, 3, 32, 32)
 
 

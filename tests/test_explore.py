@@ -312,11 +312,14 @@ def test_interpolations_as_pictures(name, draw):
         assert close(np.array(picture).astype(int), array[11, 0])
 
 
+OTHER_SOLVER = {"ddim": "dpm++", "dpm++": "ddim"}[ddim.SOLVER]  # than the default
+
+
 def test_flags_of_sampling_change_an_interpolation(draw):
     found = set()
     for flags in (
         [], ["--guidance", "4"], ["--guidance", "4", "--guidance-interval", "0", "0.3"],
-        ["--solver", "dpm++"], ["--no-clip"], ["--seed", "5"], ["--steps", "5"],
+        ["--solver", OTHER_SOLVER], ["--no-clip"], ["--seed", "5"], ["--steps", "5"],
     ):  # fmt: skip
         steps = int(flags[1]) if "--steps" in flags else 3
         flags = [] if "--steps" in flags else flags
@@ -480,8 +483,10 @@ def test_a_gif_shows_the_steps_or_one_sample_after_the_other(name, draw, tiny_ru
 def test_samplers_flags_reach_the_walk(draw):
     found = set()
     for name, flags in (
-        ("ddpm", []), ("ddpm", ["--variance", "large"]), ("ddim", []), ("ddim", ["--eta", "0.7"]),
-        ("ddim", ["--solver", "dpm++"]), ("ldm", []), ("ldm", ["--eta", "1"]),
+        ("ddpm", []), ("ddpm", ["--variance", "large"]), ("ddim", []),
+        ("ddim", ["--solver", "ddim", "--eta", "0.7"]),
+        ("ddim", ["--solver", OTHER_SOLVER]), ("ldm", []),
+        ("ldm", ["--solver", "ddim", "--eta", "1"]),
         ("ldm", ["--guidance", "5"]),
     ):  # fmt: skip
         draw("filmstrip", name, "--class", "o", "--output", "x.png", *flags)
