@@ -5,12 +5,16 @@
     python evaluate.py ddim gan --steps 10,20 --seeds 3    these, at several numbers of steps
     python evaluate.py ddim --guidance 1,1.5,2             at several strengths of guidance
     python evaluate.py ddim --steps 5 --solver ddim,dpm++  with both solvers
+    python evaluate.py ddim --hold-out --guidance 1,2      to choose: not by the test images
 
 infer_onnx.py generates the samples, the same number of each class.  They are compared with the test
 images in the features of a classifier of the training images, pretrained/extractor.onnx.  Its
 Frechet distance is called F-FID: compare it with the row "real images" of the same table, not with
 a published FID.  A second extractor, of another architecture and seed, checks that the order of the
 models does not depend on the first.  benchmarks/extractor.py trains both.
+
+What is chosen by its score, a setting or a recipe, is chosen with --hold-out: by a sixth of the
+training images, so that the test images judge only what was chosen.
 
 results.json goes to results/, and benchmarks/report.py adds its table, diagrams and pictures of
 samples: they replace those of the previous run.  Samples are cached in results/cache under all that
@@ -28,7 +32,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import math
 import os
 import platform
 import sys
@@ -49,7 +52,10 @@ except ImportError:
 
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
-QUERIES = 2000  # images whose nearest neighbours are looked for, pixel by pixel
+QUERIES = 2000  # images whose nearest neighbours are looked for
+FLOOR_PARTS = 30  # at most so many disjoint parts of the training images are scored for the floor
+LEAST_PART = 1000  # samples, that F-FID is extrapolated from
+SPLITS = 5  # F-FID of N samples is extrapolated from the parts of N, N / 2, ... N / 5 of them
 FEW = 2000  # with fewer samples than this, a table marks its scores, as benchmarks/report.py says
 CHUNK = 1000  # images in a file of the cache
 BATCH = 100  # images generated at a time
@@ -99,8 +105,11 @@ IDX_SETS = {
 }
 
 
-def load_split(name, data_dir, train):
+def load_split(name, data_dir, train, held_out=None):
     """The training or the test images of an IDX data set, in an order that is balanced.
+
+    held_out: None for all of them, True for every sixth, which training with --hold-out leaves out,
+    False for the others.
 
     Looked for in data_dir if it is given, else in data/ and in Debian's folder; nothing is
     downloaded.  The order takes one image of each class in turn: any first part is balanced.
@@ -132,6 +141,9 @@ def load_split(name, data_dir, train):
         raise InputError(f"{home}: {wanted[0]} are not 28x28 images with a label each")
     if labels.max() > 9:
         raise InputError(f"{home}: {wanted[1]} has more than ten classes")
+    if held_out is not None:
+        chosen = (np.arange(len(labels)) % 6 == 5) == held_out
+        images, labels = images[chosen], labels[chosen]
     rank = np.empty(len(labels), np.int64)  # of an image among those of its class
     shuffled = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(labels))
     for y in range(10):
@@ -189,7 +201,7 @@ def extractor_file(folder, data, which):
 
 
 def load_extractor(path, data, test, threads):
-    """(session, features of the test images, what results.json says of the file).
+    """(session, what results.json says of the file).
 
     Raises InputError unless it is an extractor of this data set that classifies the test images,
     (images, labels), as well as its card says.
@@ -206,19 +218,18 @@ def load_extractor(path, data, test, threads):
         if card["format"] != CARD_FORMAT or card["data"] != data:
             raise InputError(f"{path} is an extractor of {card['data']}, format {card['format']}")
         said = card["accuracy"]
-        features, logits = extract(session, test[0])
-        accuracy = float((logits.argmax(1) == test[1]).mean())
+        accuracy = float((extract(session, test[0])[1].argmax(1) == test[1]).mean())
         if abs(accuracy - said) > 0.002:
             raise InputError(f"{path} has test accuracy {accuracy:.4f}, but says {said:.4f}")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not an extractor of benchmarks/extractor.py") from error
     sha256 = hashlib.sha256(content).hexdigest()
-    return session, features, {**card, "file": path.name, "sha256": sha256, "accuracy": accuracy}
+    return session, {**card, "file": path.name, "sha256": sha256, "accuracy": accuracy}
 
 
 # --- Scores ---------------------------------------------------------------------------------------
 
-# Features are float32 (N, D) of one extractor, pixels float32 (N, 784) in [0, 1].
+# Features are float32 (N, D) of one extractor.
 
 
 def moments(features):
@@ -239,6 +250,22 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     eigenvalues = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)
     distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b)
     return float(distance - 2 * np.sqrt(eigenvalues).sum())
+
+
+def ffid_at_infinity(real, features):
+    """F-FID extrapolated to N -> infinity, Chong & Forsyth 2020 (arXiv:1911.07023).
+
+    A Frechet distance of N samples is too large by nearly a constant over N.  Its mean over the k
+    parts of N / k samples, k = 1 ... SPLITS, lies near a line in k / N; this is where k is 0.
+
+    real: moments of the real features;  features: (N, D), the classes in turn.
+    """
+    means = []
+    for k in range(1, SPLITS + 1):
+        size = len(features) // k
+        parts = [features[i * size : (i + 1) * size] for i in range(k)]
+        means.append(np.mean([frechet_distance(*real, *moments(part)) for part in parts]))
+    return float(np.polyfit(range(1, SPLITS + 1), means, deg=1)[1])
 
 
 def squared_distances(a, b):
@@ -296,25 +323,16 @@ def class_scores(predicted, labels):
     """Scores of the classes int (N,) that the extractor sees, beside the requested ones.
 
     label_accuracy and accuracy_by_class: fraction seen as requested; labels are None where no class
-    was requested.  histogram: fraction of each class; entropy: of the histogram, 1 is uniform, 0 a
-    single class.
+    was requested.  histogram: fraction of each class.
     """
-    histogram = np.bincount(predicted, minlength=10) / len(predicted)
-    present = histogram[histogram > 0]
     scores = {"label_accuracy": None}
     if labels is not None:
         right = np.bincount(labels[predicted == labels], minlength=10)
         requested = np.bincount(labels, minlength=10)
         scores["label_accuracy"] = float((predicted == labels).mean())
         scores["accuracy_by_class"] = (right / np.maximum(requested, 1)).tolist()
-    scores["entropy"] = float(-(present * np.log(present)).sum() / math.log(10))
-    scores["histogram"] = histogram.tolist()
+    scores["histogram"] = (np.bincount(predicted, minlength=10) / len(predicted)).tolist()
     return scores
-
-
-def as_pixels(images):
-    """uint8 images (N, 1, 32, 32) -> float32 (N, 784) in [0, 1], without the border."""
-    return images[:, 0, 2:30, 2:30].reshape(len(images), -1).astype(np.float32) / 255
 
 
 def nearest(queries, references):
@@ -328,14 +346,48 @@ def nearest(queries, references):
     return squares, indices
 
 
-def copy_ratios(queries, train, test):
+def coarse_pixels(images):
+    """uint8 images (N, 1, 32, 32) -> float32 (N, 196), in which brightness and contrast are equal.
+
+    Means of 2 x 2 pixels without the border, less their mean, scaled to length 1: neither a little
+    blur nor other grey levels move a copy far from its original.
+    """
+    means = images[:, 0, 2:30, 2:30].reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4), dtype=np.float32)
+    x = means.reshape(len(images), -1)
+    x -= x.mean(axis=1, keepdims=True)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+
+
+def moved(images):
+    """Yield images (N, 1, 32, 32) as they are, moved by a pixel to all eight sides, and mirrored.
+
+    Eighteen arrays: the mirror image is moved, too.  The border is wide enough.
+    """
+    for x in (images, images[..., ::-1]):
+        for shift in itertools.product((-1, 0, 1), repeat=2):
+            yield np.roll(x, shift, axis=(2, 3))
+
+
+def nearest_moved(images, references):
+    """As nearest, of uint8 images (N, 1, 32, 32): of those that `moved` gives the best counts.
+
+    A copy does not hide by a step aside, or in a mirror.  references: of coarse_pixels.
+    """
+    found = [nearest(coarse_pixels(x), references) for x in moved(images)]
+    squares, indices = (np.stack(arrays) for arrays in zip(*found, strict=True))
+    best = squares.argmin(axis=0)[None]
+    return tuple(np.take_along_axis(array, best, axis=0)[0] for array in (squares, indices))
+
+
+def copy_ratios(images, train, test):
     """Distance to the nearest training image over that to the nearest test image: (N,).
 
     All training images are searched, since a copy of one that was left out would be missed.  They
     are more than the test images, so the ratio of a new image is below 1: compare it with the ratio
-    of real images that are in neither set.
+    of real images that are in neither set.  Arguments as in nearest_moved.
     """
-    return np.sqrt(nearest(queries, train)[0] / np.maximum(nearest(queries, test)[0], 1e-6))
+    squares = [nearest_moved(images, references)[0] for references in (train, test)]
+    return np.sqrt(squares[0] / np.maximum(squares[1], 1e-6))
 
 
 @dataclass
@@ -345,35 +397,26 @@ class Reference:
     sessions: list  # of the extractors, the first one first
     features: list  # of the test images, for each extractor
     radii: np.ndarray  # of the first extractor's features
-    train: np.ndarray  # pixels of all training images
-    held_out: np.ndarray  # pixels of a fifth of the test images
-    others: np.ndarray  # pixels of the other test images
+    train: np.ndarray  # coarse pixels of all training images
+    held_out: np.ndarray  # uint8 (N, 1, 32, 32), a fifth of the test images
+    others: np.ndarray  # coarse pixels of the other test images
     limit: float  # one held-out image in a hundred has a lower copy ratio
 
 
-def make_reference(extractors, train, test):
-    """extractors: as load_extractor returns them;  train, test: (images, labels)."""
-    pixels = as_pixels(test[0])
-    train_pixels = as_pixels(train[0])
-    count = min(QUERIES, len(pixels) // 5)
-    held_out, others = pixels[:count], pixels[count:]
-    sessions, features, _ = zip(*extractors, strict=True)
-    limit = float(np.quantile(copy_ratios(held_out, train_pixels, others), 0.01))
+def make_reference(sessions, train, test):
+    """sessions: of the extractors;  train, test: uint8 images (N, 1, 32, 32)."""
+    count = min(QUERIES, len(test) // 5)
+    held_out, coarse, others = test[:count], coarse_pixels(train), coarse_pixels(test[count:])
+    features = [extract(session, test)[0] for session in sessions]
+    limit = float(np.quantile(copy_ratios(held_out, coarse, others), 0.01))
     radii = neighbour_radii(features[0])
-    return Reference([*sessions], [*features], radii, train_pixels, held_out, others, limit)
+    return Reference(sessions, features, radii, coarse, held_out, others, limit)
 
 
-def neighbours(images, reference):
-    """The nearest training image of each image: uint8 (N, 1, 28, 28)."""
-    found = reference.train[nearest(as_pixels(images), reference.train)[1]]
-    return (found * 255).round().astype(np.uint8).reshape(-1, 1, 28, 28)
+def score_images(reference, images, labels):
+    """Every score of uint8 images (N, 1, 32, 32) but those of copy_scores, a dict.
 
-
-def score_images(reference, images, labels, queries=None):
-    """Every score of uint8 images (N, 1, 32, 32), a dict.  Raises InputError.
-
-    labels: the requested classes, None if there are none;  queries: pixels to look for among the
-    training images, by default those of the first images.
+    labels: the requested classes, None if there are none.  Raises InputError.
     """
     check_images(images)
     scores = {}
@@ -382,14 +425,18 @@ def score_images(reference, images, labels, queries=None):
         features, logits = extract(session, images)
         scores[name] = frechet_distance(*moments(real), *moments(features))
         if name == "ffid":
+            if len(images) >= SPLITS * LEAST_PART:
+                scores["ffid_infinity"] = ffid_at_infinity(moments(real), features)
             scores |= manifold_scores(real, reference.radii, features)
             scores |= class_scores(logits.argmax(axis=1), labels)
-    if queries is None:
-        queries = as_pixels(images[:QUERIES])
-    ratios = copy_ratios(queries, reference.train, reference.others)
-    scores["copy_ratio"] = float(np.median(ratios))
-    scores["copies"] = float((ratios < reference.limit).mean())
     return scores
+
+
+def copy_scores(reference, images):
+    """The median copy ratio of uint8 images (N, 1, 32, 32), and the fraction that look copied."""
+    ratios = copy_ratios(images[:QUERIES], reference.train, reference.others)
+    copies = float((ratios < reference.limit).mean())
+    return {"copy_ratio": float(np.median(ratios)), "copies": copies}
 
 
 def summary(scores):
@@ -664,6 +711,9 @@ def build_parser():
         help="samplers of ddim and ldm: ddim, dpm++ or both (the model's default)")
     add("--data", choices=[*IDX_SETS], default="fashion-mnist",
         help="data set of the real images (fashion-mnist)")
+    add("--hold-out", action="store_true",
+        help="compare with every sixth training image, which training with --hold-out leaves out, "
+             "in place of the test images: to choose settings and recipes (off)")
     add("--data-dir", type=os.path.expanduser, metavar="FOLDER",
         help="folder of the real images' IDX files; nothing is downloaded "
              "(data/, else Debian's folder)")
@@ -719,21 +769,22 @@ def marked(n, reference):
 
 
 def score_floor(reference, train, test, accuracy, args):
-    """The scores of real images: as many training images as samples, a disjoint part per seed.
+    """The scores of real images: of all disjoint parts of the training images as large as a sample.
 
-    Their label accuracy, copy ratio and copies are those of test images: on training images they
-    say nothing.  accuracy: of the first extractor.
+    At most FLOOR_PARTS of them.  Label accuracy, copy ratio and copies are those of images that are
+    not training images: of training images they say nothing.  accuracy: of the first extractor.
     """
     images = train[0]
     n = min(args.num_samples, len(images))
-    seeds = min(args.seeds, len(images) // n)
-    scores = []
-    for i in range(seeds):
-        part = score_images(reference, images[i * n : (i + 1) * n], None, reference.held_out)
-        scores.append({**part, "label_accuracy": accuracy})
+    parts = min(len(images) // n, FLOOR_PARTS)
+    others = {**copy_scores(reference, reference.held_out), "label_accuracy": accuracy}
+    scores = [
+        {**score_images(reference, images[i * n : (i + 1) * n], None), **others}
+        for i in range(parts)
+    ]
     if args.cas:
         scores[0]["cas"] = classifier_accuracy(train, test)
-    row = {"title": "real images", "n": n, "marked": marked(n, reference), "seeds": seeds}
+    row = {"title": "real images", "n": n, "marked": marked(n, reference), "seeds": parts}
     return {**row, "scores": summary(scores)}
 
 
@@ -745,7 +796,10 @@ def score_setting(setting, reference, sets, test, args):
     unconditional = options.get("guidance") == 0
     requested = None if unconditional else labels[:n]
     try:
-        scores = [score_images(reference, images[:n], requested) for images in sets]
+        scores = [
+            {**score_images(reference, images[:n], requested), **copy_scores(reference, images[:n])}
+            for images in sets
+        ]
     except InputError as error:
         raise InputError(f"{setting.title()}: {error}") from error
     if args.cas and not unconditional:
@@ -807,8 +861,10 @@ def score_models(args):
     if n % 10:
         raise InputError(f"--num-samples {n} is not a multiple of 10, the number of classes")
     train, test = (load_split(args.data, args.data_dir, split) for split in (True, False))
-    extractors = load_extractors(args, test)
-    settings = find_settings(args, extractors[0][2]["class_names"])
+    sessions, cards = zip(*load_extractors(args, test), strict=True)
+    if args.hold_out:
+        train, test = (load_split(args.data, args.data_dir, True, part) for part in (False, True))
+    settings = find_settings(args, cards[0]["class_names"])
     cache = args.output / "cache"
     cache.mkdir(parents=True, exist_ok=True)  # or fail, before the work
     sizes = [n] * args.seeds
@@ -822,15 +878,16 @@ def score_models(args):
         return
     print(f"running on {settings[0].model.where}")
     print(f"{len(settings)} settings; real images are scored first", flush=True)
-    reference = make_reference(extractors, train, test)
+    reference = make_reference([*sessions], train[0], test[0])
     results = {
         "protocol": {
-            "data": args.data, "k": K, "reference": len(test[0]), "train": len(train[0]),
-            "queries": len(reference.held_out), "others": len(reference.others),
+            "data": args.data, "hold_out": args.hold_out, "k": K, "reference": len(test[0]),
+            "train": len(train[0]), "queries": len(reference.held_out),
+            "others": len(reference.others),
         },
-        "extractors": [card for _, _, card in extractors],
+        "extractors": [*cards],
         "machine": machine(args, settings[0].model),
-        "floor": score_floor(reference, train, test, extractors[0][2]["accuracy"], args),
+        "floor": score_floor(reference, train, test, cards[0]["accuracy"], args),
         "rows": [],
     }  # fmt: skip
     with sampling_bar(missing(cache, parts)) as bar:
@@ -839,11 +896,14 @@ def score_models(args):
             show(bar, f"{setting.title()}, scoring")
             results["rows"].append(score_setting(setting, reference, sets, test, args))
             setting.shown = sets[0][: min(n, 1000)]
-    write_results(args, results, settings, reference)
+    write_results(args, results, settings, reference, train[0])
 
 
-def write_results(args, results, settings, reference):
-    """results.json, and what benchmarks/report.py makes of it and of the samples."""
+def write_results(args, results, settings, reference, train):
+    """results.json, and what benchmarks/report.py makes of it and of the samples.
+
+    train: uint8 images (N, 1, 32, 32).
+    """
     folder = args.output
     file = folder / "results.json"
     text = json.dumps(results, indent=1) + "\n"
@@ -860,7 +920,8 @@ def write_results(args, results, settings, reference):
     class_names = results["extractors"][0]["class_names"]
     for setting in settings:
         title, shown = setting.title(), setting.shown
-        report.write_samples(folder, title, shown[:100], neighbours(shown[:20], reference))
+        copied = train[nearest_moved(shown[:20], reference.train)[1]]
+        report.write_samples(folder, title, shown[:100], copied)
         if args.tsne:
             features = extract(reference.sessions[0], shown)[0]
             real = reference.features[0][: len(features)]

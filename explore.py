@@ -189,11 +189,14 @@ def save_map(axes, points, labels, class_names, path, lines=()):
 # --- Models and images ----------------------------------------------------------------------------
 
 
-def print_error(x, back, text=""):
+def print_error(x, back):
     """Print how far two sets of images (N, C, H, W) in [-1, 1] are apart."""
     check_finite(back)
-    error = (to_uint8(back).float() - to_uint8(x).float()).abs().mean()
-    print(f"{text}mean absolute error {error:.2f} of 255 grey levels")
+    errors = (to_uint8(back).float() - to_uint8(x).float()).abs().flatten(1).mean(1)
+    text = f"mean absolute error {errors.mean():.2f} of 255 grey levels"
+    if len(errors) > 1:
+        text += f", of the worst image {errors.max():.2f}"
+    print(text)
 
 
 def sampler_options(args, script, config):
@@ -394,10 +397,10 @@ def code_frames(model, y_a, y_b, i, j, weight):
 
 
 def invert(args, model):
-    """An image to the noise that leads to it, and back: the three side by side.
+    """Images to the noise that leads to them, and back: the three side by side, a row for each.
 
-    A .gif has all steps.  Prints how far the image that comes back is from the given one.  ldm: the
-    noise is one of latents, shown decoded.
+    A .gif has all steps.  Prints how far what comes back is from what was given.  ldm: the noise is
+    one of latents, shown decoded.
     """
     images, labels = model.given_images()
     x_0 = to_float(images)
@@ -410,11 +413,13 @@ def invert(args, model):
     trace = model.decode_trace(trace)
     _, noise, _ = trace[steps]
     _, back, _ = trace[-1]
-    print_error(x_0, back, f"{model.names[labels[0]]}, {steps} steps each way: ")
+    print(f"{steps} steps each way")
+    print_error(x_0, back)
     if args.output.suffix.lower() == ".gif":
         save_gif(trajectory_frames(trace, 1), args.output)
     else:
-        model.save(torch.cat([x_0, noise, back]), labels.repeat(3), 3)
+        rows = torch.stack([x_0, noise, back], dim=1).flatten(0, 1)
+        model.save(rows, labels.repeat_interleave(3), 3)
 
 
 def reconstruct(args, model):
@@ -528,7 +533,7 @@ def add_flags(parser, command, name):
     add = parser.add_argument
     # fmt: off
     if reads_images:
-        count = {"invert": 1, "reconstruct": "+", "between": 2}[command]
+        count = 2 if command == "between" else "+"
         add("images", type=os.path.expanduser, metavar="IMAGE", nargs=count,
             help="index of a test image, from 0, or an image file")
         add("--class", dest="class_", metavar="NAME",

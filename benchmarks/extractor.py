@@ -134,7 +134,7 @@ def train_both(args):
             "torch": str(torch.__version__),
         }
         write_extractor(path, model, card)
-        card = evaluate.load_extractor(path, args.data, test, threads=0)[2]
+        card = evaluate.load_extractor(path, args.data, test, threads=0)[1]
         print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB): ", end="")
         print(f"test accuracy {card['accuracy']:.2%}, SHA-256 {card['sha256']}", flush=True)
 

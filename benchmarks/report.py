@@ -25,13 +25,13 @@ FEW = 2000  # with fewer samples than this, evaluate.py marks a row
 # Columns of the table: (name of the score, heading, format).
 SCORES = (
     ("ffid", "F-FID", ".3g"),
+    ("ffid_infinity", "F-FID, N → ∞", ".3g"),
     ("ffid2", "F-FID, second extractor", ".3g"),
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
     ("density", "density", ".3f"),
     ("coverage", "coverage", ".3f"),
     ("label_accuracy", "label accuracy", ".3f"),
-    ("entropy", "class entropy", ".3f"),
     ("copy_ratio", "copy ratio", ".3f"),
     ("copies", "copies", ".3f"),
     ("cas", "CAS", ".3f"),
@@ -41,15 +41,15 @@ SCORES = (
 
 
 def score_cells(row, floor):
-    """Title, N, seeds, F-FID over the floor's; each score, and its spread over several seeds."""
+    """Title, N, seeds, F-FID less the floor's; each score, and its spread over several seeds."""
     cells = []
     for name, _, digits in SCORES:
         score = row["scores"].get(name)
         spread = f" ± {score['spread']:{digits}}" if score and score["spread"] else ""
         cells.append(f"{score['mean']:{digits}}{spread}" if score else "–")
     count = f"{row['n']:,}{' (!)' if row['marked'] else ''}"
-    multiple = row["scores"]["ffid"]["mean"] / floor["scores"]["ffid"]["mean"]
-    return [row["title"], count, str(row["seeds"]), f"{multiple:.1f}", *cells]
+    excess = row["scores"]["ffid"]["mean"] - floor["scores"]["ffid"]["mean"]
+    return [row["title"], count, str(row["seeds"]), f"{excess:.3g}" if excess else "–", *cells]
 
 
 def cost_cells(row):
@@ -106,8 +106,10 @@ def table(results):
     """What results.json holds, as Markdown."""
     protocol, machine, rows = results["protocol"], results["machine"], results["rows"]
     floor, extractors = results["floor"], results["extractors"]
-    text = f"# Samples against {protocol['reference']:,} test images of {protocol['data']}\n\n"
-    head = ["model", "N", "seeds", "F-FID / floor", *(heading for _, heading, _ in SCORES)]
+    hold_out = protocol.get("hold_out")  # older results have none
+    real = "held-out training" if hold_out else "test"
+    text = f"# Samples against {protocol['reference']:,} {real} images of {protocol['data']}\n\n"
+    head = ["model", "N", "seeds", "excess F-FID", *(heading for _, heading, _ in SCORES)]
     text += as_table(head, [score_cells(row, floor) for row in (floor, *rows)])
     if len(extractors) > 1 and len(rows) > 1:
         pairs = disagreements(rows)
@@ -132,32 +134,45 @@ def table(results):
         weak = " (!) below 93 %, too weak to judge" if card["accuracy"] < 0.93 else ""
         text += f"- Extractor {which}: {card['file']}, {card['architecture']}; test accuracy "
         text += f"{card['accuracy']:.2%}{weak}; SHA-256 `{card['sha256']}`.\n"
-    return text + NOTES.format(few=FEW, **protocol)
+    if hold_out:
+        text += HELD_OUT
+    return text + NOTES.format(few=FEW, real=real, **protocol)
 
 
+HELD_OUT = """\
+- To choose by: real images are every sixth training image, so that the test images have no say in
+  the choice. Models that were not trained with --hold-out have seen them, and so have both
+  extractors: compare within this table only.
+"""
 NOTES = """\
 - F-FID: Frechet distance in the first extractor's features of {data}; not comparable with a
-  published FID.
-- ±: standard deviation over the sampling seeds; a difference within it says nothing. The seeds of
-  real images are disjoint parts of the training images.
-- (!): fewer than {few:,} samples, or not as many as the {reference:,} test images. With fewer
+  published FID. It falls as N grows, and so does its floor; excess F-FID is what lies between.
+  N → ∞: the extrapolation of Chong & Forsyth 2020 (arXiv:1911.07023), from parts of the samples; of
+  real images it leaves what the {reference:,} {real} images still lack.
+- ±: standard deviation over the sampling seeds of one trained model, of which another training seed
+  gives another: trials.md has the spread over those. For real images: over all disjoint parts of
+  the training images.
+- (!): fewer than {few:,} samples, or not as many as the {reference:,} {real} images. With fewer
   samples both F-FIDs grow, coverage falls, and the others move a little: compare within this table
   only, and with its floor.
-- real images: the floor, as many training images scored in place of samples. Its label accuracy,
-  copy ratio and copies are those of test images, since the extractor was trained on the training
-  images, and each of them is its own nearest neighbour.
+- real images: the floor, as many training images scored in place of samples. Its label accuracy is
+  that of test images, its copy ratio and copies those of {real} images, since the extractor was
+  trained on the training images, and each of them is its own nearest neighbour.
 - Precision, recall, density, coverage: k = {k}, all against all.
-- Label accuracy: fraction of samples that the extractor classifies as the requested class. Class
-  entropy: of the classes that it sees; 1 is uniform.
-- Copy ratio: median over up to {queries:,} samples of the pixel distance to the nearest of
-  {train:,} training images over that to the nearest of {others:,} test images. Copies: fraction of
-  them with a ratio that only 1 % of real images fall below. A copy ratio far below that of real
-  images, or copies far above 0.01, show that training images are reproduced.
+- Label accuracy: fraction of samples that the extractor classifies as the requested class.
+- Copy ratio: median over up to {queries:,} samples of the distance to the nearest of {train:,}
+  training images over that to the nearest of {others:,} {real} images, in means of 2 x 2 pixels
+  whose brightness and contrast are made equal; of a sample, its mirror image, and both moved by a
+  pixel to any side, the nearest counts. Copies: fraction of them with a ratio that only 1 % of real
+  images fall below. A copy ratio far below that of real images, or copies far above 0.01, show that
+  training images are reproduced, also if they are moved by a pixel, mirrored, brighter, or a little
+  blurred; stronger changes stay unseen.
 - Network evaluations: per image. A guided step takes two; steps are guided at t in the guidance
   interval, fractions of T, which is the model's unless the row names another. A row of ddim or ldm
   that names no solver is of DDIM.
-- CAS (Ravuri & Vinyals 2019, arXiv:1905.10887): accuracy on the test images of a classifier trained
-  on {train:,} samples; for real images, of the same classifier trained on the training images.
+- CAS (Ravuri & Vinyals 2019, arXiv:1905.10887): accuracy on the {real} images of a classifier
+  trained on {train:,} samples; for real images, of the same classifier trained on the training
+  images.
 """
 
 # --- Pictures of samples --------------------------------------------------------------------------
@@ -178,14 +193,14 @@ def write_text(text, path):
 def write_samples(folder, title, images, neighbours):
     """Two pictures of samples: ten of each class, and each above the nearest training image.
 
-    images: uint8 (N, 1, 32, 32), the classes in turn;  neighbours: uint8 (M, 1, 28, 28), the
+    images: uint8 (N, 1, 32, 32), the classes in turn;  neighbours: uint8 (M, 1, 32, 32), the
     nearest training images of the first M.
     """
     by_class = np.concatenate([images[y::10] for y in range(10)])
     grid = to_picture(by_class, len(by_class) // 10)
     write_picture(grid, folder / f"samples_{fold(title)}.png")
-    middles = images[: len(neighbours), :, 2:30, 2:30]
-    rows = [array.reshape(-1, 10, 28, 28) for array in (middles, neighbours)]
+    both = images[: len(neighbours)], neighbours
+    rows = [array[:, :, 2:30, 2:30].reshape(-1, 10, 28, 28) for array in both]
     tiles = np.stack(rows, axis=1).reshape(-1, 1, 28, 28)
     write_picture(to_picture(tiles, 10), folder / f"nearest_{fold(title)}.png")
 

@@ -2,12 +2,15 @@
 
     python benchmarks/trials.py              all trials not done yet, then results/trials.md
     python benchmarks/trials.py ddim steps   those of ddim.py, and spacings of the sampling steps
+    python benchmarks/trials.py spread       each script three times, with other training seeds
     python benchmarks/trials.py --table      only write the table of the trials so far
 
-A trial is a script with the flags of BASE and then those of the trial, trained for --minutes on one
-core; as many trials run at once as there are cores.  Few minutes favour what learns fast: a verdict
-holds for runs of this length.  Runs and samples stay in runs/trials/, so that a stopped trial
-resumes; the scores of all trials are kept in results/trials.json.
+A trial is a script with its defaults and the flags of the trial, trained for --minutes on one core
+with --hold-out, and scored on what was held out; as many trials run at once as there are cores.
+Few minutes favour what learns fast: a verdict holds for runs of this length.  Two runs that differ
+in the seed of training alone differ, too: `spread` measures by how much, and a verdict has to lie
+beyond that.  Runs and samples stay in runs/trials/, so that a stopped trial resumes; the scores of
+all trials are kept in results/trials.json.
 """
 
 import argparse
@@ -21,6 +24,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
@@ -29,63 +34,26 @@ from benchmarks import report
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
 
-# The flags that all trials of a script have in common; the others are at their defaults.
-BASE = {
-    "ddim": "--optimizer adamw --lr 3e-3 --batch-size 128"
-    " --widths 32,96 --depths 1,3 --patch 2 --prediction v",
-    "ldm": "--optimizer adamw --lr 3e-3 --batch-size 64"
-    " --latent-channels 8 --kl-weight 1e-2 --stage-1-share 0.2",
-    "gan": "--loss relativistic --gamma 1 --penalty-every 4 --lr 1e-3 --batch-size 64"
-    " --widths 32,64,128",
-    "vae": "--latent-dim 32 --widths 32,64,96 --emb-channels 128 --kl-weight 1"
-    " --prior-components 10 --lr 2e-3 --batch-size 128",
-}
-MUON = "--optimizer muon --batch-size 64 --lr 1e-2"
-RARE = "--penalty-every 8"
-WIDE = "--latent-dim 64"
 # The changes that became defaults of the scripts.
 TAKEN = {
     "ddim": "--optimizer muon --batch-size 64 --lr 5e-3",
     "ldm": "--optimizer muon",
-    "gan": f"{RARE} --loss nonsaturating",
-    "vae": f"{WIDE} --kl-weight 0.3",
+    "gan": "--penalty-every 8 --loss nonsaturating",
+    "vae": "--latent-dim 64 --kl-weight 0.3",
 }
+# Changes to the defaults.  results/trials.json has older ones, of other defaults.
 TRIALS = {
-    "ddim": [
-        "", "--optimizer muon", "--optimizer muon --batch-size 64", TAKEN["ddim"], MUON,
-        "--optimizer muon --batch-size 64 --lr 2e-2", f"{MUON} --batch-size 32",
-        f"{MUON} --no-attention", f"{MUON} --depths 1,4", f"{MUON} --depths 1,2",
-        f"{MUON} --patch 4 --widths 96 --depths 4",
-        f"{MUON} --patch 1 --widths 16,32,96 --depths 1,1,3",
-        f"{MUON} --prediction eps", f"{MUON} --schedule linear", f"{MUON} --widths 48,96",
-        f"{MUON} --ema-length 0.04",
-        *(f"{TAKEN['ddim']} {flags}" for flags in (
-            "--no-attention", "--depths 1,2", "--widths 48,96", "--no-attention --widths 48,96",
-        )),
-    ],
-    "ldm": [
-        "", "--optimizer muon", "--latent-channels 4", "--kl-weight 1e-3", "--stage-1-share 0.4",
-        "--depths 5",
-        *(f"{TAKEN['ldm']} {flags}" for flags in (
-            "--latent-channels 4", "--lr 5e-3", "--kl-weight 3e-2", "--kl-weight 1e-1",
-        )),
-    ],
-    "gan": [
-        "", "--loss nonsaturating", "--gamma 0.3", RARE, "--widths 48,96,128", TAKEN["gan"],
-        f"{RARE} --gamma 0.3", "--penalty-every 16",
-    ],
-    "vae": [
-        "", WIDE, TAKEN["vae"], f"{WIDE} --reconstruction l1", f"{WIDE} --prior-components 0",
-        "--latent-dim 128", f"{WIDE} --kl-weight 0.1", f"{WIDE} --prior-components 30",
-        "--latent-dim 128 --kl-weight 0.3 --prior-components 5",
-    ],
-}  # fmt: skip
+    "ddim": ["", "--no-attention", "--no-attention --widths 48,96"],
+    "ldm": ["", "--latent-channels 4"],
+    "gan": ["", "--gamma 0.3"],
+    "vae": ["", "--latent-dim 128 --prior-components 5"],
+}
+EPOCHS = {"ddim": 6, "ldm": 7, "gan": 4, "vae": 9}  # of the runs for the spread: ten minutes
+SEEDS = (0, 1, 2)  # of their training
 # How samples are made for the scores.
-DRAWN = dict.fromkeys(("gan", "vae"), "--num-samples 10000")
-DRAWN["ddim"] = (
-    "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.25 --guidance-interval 0:1"
-)
-DRAWN["ldm"] = "--num-samples 2000 --solver dpm++ --steps 10 --guidance 1.5 --guidance-interval 0:1"
+DRAWN = dict.fromkeys(("gan", "vae"), "--hold-out --num-samples 10000")
+WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10"
+DRAWN |= dict.fromkeys(("ddim", "ldm"), WALK)
 EXPONENTS = (1.0, 1.3, 2.0)  # of the spacing of steps
 WALKS = (("ddim", 20), ("dpm++", 10))  # solver, steps
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
@@ -93,17 +61,28 @@ SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_
 
 def plan(minutes):
     """All trials with the keys of results/trials.json; two are the same if all of these agree."""
-    trials = [
-        {"name": name, "flags": flags, "base": BASE[name], "minutes": minutes, "drawn": DRAWN[name]}
-        for name in TRIALS
-        for flags in TRIALS[name]
-    ]
+    trials = []
+    for name in TRIALS:
+        drawn = {"name": name, "drawn": DRAWN[name]}
+        base = "--hold-out"
+        trials += [
+            {**drawn, "base": base, "flags": flags, "minutes": minutes} for flags in TRIALS[name]
+        ]
+        base = f"--hold-out --epochs {EPOCHS[name]}"
+        trials += [{**drawn, "base": base, "flags": f"--seed {seed}"} for seed in SEEDS]
     model = hashlib.sha256((ROOT / "pretrained/ddim.onnx").read_bytes()).hexdigest()
     return trials + [
         {"name": "steps", "flags": f"{solver} {steps} {exponent}", "model": model}
         for solver, steps in WALKS
         for exponent in EXPONENTS
     ]
+
+
+def is_of(trial, name):
+    """Whether a name on the command line means this trial."""
+    if name == "spread":
+        return trial["name"] != "steps" and "minutes" not in trial
+    return trial["name"] == name
 
 
 def key(trial):
@@ -131,7 +110,9 @@ def pairs(flags):
 def run_trial(trial, cores):
     """Train, export and evaluate on one core; returns the trial with its figures."""
     core, name, flags = cores.get(), trial["name"], trial["flags"].split()
-    recipe = f"{trial['base']} {trial['flags']} {trial['minutes']:g}"
+    recipe = f"{trial['base']} {trial['flags']}"
+    if "minutes" in trial:
+        recipe += f" --minutes {trial['minutes']:g}"
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     place = RUNS / "-".join([name, digest, *(flag.lstrip("-").replace(",", ".") for flag in flags)])
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -148,10 +129,10 @@ def run_trial(trial, cores):
     try:
         onnx = place / f"{name}.onnx"
         if not onnx.is_file():
-            start = ["--train", *trial["base"].split(), *flags]
+            start = ["--train", *recipe.split()]
             if any(place.glob("*.pt")):
                 start = ["--resume"]
-            command(f"{name}.py", *start, "--run-dir", place, "--minutes", trial["minutes"])
+            command(f"{name}.py", *start, "--run-dir", place)
             command("export.py", name, "--checkpoint", place)
         scoring = ["--seeds", 2, "--no-timing", "--threads", 1, "--output", place / "results"]
         command("evaluate.py", onnx, *trial["drawn"].split(), *scoring)
@@ -181,7 +162,8 @@ def try_spacing(trial, count=1000):
     model = infer_onnx.load_model(ROOT / "pretrained/ddim.onnx")
     test = evaluate.load_split("fashion-mnist", None, train=False)
     extractor = ROOT / "pretrained/extractor.onnx"
-    session, real, _ = evaluate.load_extractor(extractor, "fashion-mnist", test, 0)
+    session, _ = evaluate.load_extractor(extractor, "fashion-mnist", test, 0)
+    real = evaluate.extract(session, test[0])[0]
     labels = evaluate.balanced_labels(0, count)
     images = infer_onnx.sample(model, labels, steps=steps, solver=solver)
     fake = evaluate.extract(session, images)[0]
@@ -206,57 +188,102 @@ def spacing_table(trials):
     return text + report.as_table(head, rows)
 
 
-def script_table(trials):
-    """The trials of one script and length as Markdown, each beside that without its last change."""
-    first = trials[0]
-    everywhere = (
-        ", DPM-Solver++ in 10 steps, guided everywhere" if "solver" in first["drawn"] else ""
-    )
-    text = f"## {first['name']}.py\n\n`{first['base']}`, "
-    text += f"{first['minutes']:g} minutes on one core of {first['processor']}; "
-    text += f"N = {first['n']:,}, two sampling seeds{everywhere}; "
-    text += f"floor F-FID {first['floor']:.4f}.\n\n"
-    head = ["change", "verdict", "/ without", "epochs", "F-FID", "/ floor"]
-    head += [score.replace("_", " ") for score in SCORES[1:]]
+def training_spreads(trials):
+    """{script: (mean F-FID of its runs with other seeds, their spread over that mean)}."""
+    found = {}
+    for name in TRIALS:
+        runs = [t["scores"]["ffid"] for t in trials if is_of(t, "spread") and t["name"] == name]
+        if len(runs) == len(SEEDS):
+            found[name] = float(np.mean(runs)), float(np.std(runs, ddof=1) / np.mean(runs))
+    return found
+
+
+def spread_table(trials):
+    """F-FID of runs that differ in the seed of training alone, and the spreads, as Markdown."""
+    text = "## Spread over training seeds\n\n"
+    text += "Runs that differ in `--seed` alone.  Over sampling seeds: two of each run, "
+    text += "the mean of the runs.\n\n"
+    head = ["script", "flags", *(f"F-FID, seed {seed}" for seed in SEEDS)]
+    head += ["mean", "spread over training seeds", "over sampling seeds"]
     rows = []
-    found = {}  # flags: F-FID and its spread
-    for trial in trials:
-        flags, ffid, spread = trial["flags"], trial["scores"]["ffid"], trial["spread"]
-        without = max((other for other in found if flags.startswith(other)), key=len, default=None)
-        verdict = ratio = ""
-        if without is not None:
-            before, spread_before = found[without]
-            better = ffid < 0.95 * before and ffid + spread < before - spread_before
-            taken = pairs(flags) <= pairs(TAKEN[trial["name"]])
-            verdict = "taken" if taken else "better" if better else "no gain"
-            ratio = f"{ffid / before:.2f}"
-        cells = [f"`{flags}`" if flags else "none", verdict, ratio, f"{trial['epochs']:.1f}"]
-        cells += [f"{ffid:.3f} ± {spread:.3f}", f"{ffid / trial['floor']:.0f}"]
-        rows.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
-        found[flags] = ffid, spread
+    for name, (mean, spread) in training_spreads(trials).items():
+        runs = [trial for trial in trials if trial["name"] == name]
+        cells = [f"{name}.py", f"`{runs[0]['base']}`, N = {runs[0]['n']:,}"]
+        cells += [f"{trial['scores']['ffid']:.3f}" for trial in runs]
+        sampling = np.mean([trial["spread"] / trial["scores"]["ffid"] for trial in runs])
+        rows.append([*cells, f"{mean:.3f}", f"{spread:.1%}", f"{sampling:.1%}"])
     return text + report.as_table(head, rows)
 
 
+def script_table(trials, spreads):
+    """The trials of one script and length as Markdown, each beside that without its last change.
+
+    spreads: of training_spreads.
+    """
+    first = trials[0]
+    held_out = "--hold-out" in first["base"]
+    text = f"## {first['name']}.py{'' if held_out else ', earlier'}\n\n`{first['base']}`, "
+    text += f"{first['minutes']:g} minutes on one core of {first['processor']}; "
+    text += f"`{first['drawn']}`, two sampling seeds; floor F-FID {first['floor']:.4f}.\n\n"
+    head = ["change", "default", "verdict", "/ without", "epochs", "F-FID", "excess"]
+    head += [score.replace("_", " ") for score in SCORES[1:]]
+    rows = []
+    found = {}  # flags: F-FID
+    for trial in trials:
+        flags, ffid, spread = trial["flags"], trial["scores"]["ffid"], trial["spread"]
+        without = max((other for other in found if flags.startswith(other)), key=len, default=None)
+        verdict = ratio = taken = ""
+        if without is not None:
+            ratio = ffid / found[without]
+            taken = "yes" if pairs(flags) <= pairs(TAKEN[trial["name"]]) else ""
+            verdict = verdict_of(ratio, spreads.get(trial["name"]))
+            ratio = f"{ratio:.2f}"
+        cells = [f"`{flags}`" if flags else "none", taken, verdict, ratio]
+        cells += [f"{trial['epochs']:.1f}", f"{ffid:.3f} ± {spread:.3f}"]
+        cells += [f"{ffid - trial['floor']:.3f}"]
+        rows.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
+        found[flags] = ffid
+    return text + report.as_table(head, rows)
+
+
+def verdict_of(ratio, spread):
+    """Better, worse or open: whether a ratio of two runs lies beyond what other seeds do to it.
+
+    spread: (mean, relative standard deviation of one run), or None if it was not measured.  The
+    ratio of two such runs varies sqrt(2) times as much, and the limit is twice that.
+    """
+    if spread is None:
+        return "open"
+    limit = 2 * 2**0.5 * spread[1]
+    return "better" if ratio < 1 - limit else "worse" if ratio > 1 + limit else "open"
+
+
 LEGEND = (
-    "/ without: F-FID over that of the longest row above that the change starts with.  "
-    "taken: by the script's\n"
-    "defaults; no gain: not 5 % better, or not by both spreads; better: but another row is "
-    "better still, or\n"
-    "longer runs are not, or were not made.  Compare within a table: the machine was faster "
-    "in some.\n"
+    "/ without: F-FID over that of the longest row above that the change starts with.  default: "
+    "what the scripts\n"
+    "do today.  better, worse: by more than 2 sqrt(2) times the spread over training seeds; open: "
+    "within that, one\n"
+    "run of each cannot tell.  ±: over sampling seeds.  Earlier trials trained on all images and "
+    "were chosen by\n"
+    "the test images.  Compare within a table: the machine was faster in some.\n"
 )
 
 
 def table(trials):
     """The figures of all trials as Markdown."""
     text = "# Recipes by trial\n\n"
+    spreads = training_spreads(trials)
     groups = {}
     for trial in trials:
-        groups.setdefault((trial["name"], trial.get("minutes")), []).append(trial)
-    steps = groups.pop(("steps", None), [])
+        held_out = "--hold-out" in trial.get("base", "")
+        groups.setdefault((trial["name"], held_out, trial.get("minutes")), []).append(trial)
+    steps = groups.pop(("steps", False, None), [])
     if steps:
         text += spacing_table(steps)
-    return text + "".join(map(script_table, groups.values())) + LEGEND
+    if spreads:
+        text += spread_table([trial for trial in trials if is_of(trial, "spread")])
+    tables = [script_table(group, spreads) for place, group in groups.items() if place[2]]
+    return text + "".join(tables) + LEGEND
 
 
 def main():
@@ -265,8 +292,8 @@ def main():
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME",
-        help="trials to run: ddim, ldm, gan, vae or steps (all)")
-    add("--minutes", type=float, default=5, help="minutes that each trial trains (5)")
+        help="trials to run: ddim, ldm, gan, vae, steps or spread (all)")
+    add("--minutes", type=float, default=25, help="minutes that each trial trains (25)")
     add("--flags", nargs="+",
         help="only the trials with these flags, those of each in quotes (all)")
     add("--table", action="store_true", help="only write the table of the trials so far (off)")
@@ -275,7 +302,8 @@ def main():
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
     kept = read_kept()
-    wanted = [t for t in trials if key(t) not in kept and t["name"] in (args.names or t["name"])]
+    names = args.names or [*TRIALS, "steps"]
+    wanted = [t for t in trials if key(t) not in kept and any(is_of(t, name) for name in names)]
     wanted = [] if args.table else [t for t in wanted if t["flags"] in (args.flags or [t["flags"]])]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
@@ -293,9 +321,7 @@ def main():
     for trial in wanted:
         if trial["name"] == "steps":
             kept = keep(try_spacing(trial))
-    lengths = sorted({trial.get("minutes", args.minutes) for trial in kept.values()})
-    shown = dict.fromkeys(key(trial) for minutes in lengths for trial in plan(minutes))
-    text = table([kept[known] for known in shown if known in kept])
+    text = table([*kept.values()])
     TABLE.write_text(text)
     print(text)
 
