@@ -2,7 +2,7 @@
 
     python benchmarks/report.py                  write results/table.md and the diagrams there anew
     python benchmarks/report.py results/steps    those of another folder
-    python benchmarks/report.py --overview results results/ddpm    print the table of README.md
+    python benchmarks/report.py --pages          the tables in README.md and results/README.md
 
 Nothing is sampled or scored. Diagrams need matplotlib.
 """
@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from infer_onnx import Parser, fold, one_line, to_picture, written_whole
 
+ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
 FEW = 2000  # with fewer samples than this, evaluate.py marks a row
 # Columns of the table: (name of the score, heading, format).
@@ -102,41 +104,75 @@ def disagreements(rows):
     return pairs
 
 
-def table(results):
-    """What results.json holds, as Markdown."""
-    protocol, machine, rows = results["protocol"], results["machine"], results["rows"]
-    floor, extractors = results["floor"], results["extractors"]
-    hold_out = protocol.get("hold_out")  # older results have none
-    real = "held-out training" if hold_out else "test"
-    text = f"# Samples against {protocol['reference']:,} {real} images of {protocol['data']}\n\n"
+def scores_of(results):
+    """The scores of each row beside the floor, and what the two extractors disagree on."""
+    floor, rows = results["floor"], results["rows"]
     head = ["model", "N", "seeds", "excess F-FID", *(heading for _, heading, _ in SCORES)]
-    text += as_table(head, [score_cells(row, floor) for row in (floor, *rows)])
-    if len(extractors) > 1 and len(rows) > 1:
+    text = as_table(head, [score_cells(row, floor) for row in (floor, *rows)])
+    if len(results["extractors"]) > 1 and len(rows) > 1:
         pairs = disagreements(rows)
         listed = f": by the first, {'; '.join(pairs)}" if pairs else ""
         count = f"{len(pairs)} of {math.comb(len(rows), 2)} pairs"
         text += f"The extractors disagree on the order of {count}{listed}.\n\n"
+    return text
+
+
+def classes_of(results):
+    """Label accuracy of each class, where classes were requested."""
     lines = []
-    for row in rows:
+    for row in results["rows"]:
         if by_class := row["scores"].get("accuracy_by_class"):
             lines.append([row["title"], *(f"{accuracy:.2f}" for accuracy in by_class)])
-    if lines:
-        text += "Label accuracy by class:\n\n"
-        text += as_table(["model", *extractors[0]["class_names"]], lines)
+    return as_table(["model", *results["extractors"][0]["class_names"]], lines) if lines else ""
+
+
+def cost_of(results):
+    """What each model costs."""
     head = ["model", "network evaluations", "ms / image, batch 1"]
     head += ["ms / image, best batch (its size)", "parameters", "MB", "training minutes"]
-    text += as_table(head, [cost_cells(row) for row in rows])
+    return as_table(head, [cost_cells(row) for row in results["rows"]])
+
+
+def table(results):
+    """What results.json holds, as Markdown."""
+    protocol, machine = results["protocol"], results["machine"]
+    hold_out = protocol.get("hold_out")  # older results have none
+    real = "held-out training" if hold_out else "test"
+    text = f"# Samples against {protocol['reference']:,} {real} images of {protocol['data']}\n\n"
+    text += scores_of(results)
+    if by_class := classes_of(results):
+        text += f"Label accuracy by class:\n\n{by_class}"
+    text += cost_of(results)
     threads = f"{machine['cores']} cores, {machine['threads'] or 'as many'} threads"
     text += f"On {machine['processor']}, {threads}, {machine['provider']}, "
     text += f"onnxruntime {machine['onnxruntime']}; times: medians, "
     text += "which move with the machine's load.\n\n"
-    for which, card in enumerate(extractors, 1):
+    for which, card in enumerate(results["extractors"], 1):
         weak = " (!) below 93 %, too weak to judge" if card["accuracy"] < 0.93 else ""
         text += f"- Extractor {which}: {card['file']}, {card['architecture']}; test accuracy "
         text += f"{card['accuracy']:.2%}{weak}; SHA-256 `{card['sha256']}`.\n"
     if hold_out:
         text += HELD_OUT
     return text + NOTES.format(few=FEW, real=real, **protocol)
+
+
+PARTS = {"scores": scores_of, "classes": classes_of, "cost": cost_of, "overview": overview}
+
+
+def filled(page, root):
+    """The text of a page, with what stands between its marks written anew.
+
+    A mark is <!-- PART of FOLDER ... -->, the name of a part and the folders of results.json from
+    `root`; it holds up to the next <!-- end -->.
+    """
+
+    def part(mark):
+        folders = mark["folders"].split()
+        results = [json.loads((root / folder / "results.json").read_text()) for folder in folders]
+        return f"{mark['start']}\n{PARTS[mark['part']](*results)}<!-- end -->"
+
+    start = r"(?P<start><!-- (?P<part>\w+) of (?P<folders>[\w/ ]+) -->)"
+    return re.sub(rf"{start}\n.*?<!-- end -->", part, page, flags=re.DOTALL)
 
 
 HELD_OUT = """\
@@ -328,8 +364,8 @@ def build_parser():
     # fmt: off
     add("folders", nargs="*", type=Path, default=[Path("results")], metavar="FOLDER",
         help="folders that hold a results.json each (results)")
-    add("--overview", action="store_true",
-        help="only print the table of README.md for these folders together (off)")
+    add("--pages", action="store_true",
+        help="only write the tables in README.md and results/README.md anew (off)")
     # fmt: on
     return parser
 
@@ -338,11 +374,11 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        several = [json.loads((folder / "results.json").read_text()) for folder in args.folders]
-        if args.overview:
-            print(overview(*several), end="")
-            return 0
-        for folder, results in zip(args.folders, several, strict=True):
+        for page in (ROOT / "README.md", ROOT / "results/README.md") if args.pages else ():
+            write_text(filled(page.read_text(), ROOT), page)
+            print(f"wrote {page}")
+        for folder in () if args.pages else args.folders:
+            results = json.loads((folder / "results.json").read_text())
             write_text(table(results), folder / "table.md")
             plot_results(results, folder)
             print(f"wrote {folder}: table.md and diagrams")

@@ -547,12 +547,19 @@ def test_a_curve_over_steps_needs_two_of_them(curves, in_tmp):
     assert not (in_tmp / "steps.png").exists()
 
 
-def test_the_report_prints_the_table_of_the_readme(in_tmp, capsys):
-    folders = [ROOT / "results", ROOT / "results/ddpm"]
-    several = [json.loads((folder / "results.json").read_text()) for folder in folders]
-    assert report.main(["--overview", *map(str, folders)]) == 0
-    assert capsys.readouterr().out == report.overview(*several)
-    assert list(in_tmp.iterdir()) == []
+def test_a_page_gets_its_tables(in_tmp):
+    several = [
+        json.loads((ROOT / f"results{part}/results.json").read_text()) for part in ("", "/ddpm")
+    ]
+    page = (
+        "one\n<!-- scores of results -->\nold\n<!-- end -->\ntwo\n"
+        "<!-- overview of results results/ddpm -->\n<!-- end -->\n<!-- other -->\n"
+    )
+    scores, overview = report.scores_of(several[0]), report.overview(*several)
+    assert report.filled(page, ROOT) == (
+        f"one\n<!-- scores of results -->\n{scores}<!-- end -->\ntwo\n"
+        f"<!-- overview of results results/ddpm -->\n{overview}<!-- end -->\n<!-- other -->\n"
+    )
 
 
 def test_benchmarks_only_explain_themselves_with_help(in_tmp):
