@@ -298,6 +298,7 @@ def train(args, checkpoint=None):
     run = Run(NAME, args, data, checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
+    judged_labels = torch.arange(min(10, num_classes)).repeat_interleave(100)
 
     def save():
         grid = sample(model=ema_model.module, labels=grid_labels)
@@ -308,7 +309,8 @@ def train(args, checkpoint=None):
             "optimizer_d": optimizer_d.state_dict(), "sums": sums.tolist(),
             "penalty": last_penalty.item(),
         }  # fmt: skip
-        run.save(state, grid, grid_labels)
+        judged = sample(model=ema_model.module, labels=judged_labels)
+        run.save(state, grid, judged_labels, judged)
 
     size_g = sum(p.numel() for p in model.parameters())
     size_d = sum(p.numel() for p in discriminator.parameters())

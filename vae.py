@@ -334,6 +334,7 @@ def train(args, checkpoint=None):
     run = Run(NAME, args, data, checkpoint)
     config = {key: getattr(args, key) for key in FIXED + FREE}
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
+    judged_labels = torch.arange(min(10, num_classes)).repeat_interleave(100)
     components = args.prior_components
     if components > 1 and find_spec("sklearn") is None:
         print("scikit-learn is not installed: the prior will be one Gaussian per class, no mixture")
@@ -357,7 +358,8 @@ def train(args, checkpoint=None):
         }  # fmt: skip
         # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
         run.log({"active_units": (mu.var(dim=0) > 0.01).sum().item()})
-        run.save(state, grid, grid_labels)
+        judged = sample(model=ema_model.module, prior=prior, labels=judged_labels)
+        run.save(state, grid, judged_labels, judged)
 
     def finish():
         if components:

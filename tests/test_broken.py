@@ -167,8 +167,8 @@ def test_each_script_says_once_that_its_samples_have_collapsed(
 ):
     """Samples that are one picture, then one grey, however well the weights are trained."""
     script = importlib.import_module(name)
-    one = pictures(1).float().div(127.5).sub(1).expand(80, 1, 32, 32)
-    monkeypatch.setattr(script, "sample", lambda **_: one)
+    one = pictures(1).float().div(127.5).sub(1)
+    monkeypatch.setattr(script, "sample", lambda labels, **_: one.expand(len(labels), 1, 32, 32))
     monkeypatch.setattr(runs, "distance_moved", lambda first, last: 1.0)
     flags = ["--epochs", "1", "--save-every", "0"]
     if name == "ldm":
@@ -183,7 +183,7 @@ def test_each_script_says_once_that_its_samples_have_collapsed(
     assert "warnings" not in judged[0]  # untrained
     assert all("o (0.00)" in line["warnings"][0] for line in judged[1:])
 
-    monkeypatch.setattr(script, "sample", lambda **_: torch.zeros(80, 1, 32, 32))
+    monkeypatch.setattr(script, "sample", lambda labels, **_: torch.zeros(len(labels), 1, 32, 32))
     assert script.main([*flags_of(name, data_dir, *flags), "--run-dir", "grey"]) == 0
     said = capsys.readouterr().out
     assert said.count("warning: step 1: 100% of the generated images are nearly of one") == 1
