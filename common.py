@@ -14,11 +14,12 @@ import difflib
 import gzip
 import hashlib
 import math
+import os
 import shutil
 import tempfile
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
+from tqdm import tqdm
 
 IMAGE_SIZE = 32
 NULL_LABEL = -1  # "no class": where a label is dropped in training, and in unconditional sampling
@@ -71,29 +73,51 @@ IDX_SETS = {
     # Only the .gz files of KMNIST have published sums; torchvision checks those when it downloads.
     "kmnist": ("KMNIST", None, None),
 }
+# Sets that torchvision finds, verifies and reads: (its class, arguments, the folder of the files).
+TORCHVISION_SETS = {
+    "cifar10": ("CIFAR10", {}, "cifar-10-batches-py"),
+    "emnist-balanced": ("EMNIST", {"split": "balanced"}, "EMNIST/raw"),
+    "emnist-letters": ("EMNIST", {"split": "letters"}, "EMNIST/raw"),
+}
+NAMED_SETS = (*IDX_SETS, *TORCHVISION_SETS)
+# Images and labels in an .npz of ours, of Keras and of MedMNIST: to train, then to test.
+NPZ_KEYS = (
+    ("x", "y", "x", "y"),
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+)
+UNLABELLED = ["images"]  # the one class of pictures without classes
+SPLITS = ("train", "val", "test")  # folders of these names are parts of a data set, not classes
 
 
 @dataclass
 class ImageData:
     """A data set in memory.
 
-    images: uint8 (N, C, 32, 32);  labels: int64 (N,) in [0, len(class_names)).
+    images: uint8 (N, C, 32, 32);  labels: int64 (N,) in [0, len(class_names));  source: what was
+    read;  notes: lines on what was left out or taken for something.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     class_names: list
     source: str
+    notes: list = field(default_factory=list)
 
     def __str__(self):
         n, c, h, w = self.images.shape
-        counts = torch.bincount(self.labels, minlength=len(self.class_names))
+        counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
         low, high = self.images.aminmax()
-        first = (
-            f"{self.source}: {n:,} images of {c}x{h}x{w}, {len(self.class_names)} classes of "
-            f"{counts.min():,} to {counts.max():,} images, values {low}..{high}"
-        )
-        return "\n".join([first, *(f"warning: {text}" for text in self.warnings)])
+        named = [f"{y} {count:,}" for y, count in zip(self.class_names[:10], counts, strict=False)]
+        lines = [
+            f"{self.source}: {n:,} images of {c}x{h}x{w}, {len(counts)} "
+            f"class{'es' if len(counts) > 1 else ''} of {min(counts):,} to {max(counts):,} images, "
+            f"values {low}..{high}",
+            f"classes: {', '.join(named)}{', ...' if len(counts) > 10 else ''}",
+            *self.notes,
+            *(f"warning: {text}" for text in self.warnings),
+        ]
+        return "\n".join(lines)
 
     @cached_property
     def warnings(self):
@@ -104,7 +128,7 @@ class ImageData:
         if empty := [y for y, count in zip(self.class_names, counts, strict=True) if count == 0]:
             more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
             found.append(f"no images of {', '.join(empty[:10])}{more}")
-        if len(counts) == 1:
+        if len(counts) == 1 and self.class_names != UNLABELLED:
             found.append(f"all images are of one class, {self.class_names[0]}: it is no condition")
         pixels = self.images.flatten(2)
         varied = (pixels.amax(2) != pixels.amin(2)).any(1)
@@ -120,27 +144,47 @@ class ImageData:
             found.append(f"{copies:,} of {n:,} images are exact copies of others")
         return found
 
+    @cached_property
+    def fingerprint(self):
+        """What a resumed run must find again: {"images": N, "sha256": of images and labels}."""
+        content = hashlib.sha256(self.images.numpy())
+        content.update(self.labels.numpy())
+        return {"images": len(self.labels), "sha256": content.hexdigest()}
 
-def load_data(name, data_dir=None, channels=1, train=True):
+
+def load_data(name, data_dir=None, channels=1, train=True, background="white", skip_broken=False):
     """Load a data set.
 
-    name: fashion-mnist, mnist or kmnist, a folder with one sub-folder per class, or an .npz file;
+    name: one of NAMED_SETS, or set:NAME where a folder has that name, too; a folder with one
+    sub-folder per class, or with pictures alone, which are one class; or an .npz file;
     data_dir: where a named set's files are; without it data/ and Debian's folder are searched, and
     the set is downloaded to data/ if it is in neither;  channels: 1 (grey) or 3 (colour);
-    train: the training or the test images; folders and .npz files have one set, used for both.
+    train: the training or the test images; a folder or .npz file without test images has one set,
+    used for both;  background: the colour behind transparent pictures;  skip_broken: leave out
+    pictures that cannot be read.
     Returns ImageData.  Raises InputError, which names the file that is missing or wrong.
     """
     path = Path(name)
-    if name in IDX_SETS:
-        images, labels, class_names, source = _load_idx(name, data_dir, train)
+    set_name = name.removeprefix("set:")
+    source = name
+    notes = []
+    if name in NAMED_SETS and data_dir is None and path.is_dir():
+        raise InputError(
+            f"{name!r} is a named data set, and a folder here: write ./{name} for the folder, "
+            f"set:{name} for the set"
+        )
+    if set_name in IDX_SETS:
+        images, labels, class_names, source = _load_idx(set_name, data_dir, train)
+    elif set_name in TORCHVISION_SETS:
+        images, labels, class_names, source = _load_torchvision(set_name, data_dir, train)
     elif path.is_dir():
-        images, labels, class_names = _load_folder(path, channels)
-        source = name
+        images, labels, class_names, notes = _load_folder(
+            path, channels, train, background, skip_broken
+        )
     elif path.suffix.lower() == ".npz" and path.is_file():
-        images, labels, class_names = _load_npz(path)
-        source = name
+        images, labels, class_names, notes = _load_npz(path, train)
     else:
-        named = ", ".join(IDX_SETS)
+        named = ", ".join(NAMED_SETS)
         raise InputError(
             f"no data set {name!r}: give one of {named}, a folder of class folders, or an .npz"
         )
@@ -148,14 +192,21 @@ def load_data(name, data_dir=None, channels=1, train=True):
         from torchvision.transforms.functional import rgb_to_grayscale
 
         images = images.expand(-1, 3, -1, -1) if channels == 3 else rgb_to_grayscale(images)
-    return ImageData(_to_image_size(images).contiguous(), labels, class_names, source)
+    return ImageData(_to_image_size(images).contiguous(), labels, class_names, source, notes)
 
 
 def without_held_out(data):
     """An ImageData without every sixth image, those that evaluate.py --hold-out compares with."""
     kept = torch.arange(len(data.labels)) % 6 != 5
     source = f"{data.source}, every sixth image held out"
-    return ImageData(data.images[kept], data.labels[kept], data.class_names, source)
+    return replace(data, images=data.images[kept], labels=data.labels[kept], source=source)
+
+
+def with_mirrored(data):
+    """An ImageData with all images, and after them all images again, left and right exchanged."""
+    images = torch.cat([data.images, data.images.flip(-1)])
+    source = f"{data.source}, each image also mirrored"
+    return replace(data, images=images, labels=data.labels.repeat(2), source=source)
 
 
 def _to_image_size(images):
@@ -187,7 +238,7 @@ def _load_idx(name, data_dir, train):
         raw = f"{class_name}/raw"
         raise InputError(f"--data-dir {data_dir} and its {raw} have no {wanted[0]} (or .gz)")
     if found is None:
-        _download(dataset_class, Path("data"))
+        _download(dataset_class, Path("data"), f"{class_name}/raw")
         found = _find_idx(places, class_name, wanted)
 
     with tempfile.TemporaryDirectory() as scratch:  # torchvision's parser takes a plain file
@@ -203,14 +254,7 @@ def _load_idx(name, data_dir, train):
             )
             try:
                 parsed.append(reader(str(plain)))
-            except (
-                AssertionError,
-                ValueError,
-                RuntimeError,
-                KeyError,
-                IndexError,
-                TypeError,
-            ) as error:
+            except Exception as error:  # its reader fails in many ways
                 raise InputError(
                     f"{file} is not an IDX file of {'images' if 'images' in base else 'labels'}"
                 ) from error
@@ -247,22 +291,22 @@ def _find_idx(places, class_name, wanted):
     return None
 
 
-def _download(dataset_class, root):
-    """torchvision's download, moved into place only when it is whole."""
+def _download(dataset_class, root, folder, **options):
+    """torchvision's download, its folder moved into place only when it is whole."""
     root.mkdir(parents=True, exist_ok=True)
+    target = root / folder
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         try:
-            dataset_class(scratch, download=True)
+            dataset_class(scratch, download=True, **options)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"{dataset_class.__name__} was not found and could not be downloaded ({reason}); "
-                f"put its four IDX files into a folder and name it with --data-dir"
+                f"put its files into {target}, or name their folder with --data-dir"
             ) from error
-        target = root / dataset_class.__name__ / "raw"
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
-        Path(scratch, dataset_class.__name__, "raw").replace(target)
+        Path(scratch, folder).replace(target)
 
 
 def _read_verified(file, sha256):
@@ -281,77 +325,237 @@ def _read_verified(file, sha256):
     return content
 
 
-def _load_folder(path, channels):
-    """torchvision's ImageFolder, read into one tensor."""
+def _load_torchvision(name, data_dir, train):
+    """A set that torchvision finds, verifies and reads by itself."""
     from torchvision import datasets
 
+    class_name, options, folder = TORCHVISION_SETS[name]
+    dataset_class = getattr(datasets, class_name)
+    place = Path(data_dir or "data", folder)
+    if data_dir is None and not place.exists():
+        _download(dataset_class, Path("data"), folder, **options)
     try:
-        folder = datasets.ImageFolder(str(path))
-    except FileNotFoundError as error:
+        found = dataset_class(data_dir or "data", train=train, **options)
+    except Exception as error:  # its readers fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path} needs one sub-folder of images per class ({str(error).splitlines()[0]})"
+            f"{place} does not hold the published files of {name} ({reason}): "
+            "delete it and run again, or name another --data-dir"
         ) from error
-    images = torch.cat([load_image(file, channels) for file, _ in folder.samples])
-    return images, torch.tensor(folder.targets), folder.classes
+    images = torch.as_tensor(found.data)
+    labels = torch.as_tensor(found.targets)
+    class_names = list(found.classes)
+    if class_name == "EMNIST":
+        images = images.transpose(1, 2)[:, None]  # its files have columns where others have rows
+    else:
+        images = images.permute(0, 3, 1, 2)
+    if class_names[0] == "N/A":  # emnist-letters counts from 1
+        class_names = class_names[1:]
+        labels = labels - 1
+    if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise InputError(f"{place}: the labels of {name} do not go with its images or classes")
+    return images, labels, class_names, f"{name} ({place})"
 
 
-def load_image(path, channels):
-    """An image file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read."""
+def _load_folder(path, channels, train, background, skip_broken):
+    """Read a folder of class folders, or of pictures alone, into one tensor.
+
+    Returns images, labels, class names and notes.
+    """
+    folders = _class_folders(path)
+    if not train and (beside := _test_folder(path)):
+        if unknown := sorted({*_class_folders(beside)} - {*folders}):
+            raise InputError(f"{beside} has the class {unknown[0]}, which {path} does not have")
+        path = beside
+    skipped = Counter()
+    files = []  # (path, label)
+    for y, folder in enumerate(folders):
+        files += [(file, y) for file in _files_below(path / folder, path, skipped)]
+    outer = [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in path.iterdir())
+    outer = [entry for entry in outer if not _is_hidden(entry.name)]
+    if folders:
+        skipped["beside the class folders"] = len(outer)
+    else:
+        files = [(file, 0) for file in outer]
+
+    images = []
+    labels = []
+    for file, y in tqdm(files, f"reading {path}", unit="file", delay=1, leave=False):
+        try:
+            images.append(load_image(file, channels, background))
+            labels.append(y)
+        except InputError as error:
+            if not _is_picture(file):  # a text, or a file of the system's
+                skipped[file.suffix or "without an ending"] += 1
+            elif skip_broken:
+                skipped["unreadable"] += 1
+            else:
+                raise InputError(f"{error}; --skip-broken leaves such pictures out") from error
+    counts = [f"{count:,} {what}" for what, count in skipped.most_common() if count]
+    notes = [f"files skipped: {', '.join(counts)}"] if counts else []
+    if not images:
+        found = f" ({notes[0]})" if notes else ""
+        raise InputError(f"{path} needs one sub-folder of images per class, or images alone{found}")
+    return torch.cat(images), torch.tensor(labels), folders or UNLABELLED, notes
+
+
+def _class_folders(path):
+    """The names of the class folders, in order; InputError where they are train, val and test."""
+    folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
+    for folder in folders:
+        inside = [*folder.iterdir()] if folder.name.lower() in SPLITS else []
+        if any(map(Path.is_dir, inside)) and not any(map(_is_picture, inside)):
+            names = ", ".join(f.name for f in folders)
+            train = min(folders, key=lambda f: f.name.lower() != "train")
+            raise InputError(
+                f"{path} holds {names}, which are no classes: name the folder of the training "
+                f"images, as in --data {train}"
+            )
+    return [folder.name for folder in folders]
+
+
+def _test_folder(path):
+    """The folder test, or else val, beside a folder train; None for other folders."""
+    place = path.absolute()
+    beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
+    if place.name.lower() != "train":
+        return None
+    return beside.get("test") or beside.get("val")
+
+
+def _files_below(folder, root, skipped):
+    """The files in a folder and its sub-folders, in order.
+
+    root: the folder of the data set;  skipped: a Counter, of what is hidden and of links that lead
+    back to where they are.
+    """
+    found = []
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        place = Path(here).resolve()
+        if place in seen or root.resolve().is_relative_to(place):
+            skipped["links that lead back"] += 1
+            folders.clear()
+            continue
+        seen.add(place)
+        skipped["hidden"] += sum(map(_is_hidden, [*folders, *files]))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [(here, name) for name in files if not _is_hidden(name)]
+    return [Path(*parts) for parts in sorted(found)]
+
+
+def _is_hidden(name):
+    """Whether a file or folder is not the user's: .DS_Store, ._x.png, __MACOSX, __pycache__."""
+    return name.startswith((".", "__"))
+
+
+def _is_picture(file):
+    """Whether a file's name ends as those of pictures do; pillow may open others, too."""
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+
+
+def load_image(path, channels, background="white"):
+    """An image file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read.
+
+    background: the colour behind a transparent picture.
+    """
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # pillow would clip these to white silently
-                raise ValueError("more than 8 bits a channel")
-            return _to_image_size(
-                pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))[None]
-            )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path} is not a readable image ({str(error).splitlines()[0]})"
-        ) from error
+        with Image.open(path) as picture:
+            # A large JPEG is decoded at an eighth to a half of its size, which is much faster.
+            picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
+            picture = upright(picture, background).convert("L" if channels == 1 else "RGB")
+            return _to_image_size(pil_to_tensor(picture)[None])
+    except Exception as error:  # pillow's readers fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is not a readable image ({reason})") from error
 
 
-def _load_npz(path):
-    """Read x uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, and y integers (N,).
+def upright(picture, background):
+    """A PIL picture as RGB, turned as its EXIF orientation says, without transparency.
 
-    class_names (classes,) may be there too; else the classes are called 0, 1, ....
+    background: the colour that shows where the picture is transparent; the colours that a file
+    keeps there are mostly black.  Raises ValueError for more than 8 bits a channel, which pillow
+    would clip to white silently.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError("more than 8 bits a channel")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        behind = Image.new("RGBA", picture.size, background)
+        picture = Image.alpha_composite(behind, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def _load_npz(path, train):
+    """Read images uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3, and labels (N,), (N, 1).
+
+    Their names are those of NPZ_KEYS.  class_names (classes,) may be there too; else the classes
+    are called 0, 1, ....  Images without labels are one class.
+    Returns images, labels, class names and notes.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x", "y", "class_names") if key in file}
+            held = set(file)
+            keys = [key for keys in NPZ_KEYS if keys[0] in held for key in keys]
+            arrays = {key: file[key] for key in {*keys, "class_names"} & held}
     except Exception as error:  # NumPy raises errors of many types here
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a readable .npz of plain arrays ({reason})") from error
-    if "x" not in arrays or "y" not in arrays:
-        raise InputError(f"{path} needs the arrays x (images) and y (labels)")
-    x, y = arrays["x"], arrays["y"]
+    if len(keys) != 4 or (keys[1] not in held and held - {keys[0], keys[2]}):
+        pairs = ", or ".join(f"{images} and {labels}" for images, labels, _, _ in NPZ_KEYS)
+        raise InputError(f"{path} {_holds(path)}: it needs the arrays {pairs}")
+    has_others = not train and keys[2] in held
+    images_key, labels_key = keys[2:] if has_others else keys[:2]
+    x = arrays[images_key]
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
-        found = f"{arrays['x'].dtype} {arrays['x'].shape}"
         raise InputError(
-            f"{path}: x is {found}; it must be uint8 (N, H, W), (N, H, W, 1|3) or (N, 1|3, H, W)"
+            f"{path} {_holds(path)}: {images_key} must be uint8 (N, H, W), (N, H, W, 1|3) or "
+            "(N, 1|3, H, W)"
         )
-    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-        raise InputError(
-            f"{path}: y is {y.dtype} {y.shape}; it must be {len(x)} integers from 0 up"
-        )
-    names = [str(n) for n in arrays["class_names"].ravel()] if "class_names" in arrays else None
-    if names is not None and y.max() >= len(names):
-        raise InputError(f"{path}: y goes up to {y.max()} but there are {len(names)} class_names")
-    if names is None and y.max() >= 10_000:
-        raise InputError(
-            f"{path}: y goes up to {y.max()}; labels must count the classes from 0 up, "
-            "at most 10,000 of them"
-        )
-    return (
-        torch.from_numpy(x.copy()),
-        torch.from_numpy(y.astype(np.int64)),
-        names or [str(i) for i in range(y.max() + 1)],
+    x = torch.from_numpy(x.copy())
+    if keys[1] not in held:
+        return x, torch.zeros(len(x), dtype=torch.int64), UNLABELLED, []
+
+    y = arrays.get(labels_key, np.empty(0))
+    every_y = [arrays[key] for key in {keys[1], keys[3]} & held]  # the test set may lack a class
+    whole = all(
+        labels.dtype.kind in "iu" and labels.size and labels.min() >= 0 for labels in every_y
     )
+    if not whole or y.shape not in ((len(x),), (len(x), 1)):
+        raise InputError(f"{path} {_holds(path)}: {labels_key} must be {len(x)} integers from 0 up")
+    last = max(int(labels.max()) for labels in every_y)
+    if "class_names" in held:
+        names = [str(name) for name in arrays["class_names"].ravel()]
+    elif last < 10_000:
+        names = [str(i) for i in range(last + 1)]
+    else:
+        raise InputError(
+            f"{path}: {labels_key} goes up to {last}; labels must count the classes from 0 up, at "
+            "most 10,000 of them"
+        )
+    if last >= len(names):
+        raise InputError(f"{path}: labels go up to {last}, but there are {len(names)} class_names")
+    notes = [] if images_key == "x" else [f"images: {images_key}, labels: {labels_key}"]
+    return x, torch.from_numpy(y.reshape(len(x)).astype(np.int64)), names, notes
+
+
+def _holds(path):
+    """'holds x uint8 (60000, 28, 28), y uint8 (60000,)', of an .npz."""
+    found = []
+    with np.load(path, allow_pickle=False) as file:
+        for key in file:
+            try:
+                found.append(f"{key} {file[key].dtype} {file[key].shape}")
+            except ValueError:
+                found.append(f"{key} (no plain array)")
+    return f"holds {', '.join(found) or 'no arrays'}"
 
 
 def to_float(images):

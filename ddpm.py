@@ -364,7 +364,7 @@ def train(args, checkpoint=None):
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
-        ema_model.n_averaged.fill_(checkpoint["step"])
+        ema_model.n_averaged.fill_(checkpoint["position"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
     precision = autocast(device, args.bf16)
@@ -379,8 +379,9 @@ def train(args, checkpoint=None):
         )  # fmt: skip
         state = {
             "config": config, "network": network, "class_names": data.class_names,
-            "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
+            "data": data.fingerprint, "weights": model.state_dict(),
+            "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
+            "by_tenth": by_tenth.tolist(),
         }  # fmt: skip
         run.save(state, grid, grid_labels)
 
@@ -443,9 +444,9 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "hold_out", "channels", "widths", "depths", "patch", "attention", "emb_channels",
-    "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer", "weight_decay",
-    "batch_size", "ema_length", "seed",
+    "hold_out", "flip", "background", "channels", "widths", "depths", "patch", "attention",
+    "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout",
+    "optimizer", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
 

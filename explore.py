@@ -228,6 +228,7 @@ class Trained:
         self.path = find_checkpoint((args.name,), args.checkpoint, stems)
         checkpoint = load_checkpoint(self.path, stems)
         self.config = checkpoint["config"]
+        self.background = self.config.get("background", "white")  # of an older run, none
         self.names = checkpoint["class_names"]
         self.classes = parse_classes(args.class_, self.names, self.path)
         self.latent = args.name == "ldm"
@@ -302,9 +303,12 @@ class Trained:
         return [(t, x_t.cpu(), x_0_hat.cpu()) for t, x_t, x_0_hat in trace]
 
     def test_data(self):
-        """The test images of the data set of the training; folders and .npz files have one set."""
+        """The test images of the data set of the training, or those of a set that has no others."""
         folder = self.args.data_dir or self.config["data_dir"]
-        data = load_data(self.config["data"], folder, self.config["channels"], train=False)
+        data = load_data(
+            self.args.data or self.config["data"], folder, self.config["channels"], train=False,
+            background=self.background, skip_broken=self.config.get("skip_broken", False),
+        )  # fmt: skip
         if data.class_names != self.names:
             raise InputError("the data set no longer has the classes of the training")
         return data
@@ -327,7 +331,7 @@ class Trained:
             else:
                 if len(self.classes) > 1:
                     raise InputError(f"{name} needs a single --class, that of the image")
-                images.append(load_image(name, self.config["channels"]))
+                images.append(load_image(name, self.config["channels"], self.background))
                 labels.append(self.classes[0])
         return torch.cat(images), torch.tensor(labels)
 
@@ -567,6 +571,8 @@ def add_flags(parser, command, name):
     output = Path(f"{name}_{command}{suffixes[0]}")
     add("--output", type=file_path, default=output, help=f"the file to write: {listed} ({output})")
     if reads_images or command == "map":
+        add("--data", type=os.path.expanduser,
+            help="the data of the training, where they have moved (where they were)")
         add("--data-dir", type=os.path.expanduser,
             help="folder with the files of the named data set (that of the training; data/, "
                  "Debian's folder, else a download)")

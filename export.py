@@ -32,7 +32,9 @@ import torch
 from google.protobuf.message import DecodeError
 
 import infer_onnx
-from common import IMAGE_SIZE, NULL_LABEL, InputError, next_noise, noise_streams, to_uint8
+from common import (
+    IMAGE_SIZE, NAMED_SETS, NULL_LABEL, InputError, next_noise, noise_streams, to_uint8,
+)  # fmt: skip
 from infer_onnx import METADATA_FORMAT, METADATA_KEY
 from runs import find_checkpoint, load_checkpoint, written_whole
 
@@ -45,7 +47,8 @@ MAX_GREY_LEVELS = 1  # of uint8 images at the end of sampling
 COMPARE_STEPS = 20  # sampling steps of that comparison, at most
 # What a checkpoint holds to resume its run, and --weights leaves out.
 TRAINING_STATE = (
-    "weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty",
+    "weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty", "data",
+    "position",
 )  # fmt: skip
 
 
@@ -170,11 +173,9 @@ def model_card(script, checkpoint, network, graphs, parts):
     config = checkpoint["config"]
     is_codes = script.NAME in ("vae", "gan")
     training = {key: checkpoint[key] for key in ("step", "images", "torch")}
-    keys = (*script.FIXED, "lr", "epochs", "minutes")
-    training |= {key: config[key] for key in keys if key in config}  # not flags newer than it
-    training["data"] = Path(
-        config["data"]
-    ).name  # of a path the last part: no folder of this machine
+    keys = (*script.FIXED, "batch_size", "lr", "epochs", "minutes")
+    training |= {key: config[key] for key in keys if key in config}  # an older run lacks newer ones
+    training["data"] = data_name(config["data"])
     training["seconds"] = checkpoint["seconds"] + checkpoint.get("stage_1_seconds", 0)
     card = {
         "format": METADATA_FORMAT,
@@ -203,6 +204,12 @@ def model_card(script, checkpoint, network, graphs, parts):
         holder = parts[part] if part else probe
         holder["output"] = probe_output(module, inputs, probe, num_classes)
     return card
+
+
+def data_name(data):
+    """The name of a data set, or of a path its last part, as ./pets: no folder of this machine."""
+    name = data.removeprefix("set:")
+    return name if name in NAMED_SETS else f"./{Path(data).name}"
 
 
 def diffusion_card(script, config, network):
@@ -378,7 +385,7 @@ def write_weights(checkpoint, path):
     """Write what is needed to sample as a small .pt file, without a folder of this machine."""
     kept = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
     kept["config"] = dict(kept["config"])
-    kept["config"]["data"] = Path(kept["config"]["data"]).name
+    kept["config"]["data"] = data_name(kept["config"]["data"])
     kept["config"]["data_dir"] = None
     if "autoencoder" in kept["config"]:
         kept["config"]["autoencoder"] = None

@@ -287,7 +287,7 @@ def train(args, checkpoint=None):
         model.load_state_dict(checkpoint["weights"])
         discriminator.load_state_dict(checkpoint["discriminator"])
         ema_model.module.load_state_dict(checkpoint["ema"])
-        ema_model.n_averaged.fill_(checkpoint["step"])
+        ema_model.n_averaged.fill_(checkpoint["position"])
         optimizer_g.load_state_dict(checkpoint["optimizer"])
         optimizer_d.load_state_dict(checkpoint["optimizer_d"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
@@ -304,7 +304,8 @@ def train(args, checkpoint=None):
         grid = sample(model=ema_model.module, labels=grid_labels)
         state = {
             "config": config, "network": network, "class_names": data.class_names,
-            "weights": model.state_dict(), "discriminator": discriminator.state_dict(),
+            "data": data.fingerprint, "weights": model.state_dict(),
+            "discriminator": discriminator.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer_g.state_dict(),
             "optimizer_d": optimizer_d.state_dict(), "sums": sums.tolist(),
             "penalty": last_penalty.item(),
@@ -388,8 +389,8 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "hold_out", "channels", "latent_dim", "widths", "widths_d", "emb_channels", "loss",
-    "gamma", "penalty_every", "batch_size", "ema_length", "seed",
+    "hold_out", "flip", "background", "channels", "latent_dim", "widths", "widths_d",
+    "emb_channels", "loss", "gamma", "penalty_every", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "bf16")
 

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "numpy>=1.26",
-#     "pillow>=10",
+#     "pillow>=10.1",
 #     "onnxruntime-gpu>=1.19; sys_platform == 'linux' and platform_machine == 'x86_64'",
 #     "onnxruntime-gpu>=1.19; sys_platform == 'win32' and platform_machine == 'AMD64'",
 #     "onnxruntime>=1.19; sys_platform == 'linux' and platform_machine != 'x86_64'",
@@ -1105,14 +1105,31 @@ def check(model):
 # --- Images of a VAE or GAN -----------------------------------------------------------------------
 
 
-def read_image(path, image_shape):
-    """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized."""
+def upright(picture, background):
+    """A PIL picture as RGB, turned as its EXIF orientation says, without transparency.
+
+    background: the colour that shows where the picture is transparent; the colours that a file
+    keeps there are mostly black.  Raises ValueError for more than 8 bits a channel, which pillow
+    would clip to white silently.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError("more than 8 bits a channel")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        behind = Image.new("RGBA", picture.size, background)
+        picture = Image.alpha_composite(behind, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def read_image(path, image_shape, background="white"):
+    """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized.
+
+    background: the colour behind a transparent picture.
+    """
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):  # pillow would silently clip these to white
-                raise ValueError("more than 8 bits a channel")
-            picture = picture.convert("L" if image_shape[0] == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            picture = upright(picture, background).convert("L" if image_shape[0] == 1 else "RGB")
+    except Exception as error:  # pillow's readers fail in many ways
         raise InputError(f"{path} is not a readable image ({one_line(error)})") from error
     if picture.size == (28, 28):
         picture = ImageOps.expand(picture, 2)
@@ -1148,7 +1165,8 @@ def images_of_flags(model, args, classes, options):
     card, count, size = model.card, args.num_samples, args.batch_size
     if args.reconstruct or args.between:
         paths = args.reconstruct or args.between
-        x = np.stack([read_image(path, card["image_shape"]) for path in paths])
+        background = card.get("training", {}).get("background", "white")
+        x = np.stack([read_image(path, card["image_shape"], background) for path in paths])
         weights = class_weights(classes * len(x), len(card["class_names"]))
         batches = [slice(i, i + size) for i in range(0, len(x), size)]
         encoder = model.parts["encoder"]

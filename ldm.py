@@ -560,7 +560,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
-        ema_model.n_averaged.fill_(checkpoint["step"])
+        ema_model.n_averaged.fill_(checkpoint["position"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
     precision = autocast(device, args.bf16)
@@ -578,8 +578,9 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
         grid = torch.stack([x, x_hat], dim=1)[:40].flatten(0, 1).cpu()  # in pairs
         state = {
             "config": config, "network": network, "class_names": data.class_names,
-            "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "sums": sums.tolist(),
+            "data": data.fingerprint, "weights": model.state_dict(),
+            "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
+            "sums": sums.tolist(),
         }  # fmt: skip
         run.save(state, grid, data.labels[:400], made=x_hat.cpu(), columns=10)
 
@@ -677,7 +678,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
     by_tenth = torch.zeros(2, 10, device=device)  # by tenth of t: the loss, and that of output 0
     if checkpoint:
         ema_model.module.load_state_dict(checkpoint["ema"])
-        ema_model.n_averaged.fill_(checkpoint["step"])
+        ema_model.n_averaged.fill_(checkpoint["position"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         by_tenth.copy_(torch.tensor(checkpoint["by_tenth"]))
     precision = autocast(device, args.bf16)
@@ -695,9 +696,10 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         )  # fmt: skip
         state = {
             "config": config, "network": network, "autoencoder": autoencoder,
-            "class_names": data.class_names, "weights": model.denoiser.state_dict(),
-            "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
-            "by_tenth": by_tenth.tolist(), "stage_1_seconds": stage_1_seconds,
+            "class_names": data.class_names, "data": data.fingerprint,
+            "weights": model.denoiser.state_dict(), "ema": ema_model.module.state_dict(),
+            "optimizer": optimizer.state_dict(), "by_tenth": by_tenth.tolist(),
+            "stage_1_seconds": stage_1_seconds,
         }  # fmt: skip
         run.save(state, grid, grid_labels)
 
@@ -760,10 +762,10 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "hold_out", "channels", "latent_channels", "autoencoder_widths", "channel_attention",
-    "kl_weight", "widths", "depths", "attention", "emb_channels", "num_timesteps", "schedule",
-    "prediction", "loss", "label_dropout", "optimizer", "weight_decay", "batch_size", "ema_length",
-    "seed",
+    "hold_out", "flip", "background", "channels", "latent_channels", "autoencoder_widths",
+    "channel_attention", "kl_weight", "widths", "depths", "attention", "emb_channels",
+    "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer",
+    "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",

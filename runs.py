@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import (
-    IDX_SETS, InputError, file_stems, load_data, note_on_all, parse_classes, subsample, to_float,
-    to_uint8, without_held_out,
+    NAMED_SETS, InputError, file_stems, load_data, note_on_all, parse_classes, subsample, to_float,
+    to_uint8, with_mirrored, without_held_out,
 )  # fmt: skip
 
 try:
@@ -42,7 +42,10 @@ FORMAT = 2  # of the checkpoint file
 LOG_EVERY = 50  # steps
 YOUNG = 1000  # steps before which samples may be noise still
 # The flags of every script that may change when a run is resumed.
-RUN_FLAGS = ("data_dir", "epochs", "minutes", "save_every", "device", "deterministic")
+RUN_FLAGS = (
+    "data", "data_dir", "skip_broken", "batch_size", "epochs", "minutes", "save_every", "device",
+    "deterministic",
+)  # fmt: skip
 # Commands of explore.py that were flags of these scripts once.
 MOVED = {
     "interpolate": ("ddim", "vae", "gan"),
@@ -101,6 +104,17 @@ def whole_numbers(text):
     return numbers
 
 
+def colour(text):
+    """An argparse type: a colour that pillow knows and that is not transparent itself."""
+    try:
+        opaque = len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a colour, as white or #ffffff are")
+    return text
+
+
 def run_parser(name, doc, batch_size=64):
     """A parser with the flags that all model scripts share; each script adds its own."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -130,11 +144,18 @@ def run_parser(name, doc, batch_size=64):
         help="minutes between checkpoints, 0 or more, each with a grid of samples (3)")
     add = parser.add_argument_group("data").add_argument
     add("--data", type=os.path.expanduser, default="fashion-mnist",
-        help=f"{', '.join(IDX_SETS)}, a folder of class folders, or an .npz of x and y")
+        help=f"{', '.join(NAMED_SETS)}; a folder of class folders, or of pictures alone, which "
+             "are one class; or an .npz of x and y")
     add("--data-dir", type=os.path.expanduser,
         help="folder with the files of a named set (data/, Debian's folder, else a download)")
     add("--channels", type=int, choices=(1, 3), default=1,
         help="channels of the images, 1 for grey or 3 for colour (1)")
+    add("--background", type=colour, default="white",
+        help="colour behind transparent pictures, a name or #rrggbb (white)")
+    add("--flip", action=on_off, default=False,
+        help="train on each image and on its mirror image: an epoch has both (off)")
+    add("--skip-broken", action=on_off, default=False,
+        help="leave out pictures that cannot be read, and say how many (off)")
     add("--hold-out", action="store_true",
         help="leave every sixth image out: evaluate.py --hold-out compares with those, so that "
              "recipes are not chosen by the test images (off)")
@@ -306,7 +327,7 @@ def errors_in_one_line(parser):
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not out_of_memory and "allocate memory" not in str(error):  # on a CPU: RuntimeError
             raise
-        hint = "lower --batch-size; what was saved is kept"
+        hint = "lower --batch-size, with --resume too; what was saved is kept"
         parser.exit(2, f"{parser.prog}: error: out of memory: {hint}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
@@ -505,23 +526,77 @@ def load_checkpoint(path, names):
 
 
 def load_run_data(args, checkpoint=None):
-    """The training data that the flags name; InputError if a resumed run had other classes."""
+    """The training data that the flags name, which of a resumed run must be those it began with.
+
+    Sets the flags that depend on the data.  Raises InputError.
+    """
+    named = args.data.removeprefix("set:") in NAMED_SETS
+    if checkpoint and not named and not Path(args.data).exists():
+        raise InputError(f"the run's data, {args.data}, is not there: say where it is with --data")
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first_here:
         dist.barrier()  # one process of each machine may have to download
-    data = load_data(args.data, args.data_dir, args.channels)
-    if args.hold_out:
-        data = without_held_out(data)
+    options = {"background": args.background, "skip_broken": args.skip_broken}
+    data = load_data(args.data, args.data_dir, args.channels, **options)
     if first_here and dist.is_initialized():
         dist.barrier()
+    if args.hold_out:
+        data = without_held_out(data)
+    if args.flip:
+        data = with_mirrored(data)
     print(data)
     note_on_all(data.class_names)
-    if checkpoint and data.class_names != checkpoint["class_names"]:
-        before = checkpoint["class_names"]
-        raise InputError(
-            f"the data has the classes {data.class_names}, the run began with {before}"
-        )
+    if not named:  # so that the run can be resumed from another folder
+        args.data = str(Path(args.data).absolute())
+    if checkpoint:
+        check_same_data(data, checkpoint)
+        adopt_batch_size(args, len(data.labels), checkpoint)
+    elif len(data.class_names) == 1 and 0 < getattr(args, "label_dropout", 0) < 1:
+        args.label_dropout = 0.0
+        print("one class: its label is never dropped, and guidance is off")
     return data
+
+
+def check_same_data(data, checkpoint):
+    """Raise InputError unless a resumed run has the data that it began with, wherever they are."""
+    names, before = data.class_names, checkpoint["class_names"]
+    known = checkpoint.get("data", data.fingerprint)
+    count = data.fingerprint["images"]
+    differs = None
+    if names != before:
+        changes = [f"{name} is new" for name in names if name not in before]
+        changes += [f"{name} is missing" for name in before if name not in names]
+        differs = f"other classes ({', '.join(changes[:5]) or 'in another order'})"
+    elif count != known["images"]:
+        differs = f"{count:,} images, not {known['images']:,}"
+    elif data.fingerprint != known:
+        differs = "other images or labels (their SHA-256 differs)"
+    if differs:
+        raise InputError(
+            f"{data.source} has {differs}: a run resumes with the data that it began with, --data "
+            "says where they are"
+        )
+    if "data" not in checkpoint:
+        print("the run was saved without a sum of its data: its class names alone were compared")
+
+
+def adopt_batch_size(args, num_images, checkpoint):
+    """Let a resumed run take its place in the epoch in batches of another size.
+
+    Its position counts batches of the present size since its begin; its step counts those taken.
+    """
+    before = checkpoint["config"]["batch_size"]
+    checkpoint.setdefault("position", checkpoint["step"])
+    if args.batch_size == before:
+        return
+    sizes = (args.batch_size, before)
+    now, then = (len(epoch_batches(num_images, size, args.seed, 0)) for size in sizes)
+    epoch = checkpoint["position"] / then
+    checkpoint["position"] = -(-checkpoint["position"] * now // then)  # rounded up
+    if "by_tenth" in checkpoint:  # sums over the batches since the last line of the log
+        scale = args.batch_size / before
+        checkpoint["by_tenth"] = [[v * scale for v in row] for row in checkpoint["by_tenth"]]
+    print(f"--batch-size {args.batch_size} from epoch {epoch:.2f} on; before, it was {before}")
 
 
 # --- Run ------------------------------------------------------------------------------------------
@@ -618,6 +693,9 @@ class Run:
         self.steps_per_epoch = len(epoch_batches(self.num_images, args.batch_size, args.seed, 0))
         self.resumed = checkpoint is not None
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
+        self.earlier_images = checkpoint["images"] if checkpoint else 0
+        # Not 0 where earlier steps had batches of another size.
+        self.offset = checkpoint["position"] - self.step if checkpoint else 0
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.signals = []
@@ -639,6 +717,11 @@ class Run:
 
     def __str__(self):
         return str(self.folder)
+
+    @property
+    def position(self):
+        """The batches of the present size that make up the run so far."""
+        return self.step + self.offset
 
     def _new_folder(self, asked):
         """Make the folder asked for, if it holds no run, else runs/NAME, runs/NAME-2, ...."""
@@ -759,14 +842,14 @@ class Run:
         """The fraction of --epochs or --minutes that is over, from 0 on."""
         if self.args.epochs:
             total = math.ceil(round(self.args.epochs * self.fraction * self.steps_per_epoch, 6))
-            return self.step / max(total, 1)
+            return self.position / max(total, 1)
         return self._seconds() / 60 / (self.args.minutes * self.fraction)
 
     def _seconds(self):
         return time.monotonic() - self.clock
 
     def _epoch(self):
-        return (self.step + self.in_step) / self.steps_per_epoch
+        return (self.position + self.in_step) / self.steps_per_epoch
 
     def seed(self, generator):
         """Make what a step samples depend on (seed, step) alone, so that no generator is saved."""
@@ -774,8 +857,8 @@ class Run:
         generator.manual_seed(int(sequence.generate_state(1)[0]))
 
     def batch(self):
-        """The indices of this step's images: int64 (B,), a function of (seed, step) alone."""
-        epoch, i = divmod(self.step, self.steps_per_epoch)
+        """The indices of this step's images: int64 (B,), a function of (seed, position) alone."""
+        epoch, i = divmod(self.position, self.steps_per_epoch)
         return epoch_batches(self.num_images, self.args.batch_size, self.args.seed, epoch)[i]
 
     def shard(self, *batch):
@@ -842,7 +925,8 @@ class Run:
         save_picture(image_grid(grid, columns), self.folder / "samples" / name)
         state = {
             "format": FORMAT, "model": self.stem, "step": self.step, "seconds": self._seconds(),
-            "images": self.step * self.args.batch_size, "torch": str(torch.__version__),
+            "images": self.earlier_images + (self.step - self.first_step) * self.args.batch_size,
+            "position": self.position, "torch": str(torch.__version__),
         }  # fmt: skip
         path = self.folder / f"{self.stem}.pt"
         try:

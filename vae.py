@@ -327,7 +327,7 @@ def train(args, checkpoint=None):
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         ema_model.module.load_state_dict(checkpoint["ema"])
-        ema_model.n_averaged.fill_(checkpoint["step"])
+        ema_model.n_averaged.fill_(checkpoint["position"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
     precision = autocast(device, args.bf16)
@@ -353,8 +353,9 @@ def train(args, checkpoint=None):
         grid = sample(model=ema_model.module, prior=prior, labels=grid_labels)
         state = {
             "config": config, "network": network, "class_names": data.class_names,
-            "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "sums": sums.tolist(), "prior": prior,
+            "data": data.fingerprint, "weights": model.state_dict(),
+            "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
+            "sums": sums.tolist(), "prior": prior,
         }  # fmt: skip
         # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
         run.log({"active_units": (mu.var(dim=0) > 0.01).sum().item()})
@@ -427,8 +428,8 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "data", "hold_out", "channels", "latent_dim", "widths", "emb_channels", "reconstruction",
-    "kl_weight", "weight_decay", "batch_size", "ema_length", "seed",
+    "hold_out", "flip", "background", "channels", "latent_dim", "widths", "emb_channels",
+    "reconstruction", "kl_weight", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "kl_warmup", "grad_clip", "prior_components", "bf16", "compile",

@@ -61,7 +61,7 @@ def test_train_and_test_are_different_splits(fashion, in_tmp):
 def test_places_are_searched_in_order(fashion, in_tmp, monkeypatch):
     downloads = []
     monkeypatch.setattr(
-        common, "_download", lambda dataset_class, root: downloads.append(write_idx(root))
+        common, "_download", lambda dataset_class, root, folder: downloads.append(write_idx(root))
     )
     fashion(in_tmp / "unused")
     assert "(data)" in load_data("fashion-mnist").source and downloads  # nothing there: downloaded
@@ -233,14 +233,14 @@ X, Y = np.zeros((4, 28, 28), np.uint8), np.arange(4)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": X}, "needs the arrays x"),
+        ({"y": Y}, "needs the arrays x"),
         ({"x": X.astype(np.float32), "y": Y}, "must be uint8"),
         ({"x": X[:, :, 0], "y": Y}, "must be uint8"),
         ({"x": X[:0], "y": Y[:0]}, "must be uint8"),
         ({"x": X, "y": Y[:3]}, "4 integers from 0"),
         ({"x": X, "y": Y - 1}, "4 integers from 0"),
         ({"x": X, "y": Y.astype(float)}, "4 integers from 0"),
-        ({"x": X, "y": Y, "class_names": np.array(["a", "b"])}, "goes up to 3"),
+        ({"x": X, "y": Y, "class_names": np.array(["a", "b"])}, "go up to 3"),
         ({"x": X, "y": Y * 10_000}, "at most 10,000"),
         ({"x": X, "y": np.array([0, 1, 2, {}], dtype=object)}, "plain arrays"),
     ],

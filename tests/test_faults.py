@@ -163,7 +163,7 @@ def test_a_second_run_is_refused_the_folder_or_takes_another(in_tmp, data_dir, c
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as first:
         try:
-            assert "run runs/ddim on cpu" in [first.stdout.readline() for _ in range(2)][1]
+            assert "run runs/ddim on cpu" in [first.stdout.readline() for _ in range(3)][2]
             while not Path("runs/ddim/ddim.pt").exists():
                 assert first.poll() is None
             ddim = importlib.import_module("ddim")
@@ -213,8 +213,9 @@ def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", too_much)
-        assert "lower --batch-size" in refused(script.main, flags, capsys)
-    assert script.main(["--resume", "--run-dir", "run"]) == 0
+        said = refused(script.main, flags, capsys)
+        assert "lower --batch-size, with --resume too" in said
+    assert script.main(["--resume", "--run-dir", "run", "--batch-size", "10"]) == 0
 
 
 def test_a_batch_that_does_not_fit_into_memory(in_tmp, data_dir):

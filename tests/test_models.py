@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_script_is_refused(name, script, tiny_runs, in_t
 
 
 def test_fixed_flags_cannot_change_on_resume(name, script, tiny_runs, capsys):
-    for flag, value in (("--batch-size", "21"), ("--emb-channels", "20"), ("--seed", "4")):
+    for flag, value in (("--channels", "3"), ("--emb-channels", "20"), ("--seed", "4")):
         with pytest.raises(SystemExit, match="2"):
             script.main(["--resume", "--run-dir", str(tiny_runs(name)), flag, value])
         assert f"{flag} is " in capsys.readouterr().err

@@ -48,7 +48,9 @@ def short_grids(monkeypatch):
 def test_an_epoch_has_every_image_once_and_each_step_its_own_noise():
     def at(step, seed=5):
         args = SimpleNamespace(seed=seed, batch_size=20)
-        return SimpleNamespace(args=args, num_images=60, steps_per_epoch=3, step=step)
+        return SimpleNamespace(
+            args=args, num_images=60, steps_per_epoch=3, step=step, position=step
+        )
 
     def noise(run):
         generator = torch.Generator()
