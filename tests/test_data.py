@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import pickle
 import shutil
 from shlex import split
@@ -10,7 +9,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_FLAGS, equal, idx_bytes, state
+from conftest import TINY, TINY_FLAGS, equal, idx_bytes, log_of, state
 from PIL import Image, ImageDraw, ImageOps
 from torchvision import datasets
 
@@ -548,7 +547,7 @@ def test_each_image_is_shown_once_an_epoch_whatever_the_batches(in_tmp, data_dir
     for first in (5, 20):
         epoch = common.to_uint8(torch.cat(shown[first : first + 15]))
         assert bytes_of(epoch) == bytes_of(images)
-    lines = [json.loads(line) for line in (in_tmp / "run/log.jsonl").read_text().splitlines()]
+    lines = log_of(in_tmp / "run/log.jsonl")
     epochs = [*(i / 3 for i in (1, 2)), *(i / 15 for i in range(11, 46))]
     assert np.allclose([line["epoch"] for line in lines], epochs)
     assert [line["step"] for line in lines] == [*range(1, 38)]
@@ -564,8 +563,8 @@ def test_the_loss_in_the_log_is_a_mean_over_batches_of_both_sizes(in_tmp, data_d
     assert ddim.main(flags) == 0
     assert resume("ddim", "--epochs", "3", "--batch-size", "60") == 0
     assert resume("ddim", "--epochs", "4", "--batch-size", "20") == 0
-    lines = (in_tmp / "run/log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss"] for line in lines] == pytest.approx([1, 1])
+    lines = log_of(in_tmp / "run/log.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx([1, 1])
 
 
 def test_the_average_of_the_weights_counts_in_batches_of_the_present_size(in_tmp, data_dir):
