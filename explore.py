@@ -388,7 +388,7 @@ def code_frames(model, y_a, y_b, i, j, weight):
     weight = weight[:, None]
     prior = model.options.get("prior")
     if prior is not None:
-        prior = {key: value.numpy() for key, value in prior.items()}
+        prior = vae.by_class({key: value.numpy() for key, value in prior.items()})
     streams = noise_streams(model.args.seed, [i, j])
     truncation = model.options["truncation"]
     codes = vae.sample_codes(prior, [y_a, y_b], streams, model.network.latent_dim, truncation)

@@ -612,10 +612,12 @@ def fitted_prior(card):
     if card["prior"] is None:
         return None
     arrays = {}
+    types = {"scales": "float16", "counts": "int64"}
     for key, part in card["prior"].items():
-        dtype, stored = ("float16", "<f2") if key == "scales" else ("float32", "<f4")
+        dtype = types.get(key, "float32")
+        stored = np.dtype(dtype).newbyteorder("<")
         arrays[key] = np.frombuffer(base64.b64decode(part[dtype]), stored).reshape(part["shape"])
-    return arrays
+    return by_class(arrays)
 
 
 def decode_codes(model, codes, classes, batch_size):
@@ -822,6 +824,19 @@ def noise_streams(seed, indices):
 def next_noise(streams, shape):
     """The next standard normal array of every stream: float32 (len(streams), *shape)."""
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
+def by_class(arrays):
+    """The arrays of a fitted prior as sample_codes reads them: [y][k] is Gaussian k of class y.
+
+    Where classes have different numbers of Gaussians, means and scales hold those of all classes
+    in a row, and counts (classes,) says how many are whose.
+    """
+    if "counts" in arrays:
+        starts = np.cumsum(arrays["counts"])[:-1]
+        rows = {key: np.split(arrays[key], starts) for key in ("means", "scales")}
+        return {"weights": arrays["weights"], **rows}
+    return arrays
 
 
 def sample_codes(prior, labels, streams, latent_dim, truncation=None):

@@ -176,15 +176,17 @@ def fit_prior(codes, labels, num_classes, components, seed):
     """A Gaussian mixture over the codes of each class, by scikit-learn's EM.
 
     codes: (N, D);  labels: (N,);  components: K; where K is 1, scikit-learn is not needed, and a
-    class of fewer than 2 K images gets one Gaussian K times, a class without images N(0, 1).
+    class of fewer than 2 K images gets one Gaussian, a class without images N(0, 1).
     Returns {"weights": (classes, K), "means": (classes, K, D), "scales": (classes, K, D (D + 1) /
     2)}, float32, but the scales, which are many, float16: each is the lower triangle of the
-    Cholesky factor of a covariance, row by row.
+    Cholesky factor of a covariance, row by row.  K is 1 if no class gets more; if only some do,
+    see by_class.
     """
     dim = codes.shape[1]
-    weights = np.full((num_classes, components), 1 / components)
-    means = np.zeros((num_classes, components, dim))
-    covariances = np.tile(np.eye(dim), (num_classes, components, 1, 1))
+    weights = np.zeros((num_classes, components))
+    weights[:, 0] = 1
+    means = [np.zeros((1, dim))] * num_classes
+    covariances = [np.eye(dim)[None]] * num_classes
     for y in tqdm(range(num_classes), "fitting the prior", unit="class", disable=components < 2):
         members = codes[labels == y].numpy().astype(np.float64)
         if components > 1 and len(members) >= 2 * components:
@@ -196,19 +198,38 @@ def fit_prior(codes, labels, num_classes, components, seed):
             means[y] = mixture.means_
             covariances[y] = mixture.covariances_
         elif len(members):
-            means[y] = members.mean(axis=0)
-            covariance = np.cov(members.T, bias=True).reshape(dim, dim)
+            means[y] = members.mean(axis=0, keepdims=True)
+            covariance = np.cov(members.T, bias=True).reshape(1, dim, dim)
             covariances[y] = covariance + 1e-4 * np.eye(dim)
+    counts = np.array([len(rows) for rows in means])
     rows, columns = np.tril_indices(dim)
-    scales = np.linalg.cholesky(covariances)[:, :, rows, columns]
-    return {
+    scales = np.concatenate([np.linalg.cholesky(c)[:, rows, columns] for c in covariances])
+    prior = {
         "weights": torch.from_numpy(np.float32(weights)),
-        "means": torch.from_numpy(np.float32(means)),
+        "means": torch.from_numpy(np.float32(np.concatenate(means))),
         "scales": torch.from_numpy(np.float16(scales)),  # torch would round twice
     }
+    most = counts.max()
+    if most == counts.min():
+        stacked = {key: prior[key].unflatten(0, (-1, most)) for key in ("means", "scales")}
+        return {"weights": prior["weights"][:, :most].clone(), **stacked}
+    return {**prior, "counts": torch.from_numpy(counts)}
 
 
 # --- Sampling -------------------------------------------------------------------------------------
+
+
+def by_class(arrays):
+    """The arrays of a fitted prior as sample_codes reads them: [y][k] is Gaussian k of class y.
+
+    Where classes have different numbers of Gaussians, means and scales hold those of all classes
+    in a row, and counts (classes,) says how many are whose.
+    """
+    if "counts" in arrays:
+        starts = np.cumsum(arrays["counts"])[:-1]
+        rows = {key: np.split(arrays[key], starts) for key in ("means", "scales")}
+        return {"weights": arrays["weights"], **rows}
+    return arrays
 
 
 def sample_codes(prior, labels, streams, latent_dim, truncation=None):
@@ -276,7 +297,7 @@ def sample(model, labels, *, prior="fitted", truncation=None, seed=0, batch_size
         prior = model.prior if prior == "fitted" else None
     check_options(truncation=truncation, seed=seed, batch_size=batch_size)
     labels = torch.tensor(label_indices(labels, model.class_names))
-    arrays = prior and {key: value.numpy() for key, value in prior.items()}
+    arrays = prior and by_class({key: value.numpy() for key, value in prior.items()})
     streams = noise_streams(seed, range(len(labels)))
     z = sample_codes(arrays, labels.tolist(), streams, model.latent_dim, truncation)
     return decode(model, torch.from_numpy(z), one_hot(labels, model.num_classes), batch_size)

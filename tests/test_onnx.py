@@ -427,6 +427,20 @@ def test_the_card_holds_the_fitted_prior(tiny_runs, exports):
     assert not np.array_equal(fitted, infer_onnx.sample(model, [0] * 5, prior="normal"))
 
 
+def test_a_prior_of_mixtures_and_single_gaussians(tiny_runs, exports, in_tmp):
+    checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
+    codes = torch.randn(100, checkpoint["network"]["latent_dim"])
+    prior = vae.fit_prior(codes, torch.arange(100) // 60, 10, 3, seed=0)
+    assert prior["counts"].tolist() == [3, 3] + [1] * 8
+    torch.save({**checkpoint, "prior": prior}, "vae.pt")
+    assert export.main(["vae", "--checkpoint", "vae.pt", "--output", "vae.onnx"]) == 0
+    labels = [0, 1, 2, 9] * 5
+    network = vae.ema_network(checkpoint, torch.device("cpu"))
+    images = vae.sample(model=network, prior=prior, labels=torch.tensor(labels))
+    found = infer_onnx.sample(infer_onnx.load_model("vae.onnx", "cpu"), labels)
+    assert np.abs(found.astype(int) - common.to_uint8(images).numpy()).max() <= 1
+
+
 def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
     """It interpolates on straight lines between codes, not on a GAN's arcs of constant norm."""
     checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)

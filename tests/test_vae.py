@@ -88,7 +88,7 @@ def two_lumps(count=4000):
 
 
 def codes_of(prior, label, count=20_000, dim=2):
-    arrays = prior and {key: value.numpy() for key, value in prior.items()}
+    arrays = prior and vae.by_class({key: value.numpy() for key, value in prior.items()})
     return vae.sample_codes(arrays, [label] * count, common.noise_streams(3, range(count)), dim)
 
 
@@ -113,6 +113,20 @@ def test_one_gaussian_needs_no_scikit_learn(monkeypatch):
     found = codes_of(prior, 1)
     assert np.allclose(np.cov(found.T), np.cov(codes[labels == 1].numpy().T), atol=0.1)
     assert np.allclose(np.cov(codes_of(prior, 2).T), np.eye(2), atol=0.05)  # a class without images
+
+
+def test_a_class_of_few_images_stores_one_gaussian():
+    """A thousand classes of two images, and a mixture beside them."""
+    codes, labels = two_lumps(1000)
+    few = torch.arange(1000) // 2
+    prior = vae.fit_prior(codes[1000:], few, 500, 15, seed=0)
+    assert prior["weights"].shape == (500, 1) and prior["scales"].shape == (500, 1, 3)
+    mixed = vae.fit_prior(codes, torch.cat([labels[:1000], few + 1]), 502, 2, seed=0)
+    assert mixed["counts"].tolist() == [2] + [1] * 501 and mixed["means"].shape == (503, 2)
+    found = codes_of(mixed, 0)
+    assert (found[:, 0] > 1).mean() == pytest.approx(0.25, abs=0.05)
+    assert np.allclose(codes_of(mixed, 250), codes_of(prior, 249))
+    assert np.allclose(np.cov(codes_of(mixed, 501).T), np.eye(2), atol=0.05)
 
 
 def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(

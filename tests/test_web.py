@@ -17,13 +17,16 @@ from urllib.parse import urlencode
 import numpy as np
 import onnx
 import pytest
+import torch
 from chromium import Chromium, find_chromium
 from conftest import ROOT, save_sealed
 from onnx import TensorProto, helper
 from PIL import Image
 from test_common import AWKWARD
 
+import export
 import infer_onnx
+import vae
 
 NAMES = ["ddim", "ddpm", "ldm", "gan", "vae"]
 SNEAKER = 7
@@ -201,6 +204,20 @@ def test_predictions_of_eps(tmp_path):
     found, _ = node_pictures(path, [SNEAKER], cases)
     for options, images in zip(cases, found, strict=True):
         assert difference(images, expected(path, **options))[1] <= LEVELS
+
+
+@needs_node
+@needs_runtime
+def test_a_prior_of_mixtures_and_single_gaussians(tmp_path):
+    """Where classes of few images have one Gaussian each, and others several."""
+    torch.manual_seed(0)
+    prior = vae.fit_prior(torch.randn(100, 64), torch.arange(100) // 60, 10, 3, seed=0)
+    assert "counts" in prior
+    shutil.copy(shipped("vae_encoder"), tmp_path)
+    path = with_card("vae", tmp_path, prior={k: export.packed(v) for k, v in prior.items()})
+    labels = [0, 1, 2, 9] * 3
+    found, _ = node_pictures(path, labels, [{}])
+    assert difference(found[0], expected(path, labels))[1] <= LEVELS
 
 
 @needs_node

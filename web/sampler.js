@@ -585,8 +585,14 @@ export function classText(y, classNames, name = classNames[y]) {
 /** The Gaussian mixtures in a card as arrays for sampleCodes; null stands for N(0, 1). */
 function fittedPrior({ prior }) {
   if (!prior) return null;
+  const [classes, components] = prior.weights.shape;
+  const counts = prior.counts // given where classes have different numbers of Gaussians
+    ? Array.from(fromBase64(prior.counts.int64, BigInt64Array), Number)
+    : Array(classes).fill(components);
+  let total = 0;
   return {
-    components: prior.weights.shape[1],
+    components,
+    first: counts.map((count) => (total += count) - count), // Gaussian of each class
     weights: fromBase64(prior.weights.float32, Float32Array),
     means: fromBase64(prior.means.float32, Float32Array),
     scales: Float32Array.from(fromBase64(prior.scales.float16, Uint16Array), halfToNumber),
@@ -601,7 +607,7 @@ function fittedPrior({ prior }) {
 function sampleCodes(prior, labels, streams, D) {
   const noise = nextNoise(streams, D);
   if (prior === null) return noise;
-  const { components, weights, means, scales } = prior;
+  const { components, first, weights, means, scales } = prior;
   const triangle = (D * (D + 1)) / 2; // numbers in L
   const codes = new Float32Array(noise.length);
   labels.forEach((y, i) => {
@@ -611,7 +617,7 @@ function sampleCodes(prior, labels, streams, D) {
       k += 1;
       total = f32(total + weights[y * components + k]);
     }
-    const mixture = y * components + k;
+    const mixture = first[y] + k;
     for (let row = 0, at = mixture * triangle; row < D; row++) {
       let sum = 0; // in float64: NumPy's order of float32 sums depends on the machine
       for (let column = 0; column <= row; column++, at++) {
