@@ -331,7 +331,10 @@ class Trained:
             else:
                 if len(self.classes) > 1:
                     raise InputError(f"{name} needs a single --class, that of the image")
-                images.append(load_image(name, self.config["channels"], self.background))
+                image = load_image(name, self.config["channels"], self.background)
+                if (image == image[:, :, :1, :1]).all():
+                    print(f"warning: {name} is constant, of one colour")
+                images.append(image)
                 labels.append(self.classes[0])
         return torch.cat(images), torch.tensor(labels)
 

@@ -1182,6 +1182,9 @@ def images_of_flags(model, args, classes, options):
         paths = args.reconstruct or args.between
         background = card.get("training", {}).get("background", "white")
         x = np.stack([read_image(path, card["image_shape"], background) for path in paths])
+        for path, image in zip(paths, x, strict=True):
+            if (image == image[:, :1, :1]).all():
+                print(f"warning: {path} is constant, of one colour")
         weights = class_weights(classes * len(x), len(card["class_names"]))
         batches = [slice(i, i + size) for i in range(0, len(x), size)]
         encoder = model.parts["encoder"]

@@ -512,6 +512,29 @@ def test_pictures_without_classes_are_one_class_without_guidance(name, in_tmp, c
     assert resume(name, "--epochs", "3") == 0
 
 
+def test_a_constant_image_that_is_given_is_said(in_tmp, tiny_runs, capsys):
+    picture(in_tmp / "blank.png", 7)
+    noise(in_tmp / "noise.png")
+    images = [str(in_tmp / f"{name}.png") for name in ("blank", "noise")]
+    explore.main(
+        [
+            "reconstruct",
+            "vae",
+            *images,
+            *split("--class 0 --output x.png --checkpoint"),
+            str(tiny_runs("vae")),
+        ]
+    )
+    said = [capsys.readouterr().out]
+    model = str(common.Path(common.__file__).parent / "pretrained/vae.onnx")
+    infer_onnx.main(
+        ["--model", model, "--reconstruct", *images, *split("--class 0 --output y.png")]
+    )
+    said.append(capsys.readouterr().out)
+    for text in said:
+        assert text.count("is constant") == 1 and "blank.png is constant, of one colour" in text
+
+
 def test_arrays_without_labels_are_one_class(in_tmp):
     for keys in common.NPZ_KEYS:
         np.savez("x.npz", **{keys[0]: X})
