@@ -326,7 +326,7 @@ def ema_network(checkpoint, device):
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
-    power_ema, run_parser, save_images, training_device, whole_numbers,
+    power_ema, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -512,19 +512,19 @@ def build_parser():
 
 def draw(args):
     """Sample from a checkpoint and write the images."""
-    path, checkpoint, classes, output = open_checkpoint(args, NAME, SAMPLES_FROM)
+    opened = open_checkpoint(args, NAME, SAMPLES_FROM)
+    _, checkpoint, classes, _ = opened
     config = checkpoint["config"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
     steps = min(STEPS, max_steps(config)) if args.steps is None else args.steps
     check_sampling(config, steps, guidance)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     model = ema_network(checkpoint, pick_device(args.device))
-    options = {key: getattr(args, key) for key in (*SAMPLER_FLAGS, "seed", "batch_size")}
-    images = sample(
-        model=model, config=config, labels=labels, steps=steps, guidance=guidance, **options
-    )
-    save_images(images, labels, checkpoint["class_names"], output, args.num_samples)
-    print(f"wrote {output} (weights: {path})")
+    options = {key: getattr(args, key) for key in (*SAMPLER_FLAGS, "seed")}
+    options = {"steps": steps, "guidance": guidance, **options}
+    size = args.batch_size
+    images = sample(model=model, config=config, labels=labels, batch_size=size, **options)
+    save_samples(args, NAME, opened, images, labels, options)
     return 0
 
 

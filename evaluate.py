@@ -921,7 +921,7 @@ def write_results(args, results, settings, reference, train):
     for setting in settings:
         title, shown = setting.title(), setting.shown
         copied = train[nearest_moved(shown[:20], reference.train)[1]]
-        report.write_samples(folder, title, shown[:100], copied)
+        report.write_samples(folder, title, shown[:100], copied, class_names)
         if args.tsne:
             features = extract(reference.sessions[0], shown)[0]
             real = reference.features[0][: len(features)]

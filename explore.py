@@ -3,6 +3,8 @@
     python explore.py interpolate ddim --class Sneaker,Sandal   from one class to another
     python explore.py interpolate gan --class Bag --output bag.gif   from one bag to another
     python explore.py invert ddim 3 --output 3.gif              test image 3 to its noise, and back
+    python explore.py inpaint ddim 3 --hole 0,16,32,32          its lower half, filled in anew
+    python explore.py edit ldm 3 --class Dress --strength 0.6   a Dress made from it
     python explore.py reconstruct vae 0 1 2                     images, and decoded from their codes
     python explore.py between vae 0 shoe.png --class Sneaker    from one image to another
     python explore.py map vae --method tsne                     codes of real images in the plane
@@ -35,9 +37,9 @@ from common import (
     subsample, to_float, to_uint8,
 )  # fmt: skip
 from runs import (
-    Parser, check_finite, check_output, errors_in_one_line, file_path, find_checkpoint,
-    grid_columns, image_grid, load_checkpoint, number, pick_device, save_images, save_picture,
-    written_whole,
+    Parser, as_typed, check_finite, check_output, errors_in_one_line, file_path, find_checkpoint,
+    grid_columns, image_grid, load_checkpoint, names_of_rows, number, output_path, pick_device,
+    save_images, save_png, written_whole,
 )  # fmt: skip
 
 # What several scripts have is the same in each (a test holds this): here it is taken from ddim.py
@@ -57,7 +59,8 @@ def slerp(a, b, weight):
 
     a, b: (1, C, H, W);  weight: (B, 1, 1, 1) in [0, 1].  Returns (B, C, H, W).
     """
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = torch.acos(cosine.clamp(max=1 - 1e-6))  # of equal noises, too
     return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
 
 
@@ -94,6 +97,32 @@ def ddim_invert(denoise, x_0, alpha_bars, pairs, prediction, trace=None):
             trace.append((t_prev, x_prev, x_0_hat))
         x_prev = ddim.q_sample(x_0_hat, eps_hat, alpha_bars[t].item())
     return x_prev
+
+
+def repaint(
+    denoise, x_0, known, alpha_bars, pairs, prediction, noise, eta=1.0, clip=True, repeats=1
+):
+    """Sample what is not known of an image: RePaint, Lugmayr et al. 2022 (arXiv:2201.09865).
+
+    Equation (8): after each step the known part is that of the image, noised to this step.  With
+    repeats, algorithm 1, a step is taken so often, from noise added anew, so that both parts fit.
+
+    x_0: (1, C, H, W), or as many as noise() has;  known: bool (H, W);  noise: () -> (B, C, H, W);
+    the rest: as in ddim_sample.  Returns (B, C, H, W).
+    """
+    x_t = x_prev = noise()
+    for t, t_prev in pairs:
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0
+        for i in range(repeats if t_prev >= 0 else 1):
+            if i > 0:  # back to t, DDPM eq. (2)
+                x_t = ddim.q_sample(x_prev, noise(), alpha_bar_t / alpha_bar_prev)
+            output = denoise(x_t, t)
+            hats = ddim.predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t, clip)
+            x_prev = ddim.ddim_step(*hats, alpha_bar_t, alpha_bar_prev, eta, noise())
+            x_prev = torch.where(known, ddim.q_sample(x_0, noise(), alpha_bar_prev), x_prev)
+        x_t = x_prev
+    return x_t
 
 
 def project(codes, method, others=None):
@@ -133,16 +162,16 @@ def trajectory_frames(trace, columns):
     return [image_grid(torch.cat([x_t, blanks, x_0_hat]), columns) for _, x_t, x_0_hat in trace]
 
 
-def filmstrip(trace):
+def filmstrip(trace, rows=None):
     """One picture of at most 11 steps, first and last included: for each image x_t above x_0_hat.
 
-    trace: as in trajectory_frames.  Returns a PIL picture.
+    trace: as in trajectory_frames;  rows: names beside the rows.  Returns a PIL picture.
     """
     last = len(trace) - 1
     moments = [trace[i] for i in sorted({round(k * last / 10) for k in range(11)})]
     columns = [torch.stack([x_t, x_0_hat], dim=1) for _, x_t, x_0_hat in moments]
     cells = torch.stack(columns, dim=2)  # (B, 2, moments, C, H, W)
-    return image_grid(cells.flatten(0, 2), len(moments))
+    return image_grid(cells.flatten(0, 2), len(moments), rows)
 
 
 def save_gif(frames, path, milliseconds=80):
@@ -204,7 +233,7 @@ def sampler_options(args, script, config):
 
     script: of a diffusion model;  config: the checkpoint's.  Raises InputError.
     """
-    if args.command in ("interpolate", "invert") and args.eta > 0:
+    if args.command in ("interpolate", "invert", "edit") and args.eta > 0:
         raise InputError(f"{args.command} is deterministic: --eta must be 0, not {args.eta}")
     steps = script.STEPS
     guidance = script.default_guidance(config)
@@ -225,7 +254,7 @@ class Trained:
         self.args = args
         self.script = SCRIPTS[args.name]
         stems = self.script.SAMPLES_FROM
-        self.path = find_checkpoint((args.name,), args.checkpoint, stems)
+        self.path = find_checkpoint(stems, args.checkpoint, stems)
         checkpoint = load_checkpoint(self.path, stems)
         self.config = checkpoint["config"]
         self.background = self.config.get("background", "white")  # of an older run, none
@@ -235,6 +264,9 @@ class Trained:
         self.options = {}  # of sample()
         if "steps" in args:
             self.options = sampler_options(args, self.script, self.config)
+        flags = ("hole", "repeats", "strength", "mix_at", "truncation", "prior", "seed")
+        shown = {key: getattr(args, key) for key in flags if getattr(args, key, None) is not None}
+        self.settings = {key: as_typed(value) for key, value in {**self.options, **shown}.items()}
         if "truncation" in args:
             self.options["truncation"] = args.truncation
         if "prior" in args:
@@ -257,12 +289,22 @@ class Trained:
         check_finite(images)
         return images, labels
 
-    def schedule(self):
-        """alpha_bars, pairs and prediction, for a walk that `sample` does not take."""
+    def noise(self, indices, shape):
+        """A function that returns the next noise of these images: float32 (N, *shape)."""
+        streams = noise_streams(self.args.seed, indices)
+        return lambda: torch.from_numpy(next_noise(streams, shape)).to(self.device)
+
+    def schedule(self, strength=1.0):
+        """alpha_bars, pairs and prediction, for a walk that `sample` does not take.
+
+        strength: the fraction of the timesteps that it covers, with as many steps as there can be.
+        """
         alpha_bars = ddim.make_alpha_bars(self.config["schedule"], self.config["num_timesteps"])
         prediction = self.config["prediction"]
         length = ddim.walk_length(alpha_bars, prediction)
-        return alpha_bars, ddim.time_pairs(length, self.options["steps"]), prediction
+        length = max(round(strength * length), 1)
+        pairs = ddim.time_pairs(length, min(self.options["steps"], length))
+        return alpha_bars, pairs, prediction
 
     def denoiser(self, y):
         """denoise(x_t, t) of classes y, int64 (B,)."""
@@ -271,11 +313,12 @@ class Trained:
         times = ddim.guided_times(interval, self.config["num_timesteps"])
         return ddim.guided(network, y.to(self.device), self.options["guidance"], *times)
 
-    def solve(self, denoise, x_T, trace=None):
+    def solve(self, denoise, x_t, trace=None, schedule=None):
         """Walk from noise to images, or latents, without noise in the steps."""
         sampler = ddim.dpm_sample if self.options["solver"] == "dpm++" else ddim.ddim_sample
         clip = self.options.get("clip", False)  # latents have no bounds
-        return sampler(denoise, x_T.to(self.device), *self.schedule(), clip=clip, trace=trace)
+        schedule = schedule or self.schedule()
+        return sampler(denoise, x_t.to(self.device), *schedule, clip=clip, trace=trace)
 
     def encode(self, images, labels):
         """The codes (N, D), or latents (N, C, 8, 8), of uint8 images (N, C, 32, 32)."""
@@ -317,6 +360,10 @@ class Trained:
         """The images of the command line: uint8 (N, C, 32, 32), and their labels int64 (N,)."""
         if len(self.args.images) > 20:
             raise InputError(f"{len(self.args.images)} images are too many: at most 20")
+        indices = [name.isdecimal() for name in self.args.images]
+        given = self.args.class_ != "all" and self.args.command not in ("inpaint", "edit")
+        if given and all(indices):
+            raise InputError("--class is for image files: a test image has a class of its own")
         images = []
         labels = []
         data = None
@@ -338,15 +385,36 @@ class Trained:
                 labels.append(self.classes[0])
         return torch.cat(images), torch.tensor(labels)
 
-    def save(self, images, labels, count):
-        """Write images (N, C, H, W), `count` a row, as runs.py does, or the columns as a .gif."""
+    def target(self, labels):
+        """The class of samples made from an image: --class, else the image's; int64 (1,)."""
+        if self.args.class_ == "all":
+            return labels
+        if len(self.classes) > 1:
+            raise InputError(f"{self.args.command} needs a single --class")
+        return torch.tensor(self.classes)
+
+    def save(self, images, labels, count, rows=None):
+        """Write images (N, C, H, W), `count` a row, as runs.py does, or the columns as a .gif.
+
+        rows: names beside the rows (those of their classes).
+        """
         if self.args.output.suffix.lower() == ".gif":
             check_finite(images)
             columns = images.unflatten(0, (-1, count)).unbind(1)
             frames = [image_grid(column, min(10, len(column))) for column in columns]
             save_gif(frames, self.args.output)
         else:
-            save_images(images, labels, self.names, self.args.output, count)
+            columns = grid_columns(count, len(images))
+            if not getattr(self.args, "names", False):
+                rows = None
+            elif rows is None or columns != count:
+                rows = names_of_rows(labels.tolist(), self.names, columns)
+            save_images(images, labels, self.names, self.args.output, columns, self.texts(), rows)
+
+    def texts(self):
+        """What a PNG says of how it was made."""
+        about = {"model": self.args.name, "command": self.args.command, **self.settings}
+        return {**about, "Software": "explore.py"}
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -357,6 +425,8 @@ def interpolate(args, model):
     """Frames from one class to another, or from one noise to another in each class.
 
     ddim may jump between two neighbouring frames, where its deterministic flow separates two modes.
+    With --mix-at below 1 each end walks by itself to this fraction of T, where it has its outlines;
+    there the two are mixed, as in DDPM section 4.3, so that frames change more evenly.
     """
     vary = args.vary or ("class" if len(model.classes) == 2 else "noise")
     if vary == "class":
@@ -369,21 +439,32 @@ def interpolate(args, model):
     weights = torch.linspace(0, 1, args.num_samples).split(args.batch_size)
     images = torch.cat([frames(model, *row, weight) for row in rows for weight in weights])
     labels = torch.tensor([y_a for y_a, _, _, _ in rows]).repeat_interleave(args.num_samples)
-    model.save(images, labels, args.num_samples)
+    names = [" to ".join(model.names[y] for y in model.classes)] if vary == "class" else None
+    model.save(images, labels, args.num_samples, names)
 
 
 def noise_frames(model, y_a, y_b, i, j, weight):
     """Images of ddim from class y_a and noise i to class y_b and noise j; weight: (B,)."""
-    weight = weight.view(-1, 1, 1, 1)
+    weight = weight.view(-1, 1, 1, 1).to(model.device)
     shape = (model.config["channels"], IMAGE_SIZE, IMAGE_SIZE)
-    noise = torch.from_numpy(next_noise(noise_streams(model.args.seed, [i, j]), shape))
-    noise_i, noise_j = noise.split(1)
-    x_T = noise_i.repeat(len(weight), 1, 1, 1) if i == j else slerp(noise_i, noise_j, weight)
-    denoise = model.denoiser(torch.full((len(x_T),), y_a))
+    ends = model.noise([i, j], shape)().split(1)
+
+    # Each end by itself down to --mix-at, which is no step where that is 1.
+    alpha_bars, pairs, prediction = model.schedule()
+    middle = model.args.mix_at * model.config["num_timesteps"]
+    early = [pair for pair in pairs[:-1] if pair[0] >= middle]
+    late = pairs[len(early) :]
+    classes = torch.tensor([[y_a], [y_b]])
+    ends = [
+        model.solve(model.denoiser(y), x_T, schedule=(alpha_bars, early, prediction))
+        for y, x_T in zip(classes, ends, strict=True)
+    ]
+
+    x_t = slerp(*ends, weight)
+    denoise = model.denoiser(torch.full((len(x_t),), y_a))
     if y_a != y_b:
-        denoise_b = model.denoiser(torch.full((len(x_T),), y_b))
-        denoise = blend(denoise, denoise_b, weight.to(model.device))
-    return model.solve(denoise, x_T).cpu()
+        denoise = blend(denoise, model.denoiser(torch.full((len(x_t),), y_b)), weight)
+    return model.solve(denoise, x_t, schedule=(alpha_bars, late, prediction)).cpu()
 
 
 def code_frames(model, y_a, y_b, i, j, weight):
@@ -429,6 +510,52 @@ def invert(args, model):
         model.save(rows, labels.repeat_interleave(3), 3)
 
 
+def inpaint(args, model):
+    """A part of an image filled in anew: the image, what is known of it, and the samples.
+
+    ldm: the known latents are those of the image, its known pixels are put back in the end.
+    """
+    images, labels = model.given_images()
+    x_0 = to_float(images)
+    start = model.encode(images, labels).to(model.device) if model.latent else x_0.to(model.device)
+    left, top, right, bottom = args.hole
+    scale = IMAGE_SIZE // start.shape[-1]
+    if any(edge % scale for edge in args.hole):
+        raise InputError(f"--hole {args.hole} must be multiples of {scale}, the pixels of a latent")
+    known = torch.ones(IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bool)
+    known[top:bottom, left:right] = False
+
+    y = model.target(labels).expand(args.num_samples)
+    noise = model.noise(range(len(y)), start.shape[1:])
+    mask = known[::scale, ::scale].to(model.device)
+    options = {"eta": args.eta, "clip": model.options.get("clip", False), "repeats": args.repeats}
+    filled = repaint(model.denoiser(y), start, mask, *model.schedule(), noise, **options)
+    filled = model.decode(filled, None) if model.latent else filled.cpu()
+    shown = [x_0, torch.where(known, x_0, 0), torch.where(known, x_0, filled)]
+    model.save(torch.cat(shown), y[:1].expand(len(y) + 2), len(y) + 2)
+
+
+def edit(args, model):
+    """Samples made from an image that is noised and denoised, SDEdit: it, noised, and the samples.
+
+    Meng et al. 2021 (arXiv:2108.01073), here with deterministic steps.  More --strength is more
+    noise, and leaves less of the image.
+    """
+    images, labels = model.given_images()
+    x_0 = to_float(images)
+    start = model.encode(images, labels).to(model.device) if model.latent else x_0.to(model.device)
+    y = model.target(labels).expand(args.num_samples)
+    alpha_bars, pairs, prediction = model.schedule(args.strength)
+    eps = model.noise(range(len(y)), start.shape[1:])()
+    x_t = ddim.q_sample(start, eps, alpha_bars[pairs[0][0]].item())
+    trace = []
+    model.solve(model.denoiser(y), x_t, trace, schedule=(alpha_bars, pairs, prediction))
+    trace = model.decode_trace(trace)
+    _, noised, _ = trace[0]
+    _, samples, _ = trace[-1]
+    model.save(torch.cat([x_0, noised[:1], samples]), y[:1].expand(len(y) + 2), len(y) + 2)
+
+
 def reconstruct(args, model):
     """Images, and below them what the decoder makes of their codes.
 
@@ -438,7 +565,7 @@ def reconstruct(args, model):
     x = to_float(images)
     back = model.decode(model.encode(images, labels), model.one_hot(labels))
     print_error(x, back)
-    model.save(torch.cat([x, back]), labels.repeat(2), len(x))
+    model.save(torch.cat([x, back]), labels.repeat(2), len(x), ["given", "decoded"])
 
 
 def between(args, model):
@@ -497,8 +624,10 @@ def draw_filmstrip(args, model):
     A sample has a row of x_t above a row of x_0_hat, the image that the network predicts from it.
     """
     trace = []
-    model.sample(trace)
-    save_picture(filmstrip(model.decode_trace(trace)), args.output)
+    _, labels = model.sample(trace)
+    names = [f"{model.names[y]}, {what}" for y in labels for what in ("x_t", "x_0_hat")]
+    picture = filmstrip(model.decode_trace(trace), names if args.names else None)
+    save_png(picture, args.output, model.texts())
 
 
 def gif(args, model):
@@ -522,6 +651,8 @@ SUFFIXES = (".png", ".npz", ".gif", "")
 COMMANDS = {
     "interpolate": (interpolate, ("ddim", "vae", "gan"), SUFFIXES),
     "invert": (invert, ("ddim", "ldm"), SUFFIXES),
+    "inpaint": (inpaint, ("ddim", "ldm"), SUFFIXES),
+    "edit": (edit, ("ddim", "ldm"), SUFFIXES),
     "reconstruct": (reconstruct, ("vae", "ldm"), SUFFIXES),
     "between": (between, ("vae",), SUFFIXES),
     "map": (draw_map, ("vae", "ldm"), (".png",)),
@@ -531,20 +662,30 @@ COMMANDS = {
 }
 
 
+def box(text):
+    """An argparse type: '0,16,32,32' -> (0, 16, 32, 32): left < right, top < bottom, in pixels."""
+    edges = [number(int, 0, IMAGE_SIZE)(part) for part in text.split(",")]
+    if len(edges) != 4 or edges[0] >= edges[2] or edges[1] >= edges[3]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM of a box")
+    return tuple(edges)
+
+
 def add_flags(parser, command, name):
     """Add the flags that have an effect on the command with the model `name`."""
     script = SCRIPTS[name]
-    reads_images = command in ("invert", "reconstruct", "between")
+    changes = command in ("inpaint", "edit")  # an image to samples
+    reads_images = changes or command in ("invert", "reconstruct", "between")
     samples = command in ("interpolate", "filmstrip", "gif") or (command, name) == ("map", "ldm")
     parser.set_defaults(images=(), class_="all")
     add = parser.add_argument
     # fmt: off
     if reads_images:
-        count = 2 if command == "between" else "+"
+        count = {"inpaint": 1, "edit": 1, "between": 2}.get(command, "+")
         add("images", type=os.path.expanduser, metavar="IMAGE", nargs=count,
             help="index of a test image, from 0, or an image file")
         add("--class", dest="class_", metavar="NAME",
-            help="class of each IMAGE that is a file (an index has its own)")
+            help="class of the samples (that of the test image)" if changes else
+                 "class of each IMAGE that is a file (an index has its own)")
     elif command == "walk":
         add("--class", dest="class_", metavar="NAME", required=True, help="class of the images")
     elif samples:
@@ -553,6 +694,17 @@ def add_flags(parser, command, name):
     if command == "interpolate":
         add("--vary", choices=("noise", "class"),
             help="what changes from frame to frame (class if two are given, else noise)")
+    if (command, name) == ("interpolate", "ddim"):
+        add("--mix-at", type=number(float, 0, 1, above=True), default=1.0,
+            help="fraction of T at which the two ends are mixed, above 0 to 1, their noise (1.0)")
+    if command == "inpaint":
+        add("--hole", type=box, default=(0, 16, 32, 32), metavar="LEFT,TOP,RIGHT,BOTTOM",
+            help="what is filled in, in pixels from 0 to 32 (0,16,32,32)")
+        add("--repeats", type=number(int, 1, 100), default=5,
+            help="times that each step is taken, 1 to 100; more, and the parts fit better (5)")
+    if command == "edit":
+        add("--strength", type=number(float, 0, 1, above=True), default=0.6,
+            help="fraction of T that the image is noised to, above 0 to 1 (0.6)")
     if command == "map":
         add("--method", choices=("pca", "tsne"), default="pca",
             help="projection: two principal directions, or t-SNE, which takes a minute (pca)")
@@ -562,6 +714,8 @@ def add_flags(parser, command, name):
     elif command == "walk":
         add("--num-samples", type=number(int, 2, 20), default=16,
             help="images on each side of the grid, 2 to 20 (16)")
+    elif changes:
+        add("--num-samples", type=number(int, 1, 18), default=8, help="samples, 1 to 18 (8)")
     elif samples:
         count = 10 if name in ("vae", "gan") else 1
         add("--num-samples", type=number(int, 1, 10_000), default=count,
@@ -569,17 +723,21 @@ def add_flags(parser, command, name):
     add("--checkpoint", type=file_path,
         help="a .pt file or a run's folder (newest run, else the shipped weights)")
     _, _, suffixes = COMMANDS[command]
-    kinds = {".npz": ".npz of arrays", "": "a folder of PNGs"}
+    kinds = {".npz": ".npz of arrays", "": "a folder of PNGs, as in out/"}
     listed = ", ".join(kinds.get(suffix, suffix) for suffix in suffixes)
     output = Path(f"{name}_{command}{suffixes[0]}")
-    add("--output", type=file_path, default=output, help=f"the file to write: {listed} ({output})")
+    text = f"the file to write: {listed} ({output})"
+    add("--output", type=output_path, default=output, help=text)
+    if command not in ("map", "walk", "gif"):
+        add("--names", action=argparse.BooleanOptionalAction, default=True,
+            help="class names beside the rows of a .png grid (on)")
     if reads_images or command == "map":
         add("--data", type=os.path.expanduser,
             help="the data of the training, where they have moved (where they were)")
         add("--data-dir", type=os.path.expanduser,
             help="folder with the files of the named data set (that of the training; data/, "
                  "Debian's folder, else a download)")
-    if samples:
+    if samples or changes:
         add("--seed", type=number(int, 0, 2**63 - 1), default=0,
             help="seed of the noise, 0 or more (0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
@@ -587,11 +745,16 @@ def add_flags(parser, command, name):
     if command == "interpolate" or (name in ("vae", "gan") and command != "map"):
         add("--batch-size", type=number(int, 1), default=64,
             help="images computed at a time, 1 or more (64)")
-    if samples or command == "invert":
+    if samples or changes or command == "invert":
         script.sampling_flags(parser)
-    if command == "invert":  # these take the place of the script's, which have other defaults
-        parser.conflict_handler = "resolve"
-        add = parser.add_argument_group("inversion").add_argument
+    parser.conflict_handler = "resolve"  # these take the place of flags with other defaults
+    add = parser.add_argument_group(f"{command} by default").add_argument
+    if command == "inpaint":
+        add("--eta", type=number(float, 0, 1), default=1.0,
+            help="noise added in each step, from 0 to 1, as in DDPM (1)")
+        add("--solver", choices=("ddim",), default="ddim",
+            help="sampler: ddim, since dpm++ adds no noise (ddim)")
+    if command == "invert":
         add("--steps", type=number(int, 1),
             help="number of steps each way, 1 to T, the number of training timesteps "
                  f"({INVERT_STEPS})")
@@ -627,7 +790,8 @@ def main(argv=None):
         check_output(args.output, suffixes, args.images)
         model = Trained(args)
         draw(args, model)
-        print(f"wrote {args.output} (weights: {model.path})")
+        said = ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in model.settings.items())
+        print(f"wrote {args.output}{': ' if said else ''}{said} (weights: {model.path})")
     return 0
 
 

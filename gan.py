@@ -251,7 +251,7 @@ def ema_network(checkpoint, device):
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
-    power_ema, run_parser, save_images, training_device, whole_numbers,
+    power_ema, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -433,14 +433,15 @@ def build_parser():
 
 def draw(args):
     """Sample from a checkpoint and write the images."""
-    path, checkpoint, classes, output = open_checkpoint(args, NAME, SAMPLES_FROM)
+    opened = open_checkpoint(args, NAME, SAMPLES_FROM)
+    _, checkpoint, classes, _ = opened
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     images = sample(
         model=ema_network(checkpoint, pick_device(args.device)),
         labels=labels, truncation=args.truncation, seed=args.seed, batch_size=args.batch_size,
     )  # fmt: skip
-    save_images(images, labels, checkpoint["class_names"], output, args.num_samples)
-    print(f"wrote {output} (weights: {path})")
+    options = {"truncation": args.truncation, "seed": args.seed}
+    save_samples(args, NAME, opened, images, labels, options)
     return 0
 
 

@@ -55,7 +55,7 @@ import numpy as np
 # Without this, onnxruntime 1.29 and later write a device id below ~/.cache and report to its maker.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "model_card"  # of the .onnx metadata entry whose JSON says how to use the model
@@ -691,10 +691,39 @@ def to_picture(images, columns):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def write_images(images, labels, class_names, path, columns, texts):
+def names_of_rows(labels, class_names, columns):
+    """The class of each row of a grid; None for a single image, or where a row has several classes.
+
+    labels: list of int, of the images row by row.
+    """
+    rows = [{*labels[i : i + columns]} for i in range(0, len(labels), columns)]
+    if len(labels) == 1 or any(len(row) > 1 for row in rows):
+        return None
+    return [class_names[y] for (y,) in rows]
+
+
+def with_names(picture, names):
+    """A PIL picture of len(names) rows of one height, with the name of each at its left, on white.
+
+    A name is cut after 80 characters.
+    """
+    height = picture.height / len(names)
+    font = ImageFont.load_default(max(12, min(24, height / 4)))
+    lines = [" ".join(name.split())[:80] for name in names]
+    width = math.ceil(max(font.getlength(line) for line in lines)) + 20
+    whole = Image.new(picture.mode, (width + picture.width, picture.height), "white")
+    whole.paste(picture, (width, 0))
+    draw = ImageDraw.Draw(whole)
+    for i, line in enumerate(lines):
+        draw.text((width - 10, (i + 0.5) * height), line, "black", font, anchor="rm")
+    return whole
+
+
+def write_images(images, labels, class_names, path, columns, texts, rows=None):
     """Write uint8 images to a .png (a grid), an .npz (x, y, class_names) or a folder of PNGs.
 
-    texts: {key: value} for the metadata of every PNG.
+    texts: {key: value} for the metadata of every PNG;  rows: names beside the rows of the grid, as
+    in with_names.
     """
     if path.suffix.lower() == ".npz":
         arrays = {"x": images, "y": np.array(labels), "class_names": np.array(class_names)}
@@ -702,7 +731,9 @@ def write_images(images, labels, class_names, path, columns, texts):
             np.savez_compressed(file, **arrays)
     elif path.suffix.lower() == ".png":
         names = ", ".join(class_names[y] for y in dict.fromkeys(labels))
-        save_png(to_picture(images, columns), path, {**texts, "class": names})
+        picture = to_picture(images, columns)
+        picture = with_names(picture, rows) if rows else picture
+        save_png(picture, path, {**texts, "class": names})
     else:
         folder = PictureFolder(path, labels, class_names, texts)
         for i, image in enumerate(images):
@@ -1210,6 +1241,26 @@ def images_of_flags(model, args, classes, options):
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
 
+def rows_of_flags(args, class_names, labels, columns):
+    """The names beside the rows of the grid, as in with_names; None without names."""
+    if not args.names:
+        return None
+    if args.reconstruct:
+        return ["given", "decoded"]
+    if args.interpolate == "class":
+        return [" to ".join(class_names[y] for y in parse_classes(args.class_, class_names))]
+    return names_of_rows(labels, class_names, columns)
+
+
+def default_output(args, name, class_names, classes):
+    """A file name for each kind of picture, so that one command does not replace another's."""
+    kinds = ("interpolate", "reconstruct", "between")
+    stem = file_stems(class_names)[classes[0]] if len(classes) == 1 else "samples"
+    for kind in kinds:
+        stem = kind if getattr(args, kind) else stem
+    return Path(f"{stem}.png" if name == "ddim" else f"{name}_{stem}.png")
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -1254,6 +1305,14 @@ def shard(text):
     part, _, parts = text.partition("/")
     parts = number(int, 1, 100_000)(parts)
     return number(int, 1, parts)(part), parts
+
+
+def output_path(text):
+    """An argparse type: a name without an ending is a folder only if it exists or ends in /."""
+    path = file_path(text)
+    if not path.suffix and not text.endswith(("/", os.sep)) and not path.exists():
+        raise argparse.ArgumentTypeError(f"{text!r} has no ending: a new folder is {text}/")
+    return path
 
 
 # fmt: off
@@ -1321,9 +1380,11 @@ def build_parser():
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of the noise, 0 or more (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
-    add("--output", type=file_path,
-        help="a .png (grid), an .npz, or a folder for PNGs "
-             "(CLASS.png; several classes: samples.png)")
+    add("--output", type=output_path,
+        help="a .png (grid), an .npz, or a folder for PNGs, as in out/ (CLASS.png, of several "
+             "classes samples.png, both after MODEL_ unless that is ddim; MODEL_between.png, ...)")
+    add("--names", action=argparse.BooleanOptionalAction, default=True,
+        help="class names beside the rows of a .png grid (on)")
     add("--shard", type=shard, metavar="I/N",
         help="only the I-th of N parts of the images, to share work between machines (all)")
     add("--info", action="store_true", help="print what the model file says about itself (off)")
@@ -1421,8 +1482,7 @@ def run(args):
     classes = parse_classes(args.class_, names, path)
     check_combination(args, classes)
     numbers = numbers_of_shard(args, len(classes) * args.num_samples)
-    stem = file_stems(names)[classes[0]] if len(classes) == 1 else "samples"
-    output = args.output or Path(f"{stem}.png")
+    output = args.output or default_output(args, card["model"], names, classes)
     given = args.reconstruct or args.between or ()
     settings = {**options, "seed": args.seed}
     if card["kind"] == "diffusion":  # as it is typed
@@ -1456,7 +1516,8 @@ def run(args):
     else:
         images, labels, columns = images_of_flags(model, args, classes, options)
         seconds = time.perf_counter() - start
-        write_images(images, labels, names, output, columns, texts)
+        rows = rows_of_flags(args, names, labels, columns)
+        write_images(images, labels, names, output, columns, texts, rows)
         count = len(images)
     there = f" ({found} were there)" if found else ""
     said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())

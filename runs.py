@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -115,6 +116,14 @@ def colour(text):
     return text
 
 
+def output_path(text):
+    """An argparse type: a name without an ending is a folder only if it exists or ends in /."""
+    path = file_path(text)
+    if not path.suffix and not text.endswith(("/", os.sep)) and not path.exists():
+        raise argparse.ArgumentTypeError(f"{text!r} has no ending: a new folder is {text}/")
+    return path
+
+
 def run_parser(name, doc, batch_size=64):
     """A parser with the flags that all model scripts share; each script adds its own."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -124,7 +133,9 @@ def run_parser(name, doc, batch_size=64):
     add = parser.add_argument
     add("--train", action="store_true", help="train a model; without it, sample from one")
     add("--resume", action="store_true",
-        help="resume training, the newest run or that of --run-dir; no other flag is needed")
+        help="resume training, the newest run or that of --run-dir; no other flag is needed. "
+             "--epochs or --minutes set a new length, and the learning rate follows its schedule: "
+             "it rises in a longer run; --lr scales what is left of it")
     add("--run-dir", type=file_path,
         help="folder of the training run (runs/NAME, or runs/NAME-2, ... where that is taken)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
@@ -168,8 +179,10 @@ def run_parser(name, doc, batch_size=64):
         help="number of images of each class, 1 to 1,000,000 (1)")
     add("--checkpoint", type=file_path,
         help="a .pt file or a run's folder to sample from (newest run, else the shipped weights)")
-    add("--output", type=file_path,
-        help="a .png grid, an .npz of arrays, or a folder for PNGs (NAME_CLASS.png)")
+    add("--output", type=output_path,
+        help="a .png grid, an .npz of arrays, or a folder for PNGs, as in out/ (NAME_CLASS.png)")
+    add("--names", action=on_off, default=True,
+        help="class names beside the rows of a .png grid (on)")
     # fmt: on
     return parser
 
@@ -916,13 +929,17 @@ class Run:
         """Write the checkpoint, `content` and where the run stands, and a grid of images.
 
         grid: (N, C, H, W) in [-1, 1];  made: images to judge in the log, if not those of the grid;
-        labels: their classes, int64.  Raises InputError if the grid is not finite.
+        labels: their classes, int64, which without `made` are beside the rows of the grid.
+        Raises InputError if the grid is not finite.
         """
         self.watch(samples=grid.abs().max().item())
         if self.step > self.first_step or not self.resumed:  # else the log has this line
             self._judge(content["ema"], grid if made is None else made, labels)
+        rows = None
+        if made is None:
+            rows = names_of_rows(labels.tolist(), content["class_names"], columns)
         name = f"{self.part or 'step'}_{self.step:07d}.png"
-        save_picture(image_grid(grid, columns), self.folder / "samples" / name)
+        save_png(image_grid(grid, columns, rows), self.folder / "samples" / name, {})
         state = {
             "format": FORMAT, "model": self.stem, "step": self.step, "seconds": self._seconds(),
             "images": self.earlier_images + (self.step - self.first_step) * self.args.batch_size,
@@ -1111,7 +1128,7 @@ def open_checkpoint(args, name, samples_from):
     classes: indices;  output: --output, or NAME_CLASS.png.  With --list-classes, prints them and
     ends the program.  Raises InputError where a file is not there or cannot be written.
     """
-    path = find_checkpoint((name,), args.checkpoint, samples_from)
+    path = find_checkpoint(samples_from, args.checkpoint, samples_from)
     checkpoint = load_checkpoint(path, samples_from)
     names = checkpoint["class_names"]
     if args.list_classes:
@@ -1138,9 +1155,41 @@ def grid_columns(count, total):
     return count if 1 < count <= 20 else min(10, total)
 
 
-def image_grid(images, columns):
-    """float (N, C, H, W) in [-1, 1] -> a PIL picture, row by row, up to 8 times the size."""
-    return to_picture(to_uint8(images).numpy(), columns)
+def names_of_rows(labels, class_names, columns):
+    """The class of each row of a grid; None for a single image, or where a row has several classes.
+
+    labels: list of int, of the images row by row.
+    """
+    rows = [{*labels[i : i + columns]} for i in range(0, len(labels), columns)]
+    if len(labels) == 1 or any(len(row) > 1 for row in rows):
+        return None
+    return [class_names[y] for (y,) in rows]
+
+
+def with_names(picture, names):
+    """A PIL picture of len(names) rows of one height, with the name of each at its left, on white.
+
+    A name is cut after 80 characters.
+    """
+    height = picture.height / len(names)
+    font = ImageFont.load_default(max(12, min(24, height / 4)))
+    lines = [" ".join(name.split())[:80] for name in names]
+    width = math.ceil(max(font.getlength(line) for line in lines)) + 20
+    whole = Image.new(picture.mode, (width + picture.width, picture.height), "white")
+    whole.paste(picture, (width, 0))
+    draw = ImageDraw.Draw(whole)
+    for i, line in enumerate(lines):
+        draw.text((width - 10, (i + 0.5) * height), line, "black", font, anchor="rm")
+    return whole
+
+
+def image_grid(images, columns, rows=None):
+    """float (N, C, H, W) in [-1, 1] -> a PIL picture, row by row, up to 8 times the size.
+
+    rows: names beside the rows, as in with_names.
+    """
+    picture = to_picture(to_uint8(images).numpy(), columns)
+    return with_names(picture, rows) if rows else picture
 
 
 def to_picture(images, columns):
@@ -1159,21 +1208,26 @@ def to_picture(images, columns):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def save_picture(picture, path):
-    """Write a PIL picture as PNG."""
+def save_png(picture, path, texts):
+    """Write a PIL picture as PNG, with {key: value} texts in its metadata."""
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())
     with written_whole(path) as scratch:
-        picture.save(scratch, format="png")
+        picture.save(scratch, format="png", pnginfo=info)
 
 
-def save_images(images, labels, class_names, path, count):
-    """Write images (N, C, H, W) in [-1, 1], `count` of each class: a grid, arrays or single PNGs.
+def save_images(images, labels, class_names, path, columns, texts, rows=None):
+    """Write images (N, C, H, W) in [-1, 1]: a grid, arrays or single PNGs.
 
-    labels: int64 (N,);  path: .png, .npz (x uint8, y, class_names), or else a folder.
-    Raises InputError if the images are not finite.
+    labels: int64 (N,);  path: .png, .npz (x uint8, y, class_names), or else a folder;
+    columns: of the grid;  texts: {key: value} for the metadata of every PNG;  rows: names beside
+    the rows of the grid, as in with_names.  Raises InputError if the images are not finite.
     """
     check_finite(images)
     if path.suffix.lower() == ".png":
-        save_picture(image_grid(images, grid_columns(count, len(images))), path)
+        names = ", ".join(class_names[y] for y in dict.fromkeys(labels.tolist()))
+        save_png(image_grid(images, columns, rows), path, {**texts, "class": names})
     elif path.suffix.lower() == ".npz":
         pixels = to_uint8(images).numpy()
         arrays = {"x": pixels, "y": labels.numpy(), "class_names": np.array(class_names)}
@@ -1182,6 +1236,31 @@ def save_images(images, labels, class_names, path, count):
     else:
         stems = file_stems(class_names)
         for i, (image, label) in enumerate(zip(to_uint8(images), labels, strict=True)):
-            name = f"{i:05d}_{stems[label]}.png"
+            file = path / f"{i:05d}_{stems[label]}.png"
+            about = {**texts, "class": class_names[label], "image": i}
             pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-            save_picture(Image.fromarray(pixels.numpy()), path / name)
+            save_png(Image.fromarray(pixels.numpy()), file, about)
+
+
+def as_typed(value):
+    """The value of a flag as in the command: (0, 0.8) is 0 0.8, and (0, 16, 32, 32) 0,16,32,32."""
+    if isinstance(value, tuple):
+        return (" " if len(value) == 2 else ",").join(f"{part:g}" for part in value)
+    return value
+
+
+def save_samples(args, name, opened, images, labels, options):
+    """Write the images that the flags ask for, and say where, how they were made and from what.
+
+    name: of the script;  opened: from open_checkpoint;  images, labels: as in save_images;
+    options: of the script's sample(), also written into each PNG.
+    """
+    path, checkpoint, _, output = opened
+    options = {key: as_typed(value) for key, value in options.items() if value is not None}
+    texts = {"model": name, **options, "Software": f"{name}.py"}
+    columns = grid_columns(args.num_samples, len(images))
+    names = checkpoint["class_names"]
+    rows = names_of_rows(labels.tolist(), names, columns) if args.names else None
+    save_images(images, labels, names, output, columns, texts, rows)
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
+    print(f"wrote {output}: {settings} (weights: {path})")

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer_onnx import Parser, fold, one_line, to_picture, written_whole
+from infer_onnx import Parser, fold, one_line, to_picture, with_names, written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
@@ -226,7 +226,7 @@ def write_text(text, path):
         scratch.write_text(text)
 
 
-def write_samples(folder, title, images, neighbours):
+def write_samples(folder, title, images, neighbours, class_names):
     """Two pictures of samples: ten of each class, and each above the nearest training image.
 
     images: uint8 (N, 1, 32, 32), the classes in turn;  neighbours: uint8 (M, 1, 32, 32), the
@@ -234,24 +234,18 @@ def write_samples(folder, title, images, neighbours):
     """
     by_class = np.concatenate([images[y::10] for y in range(10)])
     grid = to_picture(by_class, len(by_class) // 10)
-    write_picture(grid, folder / f"samples_{fold(title)}.png")
+    write_picture(with_names(grid, class_names), folder / f"samples_{fold(title)}.png")
     both = images[: len(neighbours)], neighbours
     rows = [array[:, :, 2:30, 2:30].reshape(-1, 10, 28, 28) for array in both]
     tiles = np.stack(rows, axis=1).reshape(-1, 1, 28, 28)
-    write_picture(to_picture(tiles, 10), folder / f"nearest_{fold(title)}.png")
+    grid = with_names(to_picture(tiles, 10), ["sample", "nearest real"] * (len(tiles) // 20))
+    write_picture(grid, folder / f"nearest_{fold(title)}.png")
 
 
 def write_side_by_side(path, rows):
     """A row of ten samples for each title: rows {title: uint8 (10, 1, 32, 32)}."""
     grid = to_picture(np.concatenate([*rows.values()]), 10)
-    picture = Image.new("L", (grid.width + 330, grid.height), "white")
-    picture.paste(grid, (330, 0))
-    draw = ImageDraw.Draw(picture)
-    draw.font = ImageFont.load_default(13)
-    for i, title in enumerate(rows):
-        height = (i + 0.5) * grid.height / len(rows)
-        draw.text((320, height), title, "black", anchor="rm")
-    write_picture(picture, path)
+    write_picture(with_names(grid, [*rows]), path)
 
 
 # --- Diagrams -------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """common.py: data sets, the range pair, noise, image files, embeddings and the UNet."""
 
+import argparse
 import gzip
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 
 import common
+import infer_onnx
 import runs
 from common import NULL_LABEL, InputError, UNet, load_data
 
@@ -417,7 +420,7 @@ def test_a_grid_is_that_of_torchvision(channels, count, columns):
 def test_save_images(in_tmp, channels):
     levels = torch.randint(0, 256, (6, channels, 32, 32), dtype=torch.uint8)
     images, labels = common.to_float(levels), torch.tensor([2, 2, 2, 0, 0, 0])
-    runs.save_images(images, labels, NAMES, runs.Path("grid.png"), 3)
+    runs.save_images(images, labels, NAMES, runs.Path("grid.png"), 3, {"seed": 5})
     picture = Image.open("grid.png")
     scale = picture.width // (3 * 34 + 2)
     assert picture.size == (scale * (3 * 34 + 2), scale * (2 * 34 + 2))
@@ -425,15 +428,49 @@ def test_save_images(in_tmp, channels):
     # row 1, column 0: image 3 at (5, 9)
     pixel = np.array(picture)[scale * (34 + 2 + 5), scale * (2 + 9)]
     assert np.array_equal(np.atleast_1d(pixel), levels[3, :, 5, 9])
-    runs.save_images(images, labels, NAMES, runs.Path("all.npz"), 3)
+    assert picture.text == {"seed": "5", "class": f"{NAMES[2]}, {NAMES[0]}"}
+    runs.save_images(images, labels, NAMES, runs.Path("all.npz"), 3, {})
     back = load_data("all.npz", channels=channels)
     assert torch.equal(back.images, levels)
     assert torch.equal(back.labels, labels)
     assert back.class_names == NAMES
-    runs.save_images(images, labels, NAMES, runs.Path("folder"), 3)
+    runs.save_images(images, labels, NAMES, runs.Path("folder"), 3, {"seed": 5})
     names = sorted(file.name for file in (in_tmp / "folder").iterdir())
     assert names[0] == "00000_sneaker.png" and names[5] == "00005_t-shirt-top.png"
     assert torch.equal(common.load_image(in_tmp / "folder" / names[4], channels)[0], levels[4])
+
+
+def test_a_row_has_a_name_where_it_has_one_class():
+    assert runs.names_of_rows([2, 2, 2, 0, 0, 0], NAMES, 3) == [NAMES[2], NAMES[0]]
+    assert runs.names_of_rows([1, 1, 1], NAMES, 2) == [NAMES[1], NAMES[1]]
+    assert runs.names_of_rows([1, 1, 2, 2], NAMES, 3) is None
+    assert runs.names_of_rows([1], NAMES, 1) is None
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_names_are_whole_and_beside_their_rows(mode):
+    grid = Image.new(mode, (50, 120), "black")
+    long = "ddim, steps 20, guidance 1.6, guidance limit 0.6, solver dpm++"
+    picture = runs.with_names(grid, ["", long, "two\nlines"])
+    pixels = np.array(picture.convert("L"))
+    margin = picture.width - 50
+    assert picture.mode == mode and picture.height == 120 and (pixels[:, margin:] == 0).all()
+    names = pixels[:, :margin]
+    assert (names[:, :8] == 255).all() and (names[:, -8:] == 255).all()  # nothing is cut off
+    empty, full, short = ((row < 128).any(axis=0) for row in np.split(names, 3))
+    assert not empty.any() and short.any()
+    assert full.nonzero()[0][0] < 14 < short.nonzero()[0][0]  # the longest fills the margin
+    assert runs.with_names(grid, ["x" * 5000]).width < 2000
+
+
+@pytest.mark.parametrize("module", [runs, infer_onnx])
+def test_a_new_folder_is_named_with_a_slash(module, in_tmp):
+    Path("there").mkdir()
+    for text in ("x.png", "new/", "there", "a/b/"):
+        assert module.output_path(text) == Path(text)
+    for text in ("-", "new", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="has no ending: a new folder is"):
+            module.output_path(text)
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(in_tmp):

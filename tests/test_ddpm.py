@@ -3,6 +3,8 @@
 The rest is that of ddim.py, which test_consistency.py checks.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,17 @@ def test_each_samples_the_checkpoints_of_the_other(tiny_run, in_tmp, data_dir):
     second = torch.load(tiny_run / "ddim.pt", weights_only=True)
     assert first.keys() == second.keys() and first["config"].keys() == second["config"].keys()
     assert first["network"] == second["network"]
+
+
+def test_each_samples_from_the_newest_run_of_both(in_tmp, data_dir, capsys):
+    for script in (ddim, ddpm, ddim):
+        assert script.main(["--train", "--epochs", "0.1", "--data-dir", data_dir, *TINY]) == 0
+        newest = max(Path("runs").glob("*/*.pt"), key=lambda path: path.stat().st_mtime)
+        assert newest.stem == script.NAME
+        for sampler in (ddpm, ddim):
+            capsys.readouterr()
+            assert sampler.main(["--class", "o", "--steps", "2"]) == 0
+            assert f"(weights: {newest})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

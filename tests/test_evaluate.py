@@ -681,14 +681,18 @@ def test_pictures_have_a_row_for_each_class(sets, in_tmp):
     values = np.arange(100, dtype=np.uint8)[:, None, None, None]
     images = np.broadcast_to(values, (100, 1, 32, 32)).copy()
     neighbours = sets[0][0][:20]
-    report.write_samples(in_tmp, "gan", images, neighbours)
+    report.write_samples(in_tmp, "gan", images, neighbours, CLASSES)
     picture = np.array(Image.open("samples_gan.png"))
     scale = picture.shape[0] // 342
+    picture = picture[:, -342 * scale :]  # right of the names
     middles = picture[18 * scale :: 34 * scale, 18 * scale :: 34 * scale]
     assert middles.tolist() == values.reshape(10, 10).T.tolist()
     # below each sample is its neighbour
     pairs = np.array(Image.open("nearest_gan.png"))
     scale = pairs.shape[0] // 122
+    names, pairs = np.split(pairs, [-302 * scale], axis=1)
+    dark = [(row < 128).any(axis=0).sum() for row in np.array_split(names, 4)]
+    assert dark[0] == dark[2] < dark[1] == dark[3]  # "sample" is shorter than "nearest real"
     # each tile with the gap after it
     tiles = pairs[2 * scale :: scale, 2 * scale :: scale].reshape(4, 30, 10, 30)
     tiles = tiles[:, :28, :, :28].swapaxes(1, 2)

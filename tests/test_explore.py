@@ -21,6 +21,8 @@ from common import InputError
 COMMANDS = {
     "interpolate": ["ddim", "vae", "gan"],
     "invert": ["ddim", "ldm"],
+    "inpaint": ["ddim", "ldm"],
+    "edit": ["ddim", "ldm"],
     "reconstruct": ["vae", "ldm"],
     "between": ["vae"],
     "map": ["vae", "ldm"],
@@ -39,6 +41,8 @@ def draw(tiny_runs, in_tmp):
         where = ["--checkpoint", str(tiny_runs(name))]
         if name in explore.DIFFUSION and command != "reconstruct":
             where += ["--steps", str(steps)]
+        if command not in ("map", "walk", "gif"):
+            where.append("--no-names")
         assert explore.main([command, name, *flags, *where]) == 0
 
     return run
@@ -88,6 +92,12 @@ def test_slerp_keeps_ends_and_length():
     assert path.flatten(1).norm(dim=1).min() > 0.95 * min(a.norm(), b.norm())
     middle = (a + b) / (a + b).norm()
     assert torch.cosine_similarity(path[2].flatten(), middle.flatten(), dim=0) > 0.99
+
+
+def test_slerp_of_equal_noises_is_that_noise():
+    a = torch.randn(1, 1, 32, 32)
+    path = explore.slerp(a, a, torch.linspace(0, 1, 5).view(-1, 1, 1, 1))
+    assert torch.allclose(path, a.expand(5, 1, 32, 32), atol=1e-5)
 
 
 def test_slerp_turns_by_equal_angles():
@@ -153,6 +163,83 @@ def test_inversion_and_sampling_undo_each_other_with_many_steps():
         x_T = explore.ddim_invert(denoise, x_0, *walk)
         errors.append((ddim.ddim_sample(denoise, x_T, *walk, clip=False) - x_0).abs().max().item())
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
+
+
+def exact_denoiser(alpha_bars, covariance):
+    """eps_hat of data ~ N(0, covariance), each image (1, 1, D): the best that there is.
+
+    x_t ~ N(0, S) with S = alpha_bar * covariance + (1 - alpha_bar) * I, and eps and x_t have the
+    covariance sqrt(1 - alpha_bar) * I: E[eps | x_t] = sqrt(1 - alpha_bar) * S^-1 x_t.
+    """
+    identity = torch.eye(len(covariance), dtype=torch.float64)
+
+    def denoise(x_t, t):
+        a = alpha_bars[t]
+        return (1 - a) ** 0.5 * x_t @ torch.linalg.inv(a * covariance + (1 - a) * identity)
+
+    return denoise
+
+
+def gaussian_noise(count, pixels):
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, 1, 1, pixels)
+    return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_repaint_samples_the_unknown_given_the_known():
+    """Of Gaussian data it is known: mean C_uk C_kk^-1 x_k, variance C_uu - C_uk C_kk^-1 C_ku.
+
+    Taking each step once is only near it, as the paper says; repeats come closer.
+    """
+    covariance = torch.tensor([[1.0, 0.8, 0.3], [0.8, 1.0, 0.5], [0.3, 0.5, 1.0]]).double()
+    known = torch.tensor([[True, False, True]])
+    x_0 = torch.tensor([1.5, 0.0, -0.5]).double().view(1, 1, 1, 3)
+    k, u = [0, 2], [1]
+    solved = torch.linalg.solve(covariance[k][:, k], covariance[k][:, u])
+    mean = (solved[:, 0] * x_0.flatten()[k]).sum()
+    variance = (covariance[u][:, u] - covariance[u][:, k] @ solved).squeeze()
+
+    alpha_bars = ddim.make_alpha_bars("cosine", 1000)
+    walk = alpha_bars, ddim.time_pairs(1000, 120), "eps"
+    denoise = exact_denoiser(alpha_bars, covariance)
+    errors = []
+    for repeats in (1, 12):
+        noise = gaussian_noise(2000, 3)
+        x = explore.repaint(denoise, x_0, known, *walk, noise, clip=False, repeats=repeats)
+        assert torch.equal(x[..., k].unique(dim=0), x_0[..., k])
+        filled = x[..., 1]
+        errors.append((filled.mean() - mean).abs().item())
+    assert errors[1] < 0.04 < errors[0], errors
+    assert filled.var().item() == pytest.approx(variance.item(), rel=0.1)
+
+
+def test_an_edit_ends_where_the_exact_flow_does(tiny_run, in_tmp, monkeypatch):
+    """SDEdit, of data ~ N(0, s^2): the flow scales x_t to their deviation, s over that of x_t."""
+    s = 0.4
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    alpha_bars = ddim.make_alpha_bars("cosine", checkpoint["config"]["num_timesteps"])
+
+    def guided(model, y, guidance, *times):
+        def denoise(x_t, t):
+            a = alpha_bars[t].item()
+            eps = (1 - a) ** 0.5 * x_t / (a * s**2 + 1 - a)
+            x_0_hat = (x_t - (1 - a) ** 0.5 * eps) / a**0.5
+            return a**0.5 * eps - (1 - a) ** 0.5 * x_0_hat
+
+        return denoise
+
+    monkeypatch.setattr(ddim, "guided", guided)
+    Image.new("L", (32, 32), 191).save("grey.png")
+    flags = ["--class", "o", "--steps", "1000", "--no-clip", "--checkpoint", str(tiny_run)]
+    argv = ["edit", "ddim", "grey.png", "--strength", "0.5", "--num-samples", "3", *flags]
+    assert explore.main([*argv, "--output", "x.npz"]) == 0
+    found = common.to_float(torch.from_numpy(np.load("x.npz")["x"]))
+    a = alpha_bars[499].item()
+    eps = common.next_noise(common.noise_streams(0, range(3)), (1, 32, 32))
+    x_t = a**0.5 * (191 / 127.5 - 1) + (1 - a) ** 0.5 * torch.from_numpy(eps)
+    expected = x_t * s / (a * s**2 + 1 - a) ** 0.5
+    assert (found[1] - x_t[0].clamp(-1, 1)).abs().max() < 0.01
+    assert (found[2:] - expected.clamp(-1, 1)).abs().max() < 0.02
 
 
 def test_pca_finds_the_plane_that_codes_lie_in():
@@ -302,7 +389,7 @@ def test_interpolations_as_pictures(name, draw):
     assert np.array_equal(cell(picture, 2, 1), array[9, 0])
     flags = ["--class", "o,ki,su", "--num-samples", "4"]
     draw("interpolate", name, *flags, "--output", "x.gif")
-    draw("interpolate", name, *flags, "--output", "folder", "--batch-size", "3")
+    draw("interpolate", name, *flags, "--output", "folder/", "--batch-size", "3")
     frames = gif_frames("x.gif")
     assert len(frames) == 4 and len(list(Path("folder").iterdir())) == 12
     scale = frames[0].shape[1] // (3 * CELL + 2)
@@ -310,6 +397,36 @@ def test_interpolations_as_pictures(name, draw):
     assert np.abs(cell(last, 0, 2) - array[11, 0]).max() <= 8  # a GIF has a palette
     with Image.open("folder/00011_su.png") as picture:
         assert close(np.array(picture).astype(int), array[11, 0])
+
+
+def test_mixing_later_keeps_the_ends_and_changes_the_middle(draw):
+    found = {}
+    for at in ("1", "0.5", "0.001"):
+        for pair in ("o", "o,ki"):
+            draw("interpolate", "ddim", "--class", pair, "--num-samples", "5", "--mix-at", at,
+                 "--solver", "ddim", "--output", "x.npz", steps=8)  # fmt: skip
+            found[at, pair] = images("x.npz")
+    for pair in ("o", "o,ki"):
+        whole, half, late = (found[at, pair] for at in ("1", "0.5", "0.001"))
+        assert close(whole[[0, 4]], half[[0, 4]]) and close(whole[[0, 4]], late[[0, 4]])
+        assert np.abs(whole[2] - half[2]).max() > 1 and np.abs(half[2] - late[2]).max() > 1
+
+
+def test_names_stand_beside_the_rows(tiny_runs, in_tmp):
+    for command, name, *argv in (
+        ("interpolate", "gan", "--class", "o,ki"), ("reconstruct", "vae", "3"),
+        ("filmstrip", "ddim", "--class", "o", "--steps", "2"),
+    ):  # fmt: skip
+        flags = [*argv, "--checkpoint", str(tiny_runs(name))]
+        assert explore.main([command, name, *flags, "--output", "names.png"]) == 0
+        assert explore.main([command, name, *flags, "--output", "plain.png", "--no-names"]) == 0
+        with Image.open("names.png") as names, Image.open("plain.png") as plain:
+            margin = names.width - plain.width
+            assert 20 < margin < 200 and names.height == plain.height
+            whole = np.array(names.convert("L"))
+            assert np.array_equal(whole[:, margin:], np.array(plain.convert("L")))
+            assert whole[:, 0].min() == 255 and (whole[:, :margin] < 128).any()
+            assert names.text["command"] == command and names.text["Software"] == "explore.py"
 
 
 OTHER_SOLVER = {"ddim": "dpm++", "dpm++": "ddim"}[ddim.SOLVER]  # than the default
@@ -370,6 +487,40 @@ def test_inversion_takes_100_steps_without_much_guidance(tiny_run, in_tmp, capsy
     monkeypatch.setattr(ddim, "guided", lambda *a: seen.append(a[2]) or guided(*a))
     assert explore.main(["invert", "ddim", "3", "--checkpoint", str(tiny_run)]) == 0
     assert seen == [1.0] and "100 steps each way" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS["inpaint"])
+def test_an_inpainting_keeps_what_is_known_and_fills_in_the_rest(name, draw, data_dir):
+    given = common.load_data("kmnist", data_dir, train=False)
+    draw("inpaint", name, "3", "--hole", "8,4,32,20", "--num-samples", "3", "--output", "x.npz")
+    draw("inpaint", name, "3", "--hole", "8,4,32,20", "--num-samples", "3", "--class", "ki",
+         "--output", "ki.npz")  # fmt: skip
+    known = np.ones((32, 32), bool)
+    known[4:20, 8:32] = False
+    found = images("x.npz")[:, 0]
+    image = given.images[3, 0].numpy()
+    assert len(found) == 5 and np.array_equal(found[0], image)
+    assert (found[:, known] == image[known]).all()
+    assert (found[1, ~known] == 128).all()
+    assert len(np.unique(found[2:], axis=0)) == 3  # samples differ
+    assert set(np.load("x.npz")["y"]) == {given.labels[3].item()}
+    assert set(np.load("ki.npz")["y"]) == {1} and (images("ki.npz")[2:, 0] != found[2:]).any()
+    draw("inpaint", name, "3", "--repeats", "2", "--eta", "0.5")
+    assert pixels(f"{name}_inpaint.png").shape == (CELL + 2, 10 * CELL + 2)
+
+
+@pytest.mark.parametrize("name", COMMANDS["edit"])
+def test_an_edit_is_the_image_at_little_strength_and_a_plain_sample_at_full(name, draw, tiny_runs):
+    draw("edit", name, "3", "--strength", "0.001", "--class", "o", "--output", "little.npz")
+    draw("edit", name, "3", "--strength", "1", "--class", "o", "--output", "full.npz")
+    flags = ["--class", "o", "--num-samples", "8", "--steps", "3"]
+    plain = script_images(name, *flags, "--checkpoint", str(tiny_runs(name)))
+    little, full = images("little.npz"), images("full.npz")
+    assert len(little) == len(full) == 10 and set(np.load("full.npz")["y"]) == {0}
+    if name == "ddim":
+        assert np.abs(little[2:] - little[0]).mean() < 12
+    assert np.abs(full[2:] - plain).mean() < 3  # at t = T-1 hardly anything of the image is left
+    assert np.abs(little[2:] - plain).mean() > 3
 
 
 @pytest.mark.parametrize("name", COMMANDS["reconstruct"])
@@ -530,6 +681,9 @@ def refused(argv, capsys):
         ("interpolate ddim --class nothing", "no class 'nothing'"),
         ("interpolate ddim --eta 0.5", "interpolate is deterministic: --eta must be 0, not 0.5"),
         ("interpolate ddim --steps 1001", "--steps 1001 is more than the 1000 timesteps"),
+        ("interpolate ddim --mix-at 0", "'0' is not a number above 0 to 1"),
+        ("interpolate vae --mix-at 0.5", "unrecognized arguments: --mix-at"),
+        ("interpolate ddim --output -", "'-' has no ending: a new folder is -/"),
         ("interpolate ddim --truncation 1", "unrecognized arguments: --truncation"),
         ("interpolate ddim --output x.jpg", "must end in .png or .npz or .gif, or be a folder"),
         ("interpolate", "arguments are required: MODEL"),
@@ -546,6 +700,15 @@ def refused(argv, capsys):
         ("invert ddim 3 --seed 1", "unrecognized arguments: --seed"),
         ("invert ddim ./given.png --class o --output given.png", "is one of the input images"),
         ("invert ldm 0 --no-clip", "unrecognized arguments: --no-clip"),
+        ("invert ddim 3 --class o", "--class is for image files"),
+        ("inpaint ddim 3 --hole 0,0,0,32", "'0,0,0,32' is not LEFT,TOP,RIGHT,BOTTOM of a box"),
+        ("inpaint ddim 3 --hole 0,0,32,33", "'33' is not a whole number from 0 to 32"),
+        ("inpaint ldm 3 --hole 0,0,32,10", "must be multiples of 4, the pixels of a latent"),
+        ("inpaint ddim 3 --solver dpm++", "invalid choice: 'dpm++'"),
+        ("inpaint ddim 3 --class o,ki", "inpaint needs a single --class"),
+        ("edit ddim 3 --eta 0.5", "edit is deterministic: --eta must be 0, not 0.5"),
+        ("edit ddim 3 --strength 0", "'0' is not a number above 0 to 1"),
+        ("edit ddim 3 --num-samples 19", "from 1 to 18"),
         ("reconstruct vae 99", "there is no test image 99: indices are 0 to 59"),
         ("reconstruct vae nowhere.png --class o", "nowhere.png is not a readable image"),
         ("reconstruct vae nowhere.png", "needs a single --class"),
@@ -595,8 +758,8 @@ def test_images_that_are_not_finite_are_refused(command, tiny_run, in_tmp, capsy
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     checkpoint["ema"]["head.bias"][:] = torch.nan
     torch.save(checkpoint, "broken.pt")
-    image = ["3"] if command == "invert" else []
-    flags = ["--checkpoint", "broken.pt", "--steps", "2", "--class", "o"]
+    image = ["3"] if command == "invert" else ["--class", "o"]
+    flags = ["--checkpoint", "broken.pt", "--steps", "2"]
     assert "not finite" in refused([command, "ddim", *image, *flags], capsys)
     assert [path.name for path in in_tmp.iterdir()] == ["broken.pt"]
 
@@ -646,13 +809,14 @@ def sampling_flags_of(name):
     return flags_of(parser)
 
 
-SAMPLED = {"interpolate", "invert", "filmstrip", "gif"}  # and map, of ldm
+SAMPLED = {"interpolate", "invert", "inpaint", "edit", "filmstrip", "gif"}  # and map, of ldm
+CHANGED = {"invert": {"--steps", "--guidance", "--solver"}, "inpaint": {"--eta", "--solver"}}
 PAIRS = [(command, name) for command, names in COMMANDS.items() for name in names]
 
 
 @pytest.mark.parametrize(("command", "name"), PAIRS)
 def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
-    parser = runs.Parser(conflict_handler="resolve" if command == "invert" else "error")
+    parser = runs.Parser(conflict_handler="resolve" if command in CHANGED else "error")
     explore.add_flags(parser, command, name)
     found = flags_of(parser)
     every = {flag for model in COMMANDS["gif"] for flag in sampling_flags_of(model)}
@@ -660,12 +824,12 @@ def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
     expected = sampling_flags_of(name) if sampled else {}
     assert found.keys() & every == expected.keys()
     changed = {flag for flag in expected if found[flag] != expected[flag]}
-    assert changed == ({"--steps", "--guidance", "--solver"} if command == "invert" else set())
+    assert changed == CHANGED.get(command, set())
     assert ("--seed" in found) == (sampled and command != "invert")
-    reads = command in ("invert", "reconstruct", "between", "map")
+    reads = command in ("invert", "inpaint", "edit", "reconstruct", "between", "map")
     assert ("--data-dir" in found) == reads
     assert ("--class" in found) == ((command, name) != ("map", "vae"))
-    if command in ("invert", "reconstruct", "between", "walk"):
+    if command in ("invert", "inpaint", "edit", "reconstruct", "between", "walk"):
         found.pop("--class")  # without a default: an image may have a class of its own
     for flag, (_, text, default) in found.items():
         if isinstance(default, int | float | str | Path) and not isinstance(default, bool):

@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written_to(name, folder, in_tmp, data_dir, caps
 def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
     (in_tmp / "file").write_text("")
     checkpoint = ["--checkpoint", str(tiny_runs("gan"))]
-    for output in ("/proc/x.png", "file/x.png", "file/folder"):
+    for output in ("/proc/x.png", "file/x.png", "file/folder/"):
         refused(importlib.import_module("gan").main, [*checkpoint, "--output", output], capsys)
     refused(importlib.import_module("gan").main, [*checkpoint, "--output", "file"], capsys)
     refused(export.main, ["gan", *checkpoint, "--output", "/proc/x.onnx"], capsys, code=5)

@@ -50,7 +50,7 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
         assert equal(whole[key], broken[key]), key
 
 
-def test_a_run_leaves_what_is_needed_to_sample(name, script, tiny_runs, in_tmp):
+def test_a_run_leaves_what_is_needed_to_sample(name, script, tiny_runs, in_tmp, capsys):
     run_dir = tiny_runs(name)
     checkpoint = torch.load(run_dir / f"{name}.pt", weights_only=True)
     assert checkpoint["model"] == name and len(checkpoint["class_names"]) == 10
@@ -58,11 +58,18 @@ def test_a_run_leaves_what_is_needed_to_sample(name, script, tiny_runs, in_tmp):
     assert checkpoint["step"] == {"ldm": 14}.get(name, 18)
     before = sorted(run_dir.rglob("*"))
     flags = ["--checkpoint", str(run_dir), "--class", "o,su", "--num-samples", "3"]
-    for output in ("x.png", "x.npz", "folder"):
+    for output in ("x.png", "x.npz", "folder/"):
         assert script.main([*flags, "--output", output]) == 0
     arrays = np.load("x.npz")
     assert arrays["x"].shape == (6, 1, 32, 32) and arrays["y"].tolist() == [0, 0, 0, 2, 2, 2]
     assert arrays["x"].std() > 5
+    with Image.open("x.png") as picture:
+        about = {"model": name, "seed": "0", "class": "o, su", "Software": f"{name}.py"}
+        assert about.items() <= picture.text.items()
+        if name in ("ddpm", "ddim", "ldm"):
+            assert picture.text["steps"] == str(script.STEPS)
+            assert picture.text["guidance"] == str(script.GUIDANCE)
+            assert f"steps {script.STEPS}, guidance {script.GUIDANCE}, " in capsys.readouterr().out
     with Image.open("folder/00005_su.png") as picture:
         assert np.array_equal(np.array(picture), arrays["x"][5, 0])
     assert sorted(run_dir.rglob("*")) == before

@@ -279,7 +279,7 @@ def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
     assert card["image_shape"] == [3, 32, 32]
     assert card["prediction"] == "eps"
     assert len(card["alpha_bars"]) == 10
-    for way in ("folder", "grid.png"):
+    for way in ("folder/", "grid.png"):
         assert ddim.main(["--class", "0,1", "--output", f"torch/{way}"]) == 0
         infer_onnx.main(["--class", "0,1", "--output", f"onnx/{way}"])
     files = sorted(path.relative_to("torch") for path in Path("torch").rglob("*.png"))
@@ -744,10 +744,47 @@ def test_the_classes_and_the_age_of_a_model_are_said(exported, tiny_run, in_tmp,
         Path("x.png").unlink()
 
 
+def test_each_kind_of_picture_has_a_name_of_its_own(in_tmp):
+    Image.new("L", (32, 32), 90).save("given.png")
+    vae = ["--model", "vae", "--class", "Bag"]
+    for argv, name in (
+        (["--class", "Bag", "--steps", "2"], "bag.png"),
+        (["--class", "Bag,Coat", "--steps", "2"], "samples.png"),
+        (["--model", "ldm", "--class", "Bag", "--steps", "2"], "ldm_bag.png"),
+        (["--model", "gan", "--class", "Bag,Coat"], "gan_samples.png"),
+        (["--model", "gan", "--interpolate", "noise", "--num-samples", "2"], "gan_interpolate.png"),
+        ([*vae, "--reconstruct", "given.png"], "vae_reconstruct.png"),
+        ([*vae, "--between", "given.png", "given.png", "--num-samples", "2"], "vae_between.png"),
+    ):
+        before = {*in_tmp.iterdir()}
+        assert infer_onnx.main(argv) == 0
+        assert {path.name for path in {*in_tmp.iterdir()} - before} == {name}
+
+
+def test_names_stand_beside_the_rows(in_tmp):
+    at = ["--model", "gan", "--class", "Trouser,Bag", "--num-samples", "3"]
+    for flags, count in (([], 2), (["--interpolate", "class"], 1), (["--class", "Bag"], 1)):
+        argv = [*at, *flags]
+        assert infer_onnx.main([*argv, "--output", "names.png"]) == 0
+        assert infer_onnx.main([*argv, "--output", "plain.png", "--no-names"]) == 0
+        with Image.open("names.png") as names, Image.open("plain.png") as plain:
+            margin = names.width - plain.width
+            whole = np.array(names)
+            assert margin > 20 and np.array_equal(whole[:, margin:], np.array(plain))
+            rows = np.array_split((whole[:, :margin] < 128).sum(axis=1), count)
+            assert all(row.sum() > 20 for row in rows)
+    # rows of several classes, and a single image, have none
+    for classes, count in (("all", 1), ("Bag", 1)):
+        argv = ["--model", "gan", "--class", classes, "--num-samples", str(count)]
+        assert infer_onnx.main([*argv, "--output", "names.png"]) == 0
+        assert infer_onnx.main([*argv, "--output", "plain.png", "--no-names"]) == 0
+        assert Path("names.png").read_bytes() == Path("plain.png").read_bytes()
+
+
 def test_outputs(exported, tmp_path):
     flags = "--steps 2 --class o,ki --num-samples 3 --seed 4"
-    at = ["--model", exported, *flags.split()]
-    for output in ("x.png", "x.npz", "folder"):
+    at = ["--model", exported, "--no-names", *flags.split()]
+    for output in ("x.png", "x.npz", "folder/"):
         assert infer(*at, "--output", output, cwd=tmp_path).returncode == 0
     arrays = np.load(tmp_path / "x.npz")
     assert arrays["x"].shape == (6, 1, 32, 32) and arrays["y"].tolist() == [0, 0, 0, 1, 1, 1]

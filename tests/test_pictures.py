@@ -114,7 +114,7 @@ def test_shards_sample_what_one_process_does(in_tmp):
     def run(*flags):
         return subprocess.run([*command, *flags], capture_output=True, text=True)
 
-    assert run("--output", "whole").returncode == 0
+    assert run("--output", "whole/").returncode == 0
     Path("parts").mkdir()
     Path("parts/.00003_trouser.png.1.tmp").touch()  # of a shard that is writing, or was killed
     for part, count in (("1/4", 7), ("3/4", 14), ("4/4", 22), ("2/4", 30)):
@@ -126,11 +126,11 @@ def test_shards_sample_what_one_process_does(in_tmp):
         paths = (Path("whole", name), Path("parts", name))
         assert levels(*(np.array(Image.open(path)) for path in paths)) <= LEVELS
     assert "10 images (10 were there)" in run("--shard", "2/3", "--output", "parts").stdout
-    for flags in (["--output", "x.npz"], [], ["--output", "x", "--interpolate", "noise"]):
+    for flags in (["--output", "x.npz"], [], ["--output", "x/", "--interpolate", "noise"]):
         done = run("--shard", "1/4", *flags)
         assert done.returncode == 2 and "--shard needs an --output" in done.stderr
     # more shards than the three images
-    assert run("--class", "Bag", "--shard", "1/4", "--output", "x").returncode == 2
+    assert run("--class", "Bag", "--shard", "1/4", "--output", "x/").returncode == 2
     Path("other").mkdir()
     Path("other/file").write_text("")
     assert run("--shard", "1/4", "--output", "other").returncode == 2

@@ -74,6 +74,24 @@ def node(command, **request):
     return json.loads(done.stdout)
 
 
+@needs_runtime
+@needs_node
+@pytest.mark.parametrize(
+    ("name", "solver"), [("ddim", "ddim"), ("ddim", "dpm++"), ("ldm", "ddim"), ("gan", None)]
+)
+def test_the_sampler_in_words_gives_the_same_pictures(name, solver):
+    """words.mjs was written from the text in web/README.md alone; with it the text must change."""
+    labels = [SNEAKER, 8]
+    words = ROOT / "tests/words.mjs"
+    command = ["node", words, shipped(name), solver or "", "5", *map(str, labels)]
+    done = subprocess.run(command, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pictures = expected(shipped(name), labels, seed=5, solver=solver)
+    found = np.frombuffer(done.stdout, np.uint8).reshape(pictures.shape)
+    count, levels = difference(found, pictures)
+    assert levels <= LEVELS and count <= 5
+
+
 def node_pictures(path, labels, cases):
     """Pictures for each of the options, uint8 (N, C, H, W), and what node says of each."""
     cases = [{**case, "seed": str(case.get("seed", 0))} for case in cases]
