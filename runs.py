@@ -419,7 +419,7 @@ def autocast(device, bf16):
     others emulate it slowly.
     """
     if bf16 is None and device.type == "cpu":
-        has = torch.cpu.get_capabilities()
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has none
         bf16 = has.get("amx_bf16") or has.get("avx512_bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
 
