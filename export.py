@@ -3,6 +3,7 @@
     python export.py ddim        the newest run of ddim.py, exported into its folder
     python export.py all         the same for every script that has a run
     python export.py ddim --checkpoint runs/ddim-2 --output sneakers.onnx
+    python export.py ddim --sampler        the whole sampler as one graph: from noise to pixels
     python export.py seal sneakers.onnx    a new checksum, after another tool has changed the file
 
 The file holds the averaged (EMA) weights and, in its metadata, everything needed to use them.  With
@@ -28,8 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnxscript
 import torch
 from google.protobuf.message import DecodeError
+from onnxscript import BOOL, DOUBLE, FLOAT, INT64, UINT8
+from onnxscript import opset18 as op
 
 import infer_onnx
 from common import (
@@ -39,6 +44,7 @@ from infer_onnx import METADATA_FORMAT, METADATA_KEY
 from runs import find_checkpoint, load_checkpoint, written_whole
 
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
+SAMPLERS = ("ddim", "ldm")  # models for --sampler, which walk by ddim_sample or dpm_sample
 # Every onnxruntime since 1.17 loads these; for later opsets it lacks kernels of GroupNorm.
 OPSET = 18
 IR_VERSION = 8
@@ -160,6 +166,205 @@ def store_as_float16(graph):
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+# --- The sampler as one graph ---------------------------------------------------------------------
+# What ddim_sample and dpm_sample of infer_onnx.py do, from noise to bytes, in ONNX: a Loop over the
+# steps. onnxscript translates these functions; names are those of infer_onnx.py. There is no If:
+# with one before the network, OpenVINO 2026.4 gives wrong images in its first run of each shape.
+
+local = onnxscript.values.Opset("local", 1)  # functions that differ from model to model
+
+
+def constant(value):
+    return onnx.numpy_helper.from_array(np.array(value))
+
+
+# Types of tensors, for inputs and for Cast.
+IMAGES, LABELS, PIXELS = FLOAT["B", "C", "H", "W"], INT64["B"], UINT8["B", "channels", "h", "w"]
+INTERVAL, TABLE, CHANNELS = FLOAT[2], DOUBLE["T + 1"], FLOAT["C", 1, 1]
+F32, F64, I64, U8 = FLOAT.dtype, DOUBLE.dtype, INT64.dtype, UINT8.dtype
+
+
+@onnxscript.script()
+def sampler(
+    noise: IMAGES, labels: LABELS, steps: INT64, guidance: FLOAT, guidance_interval: INTERVAL,
+    second_order: BOOL, alpha_bars: TABLE, num_timesteps: FLOAT, null_label: INT64,
+    mean: CHANNELS, std: CHANNELS,
+) -> PIXELS:  # fmt: skip
+    """uint8 images of noise and labels; second_order: by dpm_sample, else by ddim_sample.
+
+    alpha_bars: 1 (that of t = -1), then those of a walk.  As in NumPy, its coefficients are
+    computed in float64 and rounded once: a number beside an array is op.Cast(..., to=F32).
+    """
+    half = op.Constant(value=constant(0.5))
+    one = op.Constant(value=constant(1.0))
+    exponent = op.Constant(value=constant(1.3))
+    null = op.Expand(null_label, op.Shape(labels))
+    start, stop = op.Split(guidance_interval * num_timesteps, num_outputs=2)
+    B = op.Shape(labels)
+    T = op.Size(alpha_bars) - 1
+    # Fails for steps below 1, as alpha_bar_t does for steps above T.
+    first = op.Gather(alpha_bars, T + 1 - steps)
+    count = steps * op.Cast(op.Ceil(first), to=I64)
+    x_t = noise
+    x_0_last = noise
+    lambda_last = half
+    for i in range(count):
+        # time_pairs: t and t_prev, to which one is added, since -1 is the last
+        n = steps - i
+        fraction = op.Cast(n, to=F64) / op.Cast(steps, to=F64)
+        fraction_prev = op.Cast(n - 1, to=F64) / op.Cast(steps, to=F64)
+        at = op.Max(op.Cast(op.Cast(T, to=F64) * fraction**exponent + half, to=I64), n)
+        at_prev = op.Max(
+            op.Cast(op.Cast(T, to=F64) * fraction_prev**exponent + half, to=I64), n - 1
+        )
+        alpha_bar_t = op.Gather(alpha_bars, at)
+        alpha_bar_prev = op.Gather(alpha_bars, at_prev)
+
+        # is_guided and denoise: a batch with no class, then with one, or one of the two
+        t = op.Cast(at - 1, to=F32)
+        has_effect = op.Not(op.Or(guidance == 0.0, guidance == 1.0))
+        is_inside = op.And(start <= t, t < stop)
+        is_guided = op.And(has_effect, op.Or(guidance < 1.0, is_inside))
+        rows_from = op.Where(op.Or(is_guided, guidance == 0.0), B * 0, B)
+        rows_to = op.Where(op.Or(is_guided, op.Not(guidance == 0.0)), B * 2, B)
+        x = op.Slice(op.Concat(x_t, x_t, axis=0), rows_from, rows_to)
+        y = op.Slice(op.Concat(null, labels, axis=0), rows_from, rows_to)
+        outputs = local.network(x, op.Expand(at - 1, op.Shape(y)), y)
+        output_u = op.Slice(outputs, B * 0, B)  # these two are the same without guidance
+        output_c = op.Slice(outputs, op.Neg(B), op.Shape(y))
+        output = output_u + guidance * (output_c - output_u)
+
+        # predict_x_0_and_eps
+        signal_t = op.Cast(op.Sqrt(alpha_bar_t), to=F32)
+        noise_t = op.Cast(op.Sqrt(one - alpha_bar_t), to=F32)
+        x_0_hat, eps_hat = local.predict(output, x_t, signal_t, noise_t)
+
+        # dpm_extrapolate, but in the first step and the last
+        lambda_t = op.Log(alpha_bar_t / (one - alpha_bar_t)) * half
+        lambda_prev = op.Log(alpha_bar_prev / (one - alpha_bar_prev)) * half
+        ratio = op.Cast((lambda_prev - lambda_t) / (lambda_t - lambda_last) * half, to=F32)
+        is_second = op.And(second_order, op.And(i > 0, n > 1))
+        D = op.Where(is_second, x_0_hat + ratio * (x_0_hat - x_0_last), x_0_hat)
+        D_eps = op.Where(is_second, (x_t - signal_t * D) / noise_t, eps_hat)
+        x_0_last = op.Identity(x_0_hat)
+        lambda_last = op.Identity(lambda_t)
+
+        # ddim_step
+        signal_prev = op.Cast(op.Sqrt(alpha_bar_prev), to=F32)
+        noise_prev = op.Cast(op.Sqrt(one - alpha_bar_prev), to=F32)
+        x_t = signal_prev * D + noise_prev * D_eps
+    decoded = local.decode(x_t * std + mean)
+    images = op.Cast(op.Round((op.Clip(decoded, -1.0, 1.0) + 1.0) * 127.5), to=U8)
+    return images
+
+
+@onnxscript.script(local, default_opset=op)
+def predict_v(output, x_t, signal_t, noise_t):
+    x_0_hat = signal_t * x_t - noise_t * output
+    eps_hat = signal_t * output + noise_t * x_t
+    return x_0_hat, eps_hat
+
+
+@onnxscript.script(local, default_opset=op)
+def predict_eps(output, x_t, signal_t, noise_t):
+    x_0_hat = (x_t - noise_t * output) / signal_t
+    eps_hat = op.Identity(output)
+    return x_0_hat, eps_hat
+
+
+@onnxscript.script(local, default_opset=op)
+def predict_clipped(output, x_t, signal_t, noise_t):
+    unlimited, _ = local.predict_unlimited(output, x_t, signal_t, noise_t)
+    x_0_hat = op.Clip(unlimited, -1.0, 1.0)
+    eps_hat = (x_t - signal_t * x_0_hat) / noise_t
+    return x_0_hat, eps_hat
+
+
+@onnxscript.script(local, default_opset=op)
+def identity(x):
+    return op.Identity(x)
+
+
+def named(function, name):
+    """An onnxscript function as an onnx.FunctionProto of another name."""
+    proto = function.to_function_proto()
+    proto.name = name
+    return proto
+
+
+def as_function(graph, name):
+    """A graph as an onnx.FunctionProto; its weights become Constant nodes.
+
+    Within the body of the Loop those are a fourth faster than initializers outside of it.
+    """
+    weights = [onnx.helper.make_node("Constant", [], [t.name], value=t) for t in graph.initializer]
+    inputs, outputs = ([value.name for value in part] for part in (graph.input, graph.output))
+    opsets = [onnx.helper.make_opsetid("", OPSET)]
+    nodes = [*weights, *graph.node]
+    return onnx.helper.make_function(local.domain, name, inputs, outputs, nodes, opsets)
+
+
+def fix_inputs(graph, **values):
+    """Make inputs of a graph constant: {name: value}."""
+    for name, value in values.items():
+        [given] = [one for one in graph.input if one.name == name]
+        graph.input.remove(given)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(given.type.tensor_type.elem_type)
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
+
+
+def sampler_graph(network, decoder, card):
+    """The whole sampler as an onnx.ModelProto.
+
+    network, decoder: exported graphs, the second None but for an LDM;  card: from model_card.
+    """
+    proto = sampler.to_model_proto()
+    alpha_bars = card["alpha_bars"][: infer_onnx.steps_limit(card)]
+    fix_inputs(
+        proto.graph, alpha_bars=[1.0, *alpha_bars], num_timesteps=len(card["alpha_bars"]),
+        null_label=card["null_label"],
+        mean=np.reshape(card.get("latent_mean", 0.0), (-1, 1, 1)),
+        std=np.reshape(card.get("latent_std", 1.0), (-1, 1, 1)),
+    )  # fmt: skip
+    if card.get("steps_fixed"):  # a few-step model, which knows one walk
+        fix_inputs(
+            proto.graph, steps=card["steps"], guidance=card["guidance"],
+            guidance_interval=card["guidance_interval"], second_order=False,
+        )  # fmt: skip
+    predict = predict_v if card["prediction"] == "v" else predict_eps
+    proto.functions.extend([
+        as_function(network, "network"),
+        named(predict, "predict" if decoder else "predict_unlimited"),
+        as_function(decoder, "decode") if decoder else named(identity, "decode"),
+    ])  # fmt: skip
+    if decoder is None:  # latents are not limited
+        proto.functions.append(named(predict_clipped, "predict"))
+    # onnxscript leaves out the condition of a Loop: the reference implementation would run no step.
+    for node in proto.graph.node:
+        if node.op_type == "Loop":
+            node.input[1] = "always"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "always"))
+    proto = onnx.inliner.inline_local_functions(proto)  # which some runtimes cannot read
+    del proto.opset_import[:]
+    proto.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    proto.ir_version = IR_VERSION
+    drop_casts(proto.graph)
+    tidy(proto.graph)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def drop_casts(graph):
+    """Replace the CastLike of constants, whose types are right, and which make runtimes warn."""
+    for node in graph.node:
+        if node.op_type == "CastLike":
+            node.op_type = "Identity"
+            del node.input[1]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                drop_casts(attribute.g)
 
 
 # --- Model card -----------------------------------------------------------------------------------
@@ -311,12 +516,59 @@ def compare(script, checkpoint, network, graphs, path):
     return worst, levels
 
 
+def sampler_settings(card):
+    """Eight settings, options of `sample`, that together take every branch of the graph.
+
+    A few-step model has one setting, its own.
+    """
+    if card.get("steps_fixed"):
+        return [{"seed": 1}]
+    limit = infer_onnx.steps_limit(card)
+    few, many = min(7, limit), min(COMPARE_STEPS, limit)
+    settings = [
+        {"steps": many},
+        {"steps": 1},
+        {"steps": few, "solver": "dpm++"},
+        {"steps": few, "guidance": 0.0},
+        {"steps": few, "guidance": 0.5},
+        {"steps": few, "guidance": 1.0, "solver": "dpm++"},
+        {"steps": many, "guidance": 3.0, "guidance_interval": (0.2, 0.7)},
+        {"steps": few, "guidance": 3.0, "guidance_interval": (0, 1), "solver": "dpm++"},
+    ]
+    defaults = {key: card[key] for key in ("guidance", "guidance_interval", "solver")}
+    if card["guidance_fixed"]:
+        settings = [{**setting, "guidance": card["guidance"]} for setting in settings]
+    return [{**defaults, **setting, "seed": seed} for seed, setting in enumerate(settings, 2**62)]
+
+
+def compare_sampler(script, checkpoint, network, path):
+    """The largest difference of uint8 images from torch's, of the first ten classes, in the eight
+    settings.  Raises ParityError if it is too large.
+    """
+    model = infer_onnx.load_model(path, "cpu")
+    labels = torch.arange(len(model.card["class_names"]))[:10]
+    worst = 0
+    for setting in sampler_settings(model.card):
+        known = {"model": network, "config": checkpoint["config"], "labels": labels}
+        expected = to_uint8(script.sample(**known, **setting)).numpy().astype(int)
+        found = infer_onnx.sample(model, labels.tolist(), **setting)
+        worst = max(worst, np.abs(found - expected).max())
+        if worst > MAX_GREY_LEVELS:
+            limit = f"limit {MAX_GREY_LEVELS}"
+            raise ParityError(
+                f"{setting}: images differ by {worst} grey levels from torch's, {limit}"
+            )
+    return worst
+
+
 # --- Export ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def export(name, checkpoint_path, output, weights):
-    """Export one model; returns the path of the .onnx file."""
+def export(name, checkpoint_path, output, weights, whole_sampler=False):
+    """Export one model, or its sampler as one graph; returns the path of the .onnx file."""
+    if whole_sampler and name not in SAMPLERS:
+        raise InputError(f"--sampler is for {' and '.join(SAMPLERS)}, not for {name}")
     script = importlib.import_module(name)
     path = find_checkpoint((name,), checkpoint_path, script.SAMPLES_FROM)
     if weights and weights.exists() and weights.samefile(path):
@@ -333,22 +585,35 @@ def export(name, checkpoint_path, output, weights):
     if output is None:
         shipped = path.resolve().parent == Path(__file__).resolve().parent / "pretrained"
         folder = Path() if shipped else path.parent  # shipped files stay as they are
-        output = folder / f"{name}.onnx"
+        output = folder / (f"{name}_sampler.onnx" if whole_sampler else f"{name}.onnx")
 
     network = script.ema_network(checkpoint, torch.device("cpu"))
     graphs = graphs_of(name, network, checkpoint["config"], len(checkpoint["class_names"]))
-    files = {part: output.with_name(f"{output.stem}_{part}.onnx") for part in graphs if part}
+    parts = [part for part in graphs if part and not whole_sampler]
+    files = {part: output.with_name(f"{output.stem}_{part}.onnx") for part in parts}
     files[""] = output
-    contents = file_contents(script, checkpoint, network, graphs, files)
+    if whole_sampler:
+        contents = sampler_contents(script, checkpoint, network, graphs)
+    else:
+        contents = file_contents(script, checkpoint, network, graphs, files)
     with tempfile.TemporaryDirectory() as scratch:  # without a name until the comparison is passed
         for part, content in contents.items():
             Path(scratch, files[part].name).write_bytes(content)
-        worst, levels = compare(script, checkpoint, network, graphs, Path(scratch, output.name))
+        place = Path(scratch, output.name)
+        if whole_sampler:
+            levels = compare_sampler(script, checkpoint, network, place)
+            compared = f"images within {levels} grey level(s) of torch's in all settings"
+        else:
+            worst, levels = compare(script, checkpoint, network, graphs, place)
+            compared = (
+                f"network outputs within {worst:.1e} of torch's; images within {levels} "
+                "grey level(s)"
+            )
     write_files({files[part]: content for part, content in contents.items()})
-    for part in graphs:
-        megabytes = files[part].stat().st_size / 1e6
-        print(f"wrote {files[part]} ({megabytes:.2f} MB) from {path}")
-    print(f"network outputs within {worst:.1e} of torch's; images within {levels} grey level(s)")
+    for file in files.values():
+        megabytes = file.stat().st_size / 1e6
+        print(f"wrote {file} ({megabytes:.2f} MB) from {path}")
+    print(compared)
     if weights:
         write_weights(checkpoint, weights)
     return output
@@ -372,6 +637,21 @@ def file_contents(script, checkpoint, network, graphs, files):
     onnx.helper.set_model_props(protos[""], {METADATA_KEY: json.dumps(card)})
     contents[""] = infer_onnx.sealed(protos[""].SerializeToString())
     return contents
+
+
+def sampler_contents(script, checkpoint, network, graphs):
+    """The bytes of the sampler as one graph: {"": bytes}."""
+    protos = {part: export_graph(*graph).graph for part, graph in graphs.items()}
+    card = model_card(script, checkpoint, network, graphs, {part: {} for part in graphs if part})
+    options = {"model": network, "config": checkpoint["config"], "labels": torch.tensor([0])}
+    if not card.get("steps_fixed"):
+        options |= {key: card[key] for key in ("steps", "guidance", "guidance_interval", "solver")}
+    image = to_uint8(script.sample(**options))
+    probe = {"seed": 0, "y": 0, "output": image.flatten().tolist()}
+    card |= {"kind": "sampler", "parts": {}, "probe": probe}
+    proto = sampler_graph(protos[""], protos.get("decoder"), card)
+    onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(card)})
+    return {"": infer_onnx.sealed(proto.SerializeToString())}
 
 
 def write_files(contents):
@@ -455,6 +735,9 @@ def build_parser():
         help="a .pt file or a run's folder to export (newest run, else the shipped weights)")
     add("--output", type=infer_onnx.file_path,
         help="the .onnx file to write (NAME.onnx in the run's folder)")
+    add("--sampler", action="store_true",
+        help=f"write the whole sampler as one graph, NAME_sampler.onnx; {', '.join(SAMPLERS)} only "
+             "(off)")
     add("--weights", type=infer_onnx.file_path,
         help="also write a small .pt file to sample from: EMA weights alone, in float16")
     # fmt: on
@@ -474,14 +757,15 @@ def main(argv=None):
                     "FILE goes with seal, and seal with FILE: python export.py seal FILE"
                 )
             if args.name == "seal":
-                if args.checkpoint or args.output or args.weights:
-                    raise InputError("seal takes FILE: no --checkpoint, --output or --weights")
+                if args.checkpoint or args.output or args.sampler or args.weights:
+                    flags = "--checkpoint, --output, --sampler or --weights"
+                    raise InputError(f"seal takes FILE: no {flags}")
                 seal(args.file)
                 return 0
             names = [args.name]
             if args.name == "all":
-                if args.checkpoint or args.output or args.weights:
-                    flags = "--checkpoint, --output or --weights"
+                if args.checkpoint or args.output or args.sampler or args.weights:
+                    flags = "--checkpoint, --output, --sampler or --weights"
                     raise InputError(f"all takes the newest run of each script: no {flags}")
                 names = [name for name in NAMES if any(Path("runs").glob(f"*/{name}.pt"))]
                 if not names:
@@ -490,7 +774,7 @@ def main(argv=None):
                         f"there is no run in runs/: train first, for example with {example}"
                     )
             for name in names:
-                output = export(name, args.checkpoint, args.output, args.weights)
+                output = export(name, args.checkpoint, args.output, args.weights, args.sampler)
                 model = shlex.quote(output.as_posix())
                 print(f"Draw without torch:\n  python infer_onnx.py --class all --model {model}")
         except InputError as error:

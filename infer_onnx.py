@@ -70,6 +70,7 @@ KIND_KEYS = {
     "diffusion": ("null_label", "alpha_bars", "prediction", "guidance_fixed", *DIFFUSION_OPTIONS),
     "codes": ("latent_dim", "prior"),  # decodes a latent code: VAE and GAN
 }
+KIND_KEYS["sampler"] = KIND_KEYS["diffusion"]  # all of it in one graph: export.py --sampler
 SOLVERS = ("ddim", "dpm++")
 # Flags that only some models take.
 MODEL_FLAGS = {
@@ -535,6 +536,24 @@ def sample(
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
     latent_shape = card.get("latent_shape")  # of an LDM
+    if card["kind"] == "sampler":
+        # Fractions of T between two times, so that float32 cannot move a time across them.
+        interval = [(math.ceil(t) - 0.5) / len(alpha_bars) for t in times]
+        settings = {
+            "steps": np.array(len(pairs)), "guidance": np.array(guidance, np.float32),
+            "guidance_interval": np.array(interval, np.float32),
+            "second_order": np.array(solver == "dpm++"),
+        }  # fmt: skip
+        inputs = {given.name for given in model.session.get_inputs()}
+        settings = {key: value for key, value in settings.items() if key in inputs}
+
+        def whole(indices):
+            streams = noise_streams(seed, [first + i for i in indices])
+            noise = next_noise(streams, latent_shape or card["image_shape"])
+            y = np.array([labels[i] for i in indices], np.int64)
+            return run_session(model.session, noise=noise, labels=y, **settings)
+
+        return in_batches(model, whole, len(labels), batch_size)
     clip = not latent_shape
 
     def walk(indices):
@@ -586,6 +605,8 @@ def check_walk(card, steps, guidance, solver, eta):
     """Raise InputError for what the training of a diffusion model or its solver rules out."""
     if solver == "dpm++" and eta:
         raise InputError(f"--eta {eta} is for --solver ddim: dpm++ is deterministic")
+    if card["kind"] == "sampler" and eta:
+        raise InputError("--eta is not for a sampler as one graph: leave it out")
     only = float(card["guidance"])
     if card["guidance_fixed"] and guidance not in (None, only):
         raise InputError(f"the label dropout of the training leaves only --guidance {only}")
@@ -635,7 +656,7 @@ def class_weights(labels, num_classes):
 
 
 def in_batches(model, images_of, count, batch_size):
-    """uint8 images 0 ... count - 1, batch by batch from images_of(indices), in [-1, 1].
+    """uint8 images 0 ... count - 1, batch by batch from images_of(indices): uint8, or in [-1, 1].
 
     On CUDA the last batch is filled up, since cuDNN tunes itself anew for every batch size.
     """
@@ -645,7 +666,8 @@ def in_batches(model, images_of, count, batch_size):
         size = len(indices)
         if model.provider == CUDA and indices[0] > 0:
             indices += indices[-1:] * (batch_size - size)
-        images.append(as_bytes(images_of(indices)[:size]))
+        images_now = images_of(indices)[:size]
+        images.append(images_now if images_now.dtype == np.uint8 else as_bytes(images_now))
     return np.concatenate(images)
 
 
@@ -1128,6 +1150,8 @@ def part_inputs(shapes, probe, num_classes, count=1):
 def check(model):
     """Compare the outputs of the network and its parts with those at export. Raises RunError."""
     card = model.card
+    if card["kind"] == "sampler":
+        return check_sampler(model)
     networks = {card["model"]: (model.session, card["probe"])}
     networks |= {name: (model.parts[name], part) for name, part in card["parts"].items()}
     limit = 1e-4 if model.provider == CPU else 1e-2  # CUDA: TF32
@@ -1146,6 +1170,19 @@ def check(model):
         differences[name] = difference
     for name, difference in differences.items():
         print(f"check passed: {name}'s outputs within {difference:.1e} of those at the export")
+
+
+def check_sampler(model):
+    """Compare an image of a sampler with that at its export. Raises RunError."""
+    probe = model.card["probe"]
+    expected = np.array(probe["output"])
+    found = sample(model, [probe["y"]], seed=probe["seed"]).ravel().astype(int)
+    difference = np.abs(found - expected).max()
+    limit = 1 if model.provider == CPU else 3  # CUDA: TF32
+    if difference > limit:
+        differ = f"an image differs by {difference} grey levels from the export's"
+        raise RunError(f"the check failed: {differ}, limit {limit}")
+    print(f"check passed: an image within {difference} grey level(s) of that at the export")
 
 
 # --- Images of a VAE or GAN -----------------------------------------------------------------------
@@ -1485,7 +1522,7 @@ def run(args):
     output = args.output or default_output(args, card["model"], names, classes)
     given = args.reconstruct or args.between or ()
     settings = {**options, "seed": args.seed}
-    if card["kind"] == "diffusion":  # as it is typed
+    if card["kind"] != "codes":  # as it is typed
         settings["guidance_interval"] = "{:g} {:g}".format(*options["guidance_interval"])
     texts = {"model": card["model"], "model_sha256": model.sha256, **settings}
     texts["Software"] = "infer_onnx.py"

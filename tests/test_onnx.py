@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, save_sealed
@@ -278,6 +279,11 @@ def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
     assert card["guidance"] == 1 and card["guidance_fixed"]
     assert card["image_shape"] == [3, 32, 32]
     assert card["prediction"] == "eps"
+    assert export.main(["ddim", "--sampler"]) == 0
+    paths = ("runs/ddim/ddim.onnx", "runs/ddim/ddim_sampler.onnx")
+    models = [infer_onnx.load_model(path, "cpu") for path in paths]
+    a, b = (infer_onnx.sample(model, [0, 1], solver="dpm++").astype(int) for model in models)
+    assert np.abs(a - b).max() <= 1
     assert len(card["alpha_bars"]) == 10
     for way in ("folder/", "grid.png"):
         assert ddim.main(["--class", "0,1", "--output", f"torch/{way}"]) == 0
@@ -289,6 +295,108 @@ def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
         paths = (Path("torch", file), Path("onnx", file))
         a, b = (np.array(Image.open(path)).astype(int) for path in paths)
         assert a.shape == b.shape and a.shape[2] == 3 and np.abs(a - b).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def samplers(tiny_runs):
+    """A function: the sampler of a script's tiny run as one graph, which export.py has verified."""
+    made = {}
+
+    def sampler_of(name):
+        if name not in made:
+            at = ["--checkpoint", str(tiny_runs(name))]
+            assert export.main([name, "--sampler", *at]) == 0
+            made[name] = tiny_runs(name) / f"{name}_sampler.onnx"
+        return made[name]
+
+    return sampler_of
+
+
+@pytest.mark.parametrize("name", ["ddim", "ldm"])
+def test_the_sampler_as_one_graph_gives_the_same_images(name, exports, samplers):
+    whole, network = (infer_onnx.load_model(f(name), "cpu") for f in (samplers, exports))
+    assert whole.parts == {} and whole.card["kind"] == "sampler"
+    cases = [
+        {"steps": 9, "guidance": 2.0, "guidance_interval": (0.514, 0.75)},
+        {"steps": 4, "guidance": 0.0, "solver": "dpm++"},
+        {"steps": 9, "guidance": 0.5, "solver": "dpm++", "first": 2**40},
+        {"steps": infer_onnx.steps_limit(whole.card), "guidance": 1.0},
+        {},
+    ]
+    for options in cases:
+        labels = [3, 0, 9][: 1 if "steps" in options and options["steps"] > 9 else 3]
+        a, b = (infer_onnx.sample(m, labels, batch_size=2, **options) for m in (whole, network))
+        assert np.abs(a.astype(int) - b).max() <= 1 and a.std() > 5
+    assert infer_onnx.evaluations(whole.card) == infer_onnx.evaluations(network.card)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ldm"])
+def test_the_sampler_as_one_graph_is_portable(name, samplers):
+    """One small file of plain operators, which the reference implementation runs too."""
+    proto = onnx.load(samplers(name))
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", export.OPSET)]
+    assert proto.ir_version == export.IR_VERSION and not proto.functions
+    [loop] = [node for node in proto.graph.node if node.op_type == "Loop"]
+    assert loop.input[1] and not any(node.op_type == "If" for node in loop.attribute[0].g.node)
+    content = samplers(name).read_bytes()
+    for trace in (ROOT, Path.home(), Path(sys.prefix), "site-packages", "export.py"):
+        assert str(trace).encode() not in content
+    model = infer_onnx.load_model(samplers(name), "cpu")
+    shape = model.card.get("latent_shape") or model.card["image_shape"]
+    noise = infer_onnx.next_noise(infer_onnx.noise_streams(0, [0, 1]), shape)
+    feed = {
+        "noise": noise, "labels": np.array([7, 2]), "steps": np.array(3),
+        "guidance": np.array(2, np.float32), "guidance_interval": np.float32([0, 0.5]),
+        "second_order": np.array(True),
+    }  # fmt: skip
+    [found] = onnx.reference.ReferenceEvaluator(proto).run(None, feed)
+    options = {"steps": 3, "guidance": 2, "guidance_interval": (0, 0.5), "solver": "dpm++"}
+    expected = infer_onnx.sample(model, [7, 2], **options)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    for steps in (0, -1, 1001):
+        with pytest.raises(Exception, match="indices element out of data bounds"):
+            model.session.run(None, {**feed, "steps": np.array(steps)})
+
+
+def test_the_sampler_of_a_few_step_model_takes_noise_and_labels_alone(exports, in_tmp):
+    """Its steps and guidance are fixed; what is drawn is as where they are typed."""
+    model = infer_onnx.load_model(exports("ddim"), "cpu")
+    card = {**model.card, "kind": "sampler", "steps_fixed": True, "steps": 4, "guidance": 1.0}
+    proto = export.sampler_graph(onnx.load(exports("ddim")).graph, None, card)
+    assert [given.name for given in proto.graph.input] == ["noise", "labels"]
+    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
+    save_sealed(proto, "few.onnx")
+    few = infer_onnx.load_model("few.onnx", "cpu")
+    expected = infer_onnx.sample(model, [3, 8], steps=4, guidance=1.0)
+    assert np.abs(infer_onnx.sample(few, [3, 8]).astype(int) - expected).max() <= 1
+
+
+def test_the_sampler_as_one_graph_on_the_command_line(samplers, in_tmp, capsys):
+    model = ["--model", str(samplers("ddim"))]
+    assert infer_onnx.main([*model, "--check"]) == 0
+    assert "an image within 0 grey" in capsys.readouterr().out
+    assert infer_onnx.main([*model, "--class", "su", "--output", "x.png"]) == 0
+    assert Image.open("x.png").text["model"] == "ddim"
+    code, error = main_code([*model, "--eta", "0.5"], capsys)
+    assert code == 2 and "--eta is not for a sampler" in error
+    proto = onnx.load(samplers("ddim"))
+    card = json.loads(proto.metadata_props[0].value)
+    card["probe"]["output"][5] += 40
+    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
+    save_sealed(proto, "x.onnx")
+    code, error = main_code(["--model", "x.onnx", "--check"], capsys)
+    assert code == 5 and "differs by 40 grey levels" in error
+
+
+def test_a_sampler_that_differs_from_torch_in_one_setting_is_not_written(
+    tiny_run, in_tmp, monkeypatch, capsys
+):
+    monkeypatch.setattr(export, "predict_v", export.predict_eps)
+    with pytest.raises(SystemExit) as stop:
+        export.main(["ddim", "--sampler", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
+    assert stop.value.code == 5 and list(in_tmp.iterdir()) == []
+    assert "grey levels from torch's" in capsys.readouterr().err
 
 
 OPTIONS = {
@@ -1185,6 +1293,8 @@ def test_weights_changed_on_purpose_are_sealed_and_said(exported, in_tmp, capsys
     [
         (["seal"], "seal with FILE"),
         (["ddim", "x.onnx"], "FILE goes with seal"),
+        (["seal", "x.onnx", "--sampler"], "seal takes FILE"),
+        (["ddpm", "--sampler"], "--sampler is for ddim and ldm, not for ddpm"),
         (["seal", "x.onnx", "--weights", "x.pt"], "seal takes FILE"),
         (["seal", "none.onnx"], "none.onnx cannot be read"),
         (["seal", "x.onnx"], "x.onnx is not an ONNX file"),

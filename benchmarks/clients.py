@@ -1,0 +1,192 @@
+"""Which runtimes read the exported files, and how far their outputs are from those at the export.
+
+    python benchmarks/clients.py --python A/bin/python --python B/bin/python --node C
+
+Each A, B is a virtual environment with onnxruntime or openvino, C a folder with onnxruntime-node
+and onnxruntime-web.  This environment adds the checker and the reference implementation of onnx.
+Writes results/clients.md.  The files are those in pretrained/, and *_sampler.onnx in this folder,
+which export.py --sampler makes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import infer_onnx
+from benchmarks.report import as_table
+
+ROOT = Path(infer_onnx.__file__).resolve().parent
+
+# Each client reads {"path", "inputs": {name: [type, shape, numbers]}} from stdin and prints
+# {"name", "output": numbers}.
+PYTHON = """
+import json, sys
+import numpy as np
+request = json.load(sys.stdin)
+feed = {k: np.array(v, t).reshape(s) for k, (t, s, v) in request["inputs"].items()}
+kind = request["kind"]
+if kind == "reference":
+    import onnx.reference
+    output = onnx.reference.ReferenceEvaluator(request["path"]).run(None, feed)[0]
+    name = f"onnx.reference {onnx.__version__}"
+elif kind == "checker":
+    import onnx
+    onnx.checker.check_model(request["path"], full_check=True)
+    output, name = None, f"onnx.checker {onnx.__version__}"
+else:
+    try:
+        import onnxruntime
+        session = onnxruntime.InferenceSession(request["path"], providers=["CPUExecutionProvider"])
+        output, name = session.run(None, feed)[0], f"onnxruntime {onnxruntime.__version__}"
+    except ImportError:
+        import openvino
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the CPU has it
+        network = openvino.Core().compile_model(request["path"], "CPU", exact)
+        output, name = network(feed)[0], f"OpenVINO {openvino.__version__.split('-')[0]} in float32"
+output = None if output is None else np.asarray(output).ravel().tolist()
+print(json.dumps({"name": name, "output": output}))
+"""
+NODE = """
+import { readFileSync } from "node:fs";
+import * as ort from "PACKAGE";
+const { path, inputs } = JSON.parse(readFileSync(0, "utf8"));
+if (ort.env.wasm) ort.env.wasm.numThreads = 1;
+const feed = {};
+for (const [name, [type, shape, values]] of Object.entries(inputs)) {
+  const data = type === "int64" ? BigInt64Array.from(values, BigInt)
+    : type === "bool" ? Uint8Array.from(values) : Float32Array.from(values);
+  feed[name] = new ort.Tensor(type, data, shape);
+}
+const session = await ort.InferenceSession.create(readFileSync(path), { logSeverityLevel: 4 });
+const results = await session.run(feed);
+const output = [...results[session.outputNames[0]].data];
+console.log(JSON.stringify({ name: `VERSION`, output }));
+"""
+
+
+def probes(path):
+    """What a file is probed with, from its card or that of the model it is a part of.
+
+    Returns (inputs {name: array}, expected output).
+    """
+    stem, _, part = path.stem.partition("_")
+    if part == "sampler":
+        stem, part = path.stem, ""
+    model = infer_onnx.load_model(path.with_name(f"{stem}.onnx"), "cpu")
+    card = model.card
+    session = model.parts[part] if part else model.session
+    probe = card["parts"][part] if part else card["probe"]
+    if card["kind"] == "sampler":
+        shape = card.get("latent_shape") or card["image_shape"]
+        inputs = {
+            "noise": infer_onnx.next_noise(infer_onnx.noise_streams(0, [0]), shape),
+            "labels": np.array([probe["y"]]), "steps": np.array(card["steps"]),
+            "guidance": np.array(card["guidance"], np.float32),
+            "guidance_interval": np.array(card["guidance_interval"], np.float32),
+            "second_order": np.array(card["solver"] == "dpm++"),
+        }  # fmt: skip
+    else:
+        shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
+        inputs = infer_onnx.part_inputs(shapes, card["probe"], len(card["class_names"]))
+    return inputs, np.array(probe["output"], np.float32)
+
+
+def ask(command, request, folder):
+    """The client's answer, or {"error": its last line}."""
+    env = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        command, input=json.dumps(request), cwd=folder, env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip() or "no output").splitlines()[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def clients_of(args):
+    """[(command, kind, folder)] of all clients."""
+    this = [sys.executable, "-c", PYTHON]
+    clients = [(this, "checker", None), (this, "reference", None)]
+    clients += [([python, "-c", PYTHON], "", None) for python in args.python]
+    for folder in args.node or []:
+        for package in ("onnxruntime-node", "onnxruntime-web"):
+            about = json.loads((folder / "node_modules" / package / "package.json").read_text())
+            entry = package if package.endswith("node") else f"{package}/wasm"
+            code = NODE.replace("PACKAGE", entry).replace(
+                "VERSION", f"{package} {about['version']}"
+            )
+            clients.append((["node", "--input-type=module", "-e", code], "", folder))
+    return clients
+
+
+def cell(answer, expected, unit):
+    """What the table says of an answer; unit: of the difference, which is whole with one."""
+    if "error" in answer:
+        return "fails"
+    if answer["output"] is None:
+        return "valid"
+    found = np.array(answer["output"], np.float64)[: len(expected)]
+    difference = np.abs(found - expected).max()
+    return f"{difference:.0f} {unit}" if unit else f"{difference:.0e}"
+
+
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = infer_onnx.Parser("clients.py", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add(
+        "--python",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the Python of an environment with onnxruntime or openvino; may be repeated (none)",
+    )
+    add(
+        "--node",
+        action="append",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder whose node_modules has onnxruntime-node and onnxruntime-web (none)",
+    )
+    return parser  # fmt: skip
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    names = "ddim ddpm gan ldm ldm_decoder vae vae_encoder"
+    files = [ROOT / "pretrained" / f"{name}.onnx" for name in names.split()]
+    files += [path.resolve() for path in sorted(Path().glob("*_sampler.onnx"))]
+    rows = {}
+    for path in files:
+        inputs, expected = probes(path)
+        listed = {
+            key: [value.dtype.name, value.shape, value.ravel().tolist()]
+            for key, value in inputs.items()
+        }
+        for i, (command, kind, folder) in enumerate(clients_of(args)):
+            request = {"path": str(path), "kind": kind, "inputs": listed}
+            answer = ask(command, request, folder)
+            if "error" in answer:
+                print(f"{path.name}: client {i}: {answer['error']}", file=sys.stderr)
+            name, cells = rows.setdefault(i, ["", []])
+            rows[i][0] = answer.get("name", name)
+            unit = "grey levels" if "noise" in inputs else ""
+            cells.append(cell(answer, expected, unit))
+    head = ["client", *(f"`{path.name}`" for path in files)]
+    table = as_table(head, [[name, *cells] for name, cells in rows.values()])
+    text = f"# Clients\n\n{NOTE}\n\n{table.strip()}\n"
+    (ROOT / "results" / "clients.md").write_text(text)
+    print(text)
+
+
+NOTE = """Made by `python benchmarks/clients.py`: the largest difference of each runtime's outputs
+from those of torch at the export, for the inputs of the file's probe; for a sampler as one graph,
+that of the pixels of an image. valid: the checker finds no fault, shapes and types included."""
+
+if __name__ == "__main__":
+    main()
