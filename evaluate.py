@@ -50,7 +50,7 @@ try:
 except ImportError:
     tqdm = None
 
-NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
+NAMES = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
 QUERIES = 2000  # images whose nearest neighbours are looked for
 FLOOR_PARTS = 30  # at most so many disjoint parts of the training images are scored for the floor
@@ -520,6 +520,11 @@ def setting_options(args, name, card):
     """The options of each setting of a model; prints which flags it cannot follow."""
     if card["kind"] == "codes":
         return [{}]
+    if card.get("steps_fixed"):
+        if args.steps or args.guidance or args.guidance_interval or args.solver:
+            flags = "--steps, --guidance, --guidance-interval and --solver are ignored"
+            print(f"{name} samples in {card['steps']} steps only: {flags}")
+        return [{"steps": card["steps"]}]
     most = infer_onnx.steps_limit(card)
     if args.steps and max(args.steps) > most:
         excess = f"--steps {max(args.steps)} is more than the {most} timesteps of a walk"
@@ -641,7 +646,7 @@ def show(bar, text):
 def latency(setting):
     """Median ms per image, from labels to bytes: {"batch": {size: ms}, "best": size}."""
     warm_up = dict(setting.options)
-    if warm_up:
+    if warm_up and not setting.model.card.get("steps_fixed"):
         warm_up |= {"steps": 1, "guidance_interval": (0, 1)}  # a single step, guided if any is
     times = {}
     for batch in TIMED_BATCHES:

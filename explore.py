@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 import ddim
 import ddpm
+import distill
 import gan
 import ldm
 import vae
@@ -44,8 +45,10 @@ from runs import (
 
 # What several scripts have is the same in each (a test holds this): here it is taken from ddim.py
 # for ldm.py too, and from vae.py for gan.py.
-SCRIPTS = {"ddpm": ddpm, "ddim": ddim, "ldm": ldm, "vae": vae, "gan": gan}
-DIFFUSION = ("ddpm", "ddim", "ldm")
+SCRIPTS = {
+    "ddpm": ddpm, "ddim": ddim, "ldm": ldm, "distill": distill, "vae": vae, "gan": gan,
+}  # fmt: skip
+DIFFUSION = ("ddpm", "ddim", "ldm", "distill")
 INVERT_STEPS = 100  # default; the error of an inversion falls with the number of steps
 MAP_IMAGES = 5000  # at most so many real images on a map, as its help says
 
@@ -745,7 +748,7 @@ def add_flags(parser, command, name):
     if command == "interpolate" or (name in ("vae", "gan") and command != "map"):
         add("--batch-size", type=number(int, 1), default=64,
             help="images computed at a time, 1 or more (64)")
-    if samples or changes or command == "invert":
+    if name != "distill" and (samples or changes or command == "invert"):  # it has one walk
         script.sampling_flags(parser)
     parser.conflict_handler = "resolve"  # these take the place of flags with other defaults
     add = parser.add_argument_group(f"{command} by default").add_argument

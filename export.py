@@ -43,7 +43,7 @@ from common import (
 from infer_onnx import METADATA_FORMAT, METADATA_KEY
 from runs import find_checkpoint, load_checkpoint, written_whole
 
-NAMES = ("vae", "gan", "ddpm", "ddim", "ldm")
+NAMES = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
 SAMPLERS = ("ddim", "ldm")  # models for --sampler, which walk by ddim_sample or dpm_sample
 # Every onnxruntime since 1.17 loads these; for later opsets it lacks kernels of GroupNorm.
 OPSET = 18
@@ -54,7 +54,7 @@ COMPARE_STEPS = 20  # sampling steps of that comparison, at most
 # What a checkpoint holds to resume its run, and --weights leaves out.
 TRAINING_STATE = (
     "weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty", "data",
-    "position",
+    "position", "teacher",
 )  # fmt: skip
 
 
@@ -380,7 +380,7 @@ def model_card(script, checkpoint, network, graphs, parts):
     training = {key: checkpoint[key] for key in ("step", "images", "torch")}
     keys = (*script.FIXED, "batch_size", "lr", "epochs", "minutes")
     training |= {key: config[key] for key in keys if key in config}  # an older run lacks newer ones
-    training["data"] = data_name(config["data"])
+    training |= names_of_files(config)
     training["seconds"] = checkpoint["seconds"] + checkpoint.get("stage_1_seconds", 0)
     card = {
         "format": METADATA_FORMAT,
@@ -417,20 +417,30 @@ def data_name(data):
     return name if name in NAMED_SETS else f"./{Path(data).name}"
 
 
+def names_of_files(config):
+    """The data of a training, and of a student the file of its teacher, without their folders."""
+    names = {"data": data_name(config["data"])}
+    if "teacher" in config:
+        names["teacher"] = Path(config["teacher"]).name
+    return names
+
+
 def diffusion_card(script, config, network):
     """What the card of a diffusion model holds besides: how to sample from it."""
     alpha_bars = script.make_alpha_bars(config["schedule"], config["num_timesteps"])
+    student = script.NAME == "distill"  # knows one walk, of which guidance is a part
     card = {
         "null_label": NULL_LABEL,
         "prediction": config["prediction"],
-        "steps": min(script.STEPS, script.max_steps(config)),
-        "guidance": script.default_guidance(config),
+        "steps": config["steps"] if student else min(script.STEPS, script.max_steps(config)),
+        "steps_fixed": student,
+        "guidance": 1.0 if student else script.default_guidance(config),
         "guidance_interval": script.GUIDANCE_INTERVAL,
         # With labels dropped never or always, one value of the guidance is all that was learned.
-        "guidance_fixed": config["label_dropout"] in (0, 1),
+        "guidance_fixed": student or config["label_dropout"] in (0, 1),
         "alpha_bars": alpha_bars.tolist(),
     }
-    if script.NAME != "ddpm":  # which has one sampler
+    if script.NAME not in ("ddpm", "distill"):  # which have one sampler
         card["solver"] = script.SOLVER
     if script.NAME == "ldm":
         card["latent_shape"] = [config["latent_channels"], 8, 8]
@@ -502,9 +512,10 @@ def compare(script, checkpoint, network, graphs, path):
     settings = {"seed": 1}  # of both
     known = {}  # to torch alone; the file has it in its card
     if card["kind"] == "diffusion":
-        settings["steps"] = min(COMPARE_STEPS, script.max_steps(checkpoint["config"]))
-        settings["guidance"] = card["guidance"]
         known["config"] = checkpoint["config"]
+        if not card["steps_fixed"]:
+            settings["steps"] = min(COMPARE_STEPS, script.max_steps(checkpoint["config"]))
+            settings["guidance"] = card["guidance"]
     if "prior" in checkpoint:
         known["prior"] = checkpoint["prior"]
     images = script.sample(model=network, labels=labels, **known, **settings)
@@ -664,9 +675,8 @@ def write_files(contents):
 def write_weights(checkpoint, path):
     """Write what is needed to sample as a small .pt file, without a folder of this machine."""
     kept = {key: value for key, value in checkpoint.items() if key not in TRAINING_STATE}
-    kept["config"] = dict(kept["config"])
-    kept["config"]["data"] = data_name(kept["config"]["data"])
-    kept["config"]["data_dir"] = None
+    config = kept["config"]
+    kept["config"] = {**config, **names_of_files(config), "data_dir": None}
     if "autoencoder" in kept["config"]:
         kept["config"]["autoencoder"] = None
     try:

@@ -14,7 +14,7 @@
 
     python infer_onnx.py --class Sneaker                 one Sneaker
     python infer_onnx.py --class all --num-samples 10    ten images of each class
-    python infer_onnx.py --model vae --class Bag         vae, gan, ddpm, ddim, ldm, or an .onnx file
+    python infer_onnx.py --model vae --class Bag         gan, ddpm, ddim, ldm, distill, or a file
     python infer_onnx.py --info                          what the model file says about itself
     python infer_onnx.py --list-classes                  the names of its classes and their indices
 
@@ -77,6 +77,7 @@ MODEL_FLAGS = {
     "ddim": (*DIFFUSION_OPTIONS, "solver", "eta"),
     "ddpm": (*DIFFUSION_OPTIONS, "variance"),
     "ldm": (*DIFFUSION_OPTIONS, "solver", "eta"),
+    "distill": ("steps",),  # and only those that it was trained for
     "vae": ("truncation", "prior", "interpolate", "reconstruct", "between"),
     "gan": ("truncation", "interpolate"),
 }
@@ -610,6 +611,8 @@ def check_walk(card, steps, guidance, solver, eta):
     only = float(card["guidance"])
     if card["guidance_fixed"] and guidance not in (None, only):
         raise InputError(f"the label dropout of the training leaves only --guidance {only}")
+    if card.get("steps_fixed") and steps not in (None, card["steps"]):
+        raise InputError(f"this model was trained for --steps {card['steps']} only")
     limit = steps_limit(card)
     if steps is not None and steps > limit:
         raise InputError(f"--steps {steps} is more than the {limit} timesteps of a walk")
@@ -1441,10 +1444,11 @@ def sampling_options(args, card):
     if card["kind"] == "codes":
         return options
     for key in (*DIFFUSION_OPTIONS, "solver"):
-        if key in card:  # ddpm has no solver
+        if key in MODEL_FLAGS[card["model"]]:
             options[key] = card[key] if getattr(args, key) is None else getattr(args, key)
-    guided_times(options["guidance_interval"], len(card["alpha_bars"]))  # or InputError
-    check_walk(card, options["steps"], options["guidance"], options.get("solver"), args.eta)
+    interval = options.get("guidance_interval", card["guidance_interval"])
+    guided_times(interval, len(card["alpha_bars"]))  # or InputError
+    check_walk(card, options["steps"], options.get("guidance"), options.get("solver"), args.eta)
     return options
 
 
@@ -1522,7 +1526,7 @@ def run(args):
     output = args.output or default_output(args, card["model"], names, classes)
     given = args.reconstruct or args.between or ()
     settings = {**options, "seed": args.seed}
-    if card["kind"] != "codes":  # as it is typed
+    if "guidance_interval" in options:  # as it is typed
         settings["guidance_interval"] = "{:g} {:g}".format(*options["guidance_interval"])
     texts = {"model": card["model"], "model_sha256": model.sha256, **settings}
     texts["Software"] = "infer_onnx.py"

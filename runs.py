@@ -124,8 +124,11 @@ def output_path(text):
     return path
 
 
-def run_parser(name, doc, batch_size=64):
-    """A parser with the flags that all model scripts share; each script adds its own."""
+def run_parser(name, doc, batch_size=64, data=True):
+    """A parser with the flags that all model scripts share; each script adds its own.
+
+    data: with the flags of a data set.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=f"{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
     on_off = argparse.BooleanOptionalAction
@@ -153,23 +156,24 @@ def run_parser(name, doc, batch_size=64):
         help="length in minutes of training, summed over resumed sessions (none: --epochs 20)")
     add("--save-every", type=number(float, 0), default=3.0,
         help="minutes between checkpoints, 0 or more, each with a grid of samples (3)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=os.path.expanduser, default="fashion-mnist",
-        help=f"{', '.join(NAMED_SETS)}; a folder of class folders, or of pictures alone, which "
-             "are one class; or an .npz of x and y")
-    add("--data-dir", type=os.path.expanduser,
-        help="folder with the files of a named set (data/, Debian's folder, else a download)")
-    add("--channels", type=int, choices=(1, 3), default=1,
-        help="channels of the images, 1 for grey or 3 for colour (1)")
-    add("--background", type=colour, default="white",
-        help="colour behind transparent pictures, a name or #rrggbb (white)")
-    add("--flip", action=on_off, default=False,
-        help="train on each image and on its mirror image: an epoch has both (off)")
-    add("--skip-broken", action=on_off, default=False,
-        help="leave out pictures that cannot be read, and say how many (off)")
-    add("--hold-out", action="store_true",
-        help="leave every sixth image out: evaluate.py --hold-out compares with those, so that "
-             "recipes are not chosen by the test images (off)")
+    if data:
+        add = parser.add_argument_group("data").add_argument
+        add("--data", type=os.path.expanduser, default="fashion-mnist",
+            help=f"{', '.join(NAMED_SETS)}; a folder of class folders, or of pictures alone, which "
+                 "are one class; or an .npz of x and y")
+        add("--data-dir", type=os.path.expanduser,
+            help="folder with the files of a named set (data/, Debian's folder, else a download)")
+        add("--channels", type=int, choices=(1, 3), default=1,
+            help="channels of the images, 1 for grey or 3 for colour (1)")
+        add("--background", type=colour, default="white",
+            help="colour behind transparent pictures, a name or #rrggbb (white)")
+        add("--flip", action=on_off, default=False,
+            help="train on each image and on its mirror image: an epoch has both (off)")
+        add("--skip-broken", action=on_off, default=False,
+            help="leave out pictures that cannot be read, and say how many (off)")
+        add("--hold-out", action="store_true",
+            help="leave every sixth image out: evaluate.py --hold-out compares with those, so that "
+                 "recipes are not chosen by the test images (off)")
     add = parser.add_argument_group("what to sample").add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
         help="class names, beginnings of names or indices, separated by commas, or all (all)")
@@ -691,15 +695,20 @@ class Run:
 
     name: of the script;  args: its flags;  data: ImageData;  checkpoint: to resume;
     part: what is trained, if not all of it;  folder: that of an earlier part;  fraction: of
-    --epochs or --minutes that this part takes.  `progress` is the fraction of it that is over.
+    --epochs or --minutes that this part takes;  walks: of a student, whose data are images of its
+    teacher, how many of them it learns from in an epoch.  `progress` is the fraction of it that is
+    over.
     """
 
-    def __init__(self, name, args, data, checkpoint=None, part="", folder=None, fraction=1.0):
+    def __init__(
+        self, name, args, data, checkpoint=None, part="", folder=None, fraction=1.0, walks=None
+    ):
         self.name = name
         self.part = part
         self.args = args
         self.data = data
-        self.num_images = len(data.images)
+        self.walks = walks
+        self.num_images = walks or len(data.images)
         self.fraction = fraction
         self.stem = part or name
         self.log_file = f"{part}_log.jsonl" if part else "log.jsonl"
@@ -957,7 +966,7 @@ class Run:
         """Log whether training works: what the images and the averaged weights tell of it."""
         images = images.clamp(-1, 1)  # as they are shown
         ema = {key: w.cpu().clone() for key, w in ema.items() if w.is_floating_point()}
-        if self.step == 0:
+        if self.step == 0 and not self.walks:  # a student may stay near its teacher
             self.first_ema = ema
         self.log({
             "diversity": class_diversity(images, labels, self.data),

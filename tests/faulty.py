@@ -39,6 +39,7 @@ def main():
     here, steps = rank == os.environ.get("RANK", "0"), []
     script = importlib.import_module(name)
     script.LOG_EVERY, script.GRID_STEPS = 2, 2
+    script.WALKS = 3  # of distill.py: batches in an epoch
     show = runs.Run._show
     shard = runs.Run.shard
     save = torch.save

@@ -18,6 +18,7 @@ import evaluate
 import infer_onnx
 
 MODELS = ["vae", "gan", "ddpm", "ddim", "ldm"]
+SCRIPTS = [*MODELS, "distill"]  # distill.py imports ddim.py, whose walk it learns
 SOURCES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 BANNERS = ["Model", "Method", "Sampling", "Training", "Run state", "Command line"]
 # The interface of every script: the same name, each with the behaviour of its own model.
@@ -80,7 +81,7 @@ def test_infer_onnx_shares_the_samplers():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_banners_are_in_order(name):
     found = [
         line.split("---")[1].strip()
@@ -91,12 +92,14 @@ def test_banners_are_in_order(name):
     assert all(len(line) == 100 for line in SOURCES[name].splitlines() if line.startswith("# --- "))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_no_other_script(name):
-    assert not set(imports(SOURCES[name])) & ({*SOURCES} - {"common", "runs"})
+    allowed = {"common", "runs", *["ddim"] * (name == "distill")}
+    assert not set(imports(SOURCES[name])) & ({*SOURCES} - allowed)
 
 
 def test_who_imports_whom():
+    assert set(imports(core("distill"))) & {*SOURCES} == {"common", "ddim"}
     assert not set(imports(SOURCES["common"])) & {*SOURCES}
     assert set(imports(SOURCES["runs"])) & {*SOURCES} == {"common"}
     assert set(imports(SOURCES["infer_onnx"])) <= WITHOUT_TORCH
@@ -145,7 +148,7 @@ assert images.shape == (2, 1, 32, 32) and images.std() > 0.3, images.std()
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_train_loop_needs_ten_things_of_its_run(name):
     for node in ast.parse(SOURCES[name]).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("train"):
@@ -205,7 +208,7 @@ def flags(name):
     return described
 
 
-@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(MODELS, 2)))
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(SCRIPTS, 2)))
 def test_shared_flags_mean_the_same(a, b):
     first, second = flags(a), flags(b)
     shared = first.keys() & second.keys()
@@ -216,14 +219,14 @@ def test_shared_flags_mean_the_same(a, b):
         assert first[dest][:n] == second[dest][:n], dest
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_infer_onnx_flags_are_those_of_the_scripts(name):
     first, second = flags("infer_onnx"), flags(name)
     for dest in first.keys() & second.keys() - {"output", "help"}:
         assert first[dest][:3] == second[dest][:3], dest
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_explains_itself_and_says_its_true_default(name):
     for dest, (_, _, _, text, default) in flags(name).items():
         assert text, dest

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY_FLAGS
 
-COMMANDS = [*TINY_FLAGS, "export", "infer_onnx", "evaluate"]
+COMMANDS = [*TINY_FLAGS, "distill", "export", "infer_onnx", "evaluate"]
 REQUIRED = {"export": ["ddim"]}  # arguments without which nothing is parsed
 WRONG = {  # values for the argparse types that are no plain number
     "whole_numbers": ("", "x", "0", "-1", "1.5", "8,", "1,2,3,4,5,6", "65537", "8 16"),
@@ -85,8 +85,10 @@ def test_the_ends_of_every_range_are_accepted_and_values_are_needed(command, cap
             limits = range_of(action.type)
             ends = [limits["low"] + (1e-9 if limits["above"] else 0), limits["high"]]
             for value in ends if ends[1] < math.inf else ends[:1]:
-                args = parser.parse_args([*REQUIRED.get(command, []), f"{flag}={value}"])
-                assert getattr(args, action.dest) == value
+                pair = isinstance(action.nargs, int)  # two ends of an interval
+                argv = [flag, *[str(value)] * action.nargs] if pair else [f"{flag}={value}"]
+                args = parser.parse_args([*REQUIRED.get(command, []), *argv])
+                assert getattr(args, action.dest) == ([value] * action.nargs if pair else value)
     refuse(command, ["--no-such-flag"], capsys, "--no-such-flag")
 
 

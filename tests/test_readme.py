@@ -16,6 +16,7 @@ from PIL import Image
 
 import ddim
 import ddpm
+import distill
 import evaluate
 import explore
 import export
@@ -32,7 +33,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 RESULTS = PAGES["results/README.md"]
-MODULES = (vae, gan, ddpm, ddim, ldm, explore, export, infer_onnx, evaluate)
+MODULES = (vae, gan, ddpm, ddim, ldm, distill, explore, export, infer_onnx, evaluate)
 PARSERS = {f"{module.__name__}.py": module for module in MODULES}
 PARSERS |= {  # a benchmark without build_parser runs when it is imported, or has no flags to parse
     f"benchmarks/{path.name}": importlib.import_module(f"benchmarks.{path.stem}")

@@ -213,6 +213,25 @@ def test_the_interval_and_the_solver_of_the_card_are_the_defaults(tmp_path):
     assert answer["error"] == "solver euler is not ddim or dpm++"
 
 
+# What export.py writes for a student of distill.py.
+STUDENT = {
+    "format": 5, "model": "distill", "steps": 4, "steps_fixed": True, "guidance": 1.0,
+    "guidance_fixed": True, "guidance_interval": [0, 0.8],
+}  # fmt: skip
+
+
+@needs_node
+@needs_runtime
+def test_a_student_samples_in_its_steps_only(tmp_path):
+    path = with_card("ddim", tmp_path, **STUDENT)
+    [images], [answer] = node_pictures(path, [SNEAKER, 0], [{}])
+    assert difference(images, expected(path, (SNEAKER, 0)))[1] <= LEVELS
+    assert answer["evaluations"] == answer["steps"] == 4
+    for key, message in {"steps": "number of steps than 4", "guidance": "guidance than 1"}.items():
+        answer = node("sample", path=path, labels=[SNEAKER], cases=[{key: 8}])[0]
+        assert answer["error"] == f"this model supports no other {message}"
+
+
 @needs_node
 @needs_runtime
 def test_predictions_of_eps(tmp_path):
@@ -560,6 +579,17 @@ def choose_files(page, *paths):
     handle = picker["result"]["objectId"]
     page.call("DOM.setFileInputFiles", files=[str(path) for path in paths], objectId=handle)
     return settle(page)
+
+
+@needs_chromium
+@needs_runtime
+def test_a_student_has_no_guidance_to_set(page, address, tmp_path):
+    open_page(page, address, model="gan")
+    assert choose_files(page, with_card("ddim", tmp_path, **STUDENT)) == "done"
+    shown = "['steps', 'guidance', 'guidance_low', 'guidance_high', 'solver'].map((id) => "
+    shown += "document.getElementById(id).offsetParent !== null)"
+    assert page.evaluate(shown) == [True, False, False, False, False]
+    assert page.evaluate("document.getElementById('steps').disabled") is True
 
 
 @needs_chromium

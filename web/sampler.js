@@ -19,7 +19,7 @@ const KIND_KEYS = {
   ],
   codes: ["latent_dim", "prior"], // decodes a latent code: VAE and GAN
 };
-const MODELS = ["ddim", "ddpm", "ldm", "vae", "gan"];
+const MODELS = ["ddim", "ddpm", "ldm", "distill", "vae", "gan"];
 const NEEDED_PARTS = ["decoder"]; // of the parts that a card names; a VAE's encoder samples nothing
 export const SOLVERS = ["ddim", "dpm++"];
 export const MAX_SEED = 2n ** 63n - 1n;
@@ -462,6 +462,9 @@ export function checkedOptions(card, labels, options = {}) {
   const guidance = options.guidance ?? card.guidance;
   const steps = options.steps ?? card.steps;
   timePairs(walkLength(card), steps);
+  if (card.steps_fixed && steps !== card.steps) {
+    throw new InputError(`this model supports no other number of steps than ${card.steps}`);
+  }
   if (!(guidance >= 0 && guidance < Infinity)) {
     throw new InputError(`guidance ${guidance} is not a number from 0`);
   }

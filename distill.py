@@ -1,0 +1,350 @@
+"""Distillation of DDIM: an image in four network evaluations, or fewer, in one file (with ddim.py).
+
+Eric Luhman, Troy Luhman, "Knowledge Distillation in Iterative Generative Models for Improved
+Sampling Speed", 2021 (arXiv:2101.02388): a student learns where the deterministic walk of a teacher
+ends.  Here the walk is cut into one segment for each step of the student, as in Simple and Fast
+Distillation (Zhou et al. 2024, arXiv:2409.19681).  The target is that of progressive distillation
+(Salimans & Ho 2022, arXiv:2202.00512), and guidance is distilled too, so that a step takes a single
+evaluation (Meng et al. 2022, arXiv:2210.03142).
+
+    implied_output  x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t),  r = sigma_s / sigma_t
+                    v = (alpha_t * x_t - x_0) / sigma_t: the DDIM step from x_t with it ends at x_s
+    step_losses     || implied_output - model(x_t, t, y) ||^2,  for each step t -> s of the student
+    with alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar)
+
+    python distill.py --train --minutes 60    learn from the newest run of ddim.py or ddpm.py, else
+                                              from the shipped weights; needs no data set
+    python distill.py --train --minutes 1     see it run
+    python distill.py --class Sneaker         sample a Sneaker with the newest weights
+
+Differs from the papers: all steps of the student are learned at once; the teacher walks by
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), and each walk is used --passes times; Muon and EMA
+are those of ddim.py.  An epoch is a pass over the 64 batches of walks that are kept.
+"""
+
+import argparse
+import math
+import sys
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+import ddim
+from common import (
+    IMAGE_SIZE, ImageData, InputError, UNet, next_noise, noise_streams, to_uint8,
+)  # fmt: skip
+from ddim import (
+    GUIDANCE_INTERVAL, ddim_sample, ddim_step, dpm_sample, ema_network, guided, guided_times,
+    image_losses, make_alpha_bars, predict_x_0_and_eps, target_of, time_pairs, walk_length,
+)  # fmt: skip
+
+NAME = "distill"
+SAMPLES_FROM = ("distill",)
+TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
+STEPS = 4  # default number of sampling steps
+TEACHER_STEPS = 12  # default, or the next multiple of --steps
+WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
+FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
+
+# --- Method ---------------------------------------------------------------------------------------
+
+
+def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
+    """The network output, eps or v, whose DDIM step from x_t lands on x_s.
+
+    Salimans & Ho 2022, appendix G: x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t) with r =
+    sigma_s / sigma_t.
+
+    x_t, x_s: (B, C, H, W);  alpha_bar_t < alpha_bar_s <= 1: numbers.
+    """
+    r = ((1 - alpha_bar_s) / (1 - alpha_bar_t)) ** 0.5
+    x_0 = (x_s - r * x_t) / (alpha_bar_s**0.5 - r * alpha_bar_t**0.5)
+    eps = (x_t - alpha_bar_t**0.5 * x_0) / (1 - alpha_bar_t) ** 0.5
+    return target_of(prediction, x_0, eps, alpha_bar_t)
+
+
+def is_finer(num_timesteps, teacher_steps, steps):
+    """Whether each time of a walk of `steps` is one of a walk of `teacher_steps`."""
+    times, teacher_times = (
+        {t for t, _ in time_pairs(num_timesteps, count)} for count in (steps, teacher_steps)
+    )
+    return times <= teacher_times
+
+
+def teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, teacher_pairs, solver="dpm++"):
+    """The states of the teacher's walk at the times of the student's: [x_T, ..., x_0], steps + 1.
+
+    denoise: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs, teacher_pairs: from time_pairs,
+    the second finer.
+    """
+    times = [t for t, _ in pairs]
+    sampler = {"ddim": ddim_sample, "dpm++": dpm_sample}[solver]
+    trace = []
+    sampler(denoise, x_T, alpha_bars, teacher_pairs, prediction, trace=trace)
+    return [x_t for t, x_t, _ in trace if t in (*times, -1)]
+
+
+def step_losses(model, states, y, alpha_bars, prediction, pairs, loss, own_states):
+    """The loss of each step of the student: (steps, B).
+
+    With own_states a step starts where the student's step before has ended, else in the teacher's
+    state; in both it aims at the teacher's next one.
+
+    model: (x_t, t, y) -> output;  states: of teacher_walk;  y: int64 (B,);  pairs: from time_pairs.
+    """
+    losses = []
+    x_t = states[0]
+    for (t, s), state, x_s in zip(pairs, states[:-1], states[1:], strict=True):
+        alpha_bar_t = alpha_bars[t].item()
+        alpha_bar_s = alpha_bars[s].item() if s >= 0 else 1.0
+        x_t = x_t if own_states else state
+        output = model(x_t, torch.full_like(y, t), y).float()
+        target = implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s)
+        losses.append(image_losses(output, target, loss))
+        x_0_hat, eps_hat = predict_x_0_and_eps(output.detach(), x_t, prediction, alpha_bar_t, True)
+        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_s)
+    return torch.stack(losses)
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+
+
+def sample(model, labels, *, config=None, seed=0, batch_size=100, trace=None):
+    """Sample one image per label by DDIM in config["steps"] steps, of one evaluation each.
+
+    Arguments and result as in ddim.sample.
+    """
+    config = config or model.config
+    options = {"seed": seed, "batch_size": batch_size, "trace": trace}
+    return ddim.sample(
+        model, labels, config={**config, "label_dropout": 0}, steps=config["steps"], guidance=1.0,
+        solver="ddim", **options,
+    )  # fmt: skip
+
+
+# --- Training -------------------------------------------------------------------------------------
+# From here on runs.py helps; cut above this line to use the model with a trainer of your own.
+
+from runs import (  # noqa: E402
+    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, find_checkpoint, learning_rate,
+    load_checkpoint, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
+    power_ema, run_parser, save_samples, training_device,
+)  # fmt: skip
+
+
+def read_teacher(args):
+    """The checkpoint to learn from, and what it decides of the flags. Raises InputError."""
+    path = find_checkpoint(TEACHERS, args.teacher, TEACHERS)
+    teacher = load_checkpoint(path, TEACHERS)
+    config = teacher["config"]
+    args.teacher = str(path)
+    if args.guidance is None:
+        args.guidance = ddim.default_guidance(config)
+    if args.teacher_steps is None:
+        args.teacher_steps = math.ceil(TEACHER_STEPS / args.steps) * args.steps
+    ddim.check_sampling(config, args.steps, args.guidance)
+    length = ddim.max_steps(config)
+    if args.teacher_steps > length or not is_finer(length, args.teacher_steps, args.steps):
+        raise InputError(
+            f"--teacher-steps {args.teacher_steps} must be a multiple of --steps {args.steps}, and "
+            f"well below the {length} timesteps of a walk"
+        )
+    return teacher
+
+
+def train(args, checkpoint=None):
+    """Train, or resume from a checkpoint, until --epochs or --minutes are over.
+
+    Returns the exit code.
+    """
+    device = training_device(args)
+    # A run keeps its teacher: the file may be another one when it is resumed.
+    teacher = checkpoint["teacher"] if checkpoint else read_teacher(args)
+    teacher = {key: teacher[key] for key in ("network", "class_names", "ema", "config")}
+    config = {key: value for key, value in teacher["config"].items() if key in TAUGHT}
+    config |= {key: getattr(args, key) for key in FIXED + FREE}
+    print(f"teacher {args.teacher}, {args.teacher_steps} steps, guidance {args.guidance:g}")
+
+    # Both walk on the same grid of times, the teacher in smaller steps.
+    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    prediction = config["prediction"]
+    length = walk_length(alpha_bars, prediction)
+    pairs = time_pairs(length, args.steps)
+    teacher_pairs = time_pairs(length, args.teacher_steps)
+    interval = guided_times(args.guidance_interval, config["num_timesteps"])
+    shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
+
+    # The student starts as the teacher.
+    teacher_model = ema_network(teacher, device)
+    model = UNet(**teacher["network"]).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(teacher["ema"])
+    forward = parallel(torch.compile(model) if args.compile else model)
+    fused = device.type != "mps"
+    named = model.named_parameters()
+    optimizer = Muon(named, args.lr, weight_decay=args.weight_decay, fused=fused)
+    ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
+    sums = torch.zeros(args.steps, device=device)  # of the loss of each step of the walk
+    if checkpoint:
+        model.load_state_dict(checkpoint["weights"])
+        ema_model.module.load_state_dict(checkpoint["ema"])
+        ema_model.n_averaged.fill_(checkpoint["step"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        sums.copy_(torch.tensor(checkpoint["sums"]))
+    precision = autocast(device, args.bf16)
+    # The log compares its samples with those of its teacher from the same noise.
+    num_classes = len(teacher["class_names"])
+    grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
+    images = ddim.sample(
+        model=teacher_model, config=config, labels=grid_labels, steps=args.teacher_steps,
+        guidance=args.guidance, guidance_interval=args.guidance_interval,
+        solver=args.teacher_solver,
+    )  # fmt: skip
+    data = ImageData(to_uint8(images), grid_labels, teacher["class_names"][:10], args.teacher)
+    run = Run(NAME, args, data, checkpoint, walks=WALKS * args.batch_size)
+
+    @torch.no_grad()
+    def walk(batch):
+        """Classes and teacher's states of the batch of this number, this process's rows."""
+        [rows] = run.shard(torch.arange(args.batch_size) + batch * args.batch_size)
+        y = (rows % num_classes).to(device)
+        streams = noise_streams(args.seed, [FIRST_NOISE + i for i in rows.tolist()])
+        x_T = torch.from_numpy(next_noise(streams, shape)).to(device)
+        output = guided(teacher_model, y, args.guidance, *interval)
+
+        def denoise(x_t, t):
+            with precision:  # bfloat16 moves the images by a third of a grey level
+                return output(x_t, t).float()
+
+        solver = args.teacher_solver
+        return y, teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, teacher_pairs, solver)
+
+    def save():
+        grid = sample(model=ema_model.module, config=config, labels=grid_labels)
+        state = {
+            "config": config, "network": teacher["network"], "class_names": teacher["class_names"],
+            "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
+            "optimizer": optimizer.state_dict(), "sums": sums.tolist(), "teacher": teacher,
+        }  # fmt: skip
+        run.save(state, grid, grid_labels)
+
+    size = sum(p.numel() for p in model.parameters())
+    print(f"run {run} on {device}, {size:,} parameters", flush=True)
+    walks = {}
+    with run:
+        for step in run.steps(save):
+            # The rate ends at 0 just when the run does, whether that is by epochs or by minutes.
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step, run.progress)
+
+            # A walk costs several times what is learned from it at once: each is used --passes
+            # times.  Its noise depends on its number alone: a resumed run repeats it exactly.
+            epoch, i = divmod(step, WALKS)
+            batch = epoch // args.passes * WALKS + i
+            if batch not in walks:
+                walks = {key: value for key, value in walks.items() if key > batch - WALKS}
+                walks[batch] = walk(batch)
+            y, states = walks[batch]
+
+            # Salimans & Ho 2022, algorithm 2, with all steps of the student at once.
+            with precision:
+                losses = step_losses(
+                    forward, states, y, alpha_bars, prediction, pairs, args.loss, args.own_states
+                )
+            loss = losses.mean()
+
+            # Clipping bounds what one bad batch can do; a loss that is not finite ends the run.
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            run.watch(loss=loss.item(), gradient=grad_norm.item())
+            optimizer.step()
+            ema_model.update_parameters(model)
+
+            # Which steps does it learn?
+            sums += run.mean(losses.detach().mean(dim=1))
+            if (step + 1) % LOG_EVERY == 0:
+                means = (sums / LOG_EVERY).tolist()
+                run.log({
+                    "loss": sum(means) / len(means), "loss_by_step": means,
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                })  # fmt: skip
+                sums.zero_()
+    return run.end()
+
+
+# --- Run state ------------------------------------------------------------------------------------
+
+# What a student has from its teacher, the flags that make the run what it is, and those that may
+# change when it is resumed.
+TAUGHT = (
+    "data", "data_dir", "hold_out", "channels", "num_timesteps", "schedule", "prediction",
+    "label_dropout",
+)  # fmt: skip
+FIXED = (
+    "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",
+    "passes", "own_states", "loss", "weight_decay", "batch_size", "ema_length", "seed",
+)  # fmt: skip
+OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")  # each walk belongs to its batch
+FREE = (
+    *(key for key in RUN_FLAGS if key not in OF_DATA), "lr", "warmup", "grad_clip", "bf16",
+    "compile",
+)  # fmt: skip
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def build_parser():
+    on_off = argparse.BooleanOptionalAction
+    parser = run_parser(NAME, __doc__, batch_size=32, data=False)
+    # fmt: off
+    add = parser.add_argument_group("method").add_argument
+    add("--teacher",
+        help="a .pt file or a run's folder of ddim.py or ddpm.py to learn from (newest run, else "
+             "the shipped weights)")
+    add("--steps", type=number(int, 1, 1000), default=STEPS,
+        help=f"number of sampling steps, 1 to 1000, of one network evaluation each ({STEPS})")
+    add("--guidance", type=number(float, 0),
+        help="guidance weight of the teacher: 0 ignores the class, 1 is conditional, above 1 "
+             f"guided ({ddim.GUIDANCE})")
+    low, high = GUIDANCE_INTERVAL
+    add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
+        default=GUIDANCE_INTERVAL,
+        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
+             f"({low} {high})")
+    add("--teacher-steps", type=number(int, 1, 100_000),
+        help="number of steps of the teacher's walk, a multiple of --steps "
+             f"({TEACHER_STEPS}, or the next multiple)")
+    add("--teacher-solver", choices=("ddim", "dpm++"), default="dpm++",
+        help="sampler of the teacher: ddim, or dpm++, of second order (dpm++)")
+    add("--passes", type=number(int, 1, 1000), default=4,
+        help="how often each walk of the teacher is used, 1 to 1000 (4)")
+    add("--own-states", action=on_off, default=False,
+        help="learn in the states of the student's walk, not in those of the teacher's (off)")
+    add("--loss", choices=("l2", "l1", "huber"), default="l2",
+        help="distance between prediction and target (l2)")
+    # fmt: on
+    optimisation_flags(parser, lr=1e-3)
+    return parser
+
+
+def draw(args):
+    """Sample from a checkpoint and write the images."""
+    opened = open_checkpoint(args, NAME, SAMPLES_FROM)
+    _, checkpoint, classes, _ = opened
+    labels = torch.tensor(classes).repeat_interleave(args.num_samples)
+    model = ema_network(checkpoint, pick_device(args.device))
+    images = sample(model, labels, seed=args.seed, batch_size=args.batch_size)
+    options = {"steps": checkpoint["config"]["steps"], "seed": args.seed}
+    save_samples(args, NAME, opened, images, labels, options)
+    return 0
+
+
+def main(argv=None):
+    parser = build_parser()
+    with errors_in_one_line(parser):
+        args, checkpoint = parse_run(parser, argv, (NAME,), FIXED, FREE)
+        return train(args, checkpoint) if args.train or args.resume else draw(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""distill.py: targets against closed forms, one evaluation a step, runs that resume, export."""
+
+import itertools
+import json
+import signal
+from pathlib import Path
+from shlex import split
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, equal, state
+from PIL import Image
+from test_processes import losses, torchrun
+from test_resume import faulty
+
+import ddim
+import distill
+import evaluate
+import explore
+import export
+import infer_onnx
+from common import NULL_LABEL, UNet
+
+# Twelve steps, three in an epoch, each walk used twice.
+FLAGS = split("--train --epochs 4 --warmup 2 --batch-size 4 --passes 2")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Three batches in an epoch, as in faulty.py."""
+    monkeypatch.setattr(distill, "WALKS", 3)
+    monkeypatch.setattr(distill, "LOG_EVERY", 2)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_run, tmp_path_factory):
+    """The folder of a finished run that learned from the tiny run of ddim.py."""
+    folder = tmp_path_factory.mktemp("distill") / "run"
+    torch.set_num_threads(1)  # as the processes that are compared with it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "WALKS", 3)
+        patch.setattr(distill, "LOG_EVERY", 2)
+        assert distill.main([*FLAGS, "--teacher", str(tiny_run), "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(student):
+    assert export.main(["distill", "--checkpoint", str(student)]) == 0
+    return student / "distill.onnx"
+
+
+def schedule(prediction="v", steps=4):
+    alpha_bars = ddim.make_alpha_bars("cosine", 1000)
+    return alpha_bars, ddim.time_pairs(ddim.walk_length(alpha_bars, prediction), steps)
+
+
+def alpha_bar_of(alpha_bars, t):
+    return alpha_bars[t].item() if t >= 0 else 1.0
+
+
+# --- Method ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_ddim_step_with_the_implied_output_lands_on_the_next_state(prediction, steps):
+    alpha_bars, pairs = schedule(prediction, steps)
+    for t, s in pairs:
+        x_t, x_s = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+        alpha_bar_t, alpha_bar_s = alpha_bar_of(alpha_bars, t), alpha_bar_of(alpha_bars, s)
+        output = distill.implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s)
+        both = ddim.predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t)
+        landed = ddim.ddim_step(*both, alpha_bar_t, alpha_bar_s)
+        assert (landed - x_s).abs().max() < 1e-10, (t, s)
+
+
+@pytest.mark.parametrize("own_states", [True, False])
+def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach(own_states):
+    """Its own network has loss 0; the network of another class, or a finer walk, has not."""
+    alpha_bars, pairs = schedule()
+
+    def network(x_t, t, y):
+        alpha_bar_t = alpha_bars[t].view(-1, 1, 1, 1)
+        x_0_hat = torch.tanh((y + 1).view(-1, 1, 1, 1) * x_t)  # never clipped
+        return (alpha_bar_t**0.5 * x_t - x_0_hat) / (1 - alpha_bar_t) ** 0.5
+
+    def loss(guidance=1.0, fine=pairs):
+        denoise = ddim.guided(network, y, guidance)
+        arguments = (alpha_bars, "v", pairs)
+        states = distill.teacher_walk(denoise, x_T, *arguments, fine, "ddim")
+        found = distill.step_losses(network, states, y, *arguments, "l2", own_states)
+        assert found.shape == (4, 5)
+        return found.max()
+
+    x_T, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.arange(5)
+    assert loss() < 1e-10
+    assert loss(guidance=2.0) > 1e-3
+    assert loss(fine=ddim.time_pairs(1000, 12)) > 1e-3
+
+
+def test_the_targets_are_those_of_the_exact_flow_as_the_steps_of_the_teacher_grow():
+    """For data ~ N(0, s^2) the flow is x_s = x_t * sqrt(variance_s / variance_t)."""
+    alpha_bars, pairs = schedule()
+    s2 = 0.2**2
+
+    def variance(alpha_bar):
+        return alpha_bar * s2 + 1 - alpha_bar
+
+    def denoise(x_t, t):  # the best v for such data
+        alpha_bar_t = alpha_bars[t].item()
+        x_0_hat = alpha_bar_t**0.5 * s2 / variance(alpha_bar_t) * x_t
+        return (alpha_bar_t**0.5 * x_t - x_0_hat) / (1 - alpha_bar_t) ** 0.5
+
+    x_T = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    for solver, order in (("ddim", 1), ("dpm++", 2)):
+        errors = []
+        for steps in (12, 24, 48, 192):
+            fine = ddim.time_pairs(1000, steps)
+            states = distill.teacher_walk(denoise, x_T, alpha_bars, "v", pairs, fine, solver)
+            worst = 0.0
+            for (t, s), x_t, x_s in zip(pairs, states[:-1], states[1:], strict=True):
+                alpha_bar_t, alpha_bar_s = alpha_bar_of(alpha_bars, t), alpha_bar_of(alpha_bars, s)
+                exact = x_t * (variance(alpha_bar_s) / variance(alpha_bar_t)) ** 0.5
+                outputs = (
+                    distill.implied_output(x_t, end, "v", alpha_bar_t, alpha_bar_s)
+                    for end in (x_s, exact)
+                )
+                worst = max(worst, (next(outputs) - next(outputs)).abs().max().item())
+            errors.append(worst)
+        assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05 / order
+        # The very last step is the same DDIM step for both: it is of first order in its length.
+        assert errors[0] / errors[2] > 2
+
+
+@pytest.mark.parametrize(("steps", "teacher_steps"), [(1, 12), (2, 12), (4, 12), (4, 20), (8, 16)])
+def test_the_times_of_the_student_are_times_of_the_teacher(steps, teacher_steps):
+    assert distill.is_finer(1000, teacher_steps, steps)
+    assert not distill.is_finer(1000, teacher_steps + 1, steps) or steps == 1
+    alpha_bars, pairs = schedule(steps=steps)
+    seen = {}
+
+    def denoise(x_t, t):
+        seen[t] = x_t
+        return torch.zeros_like(x_t)
+
+    x_T = torch.randn(2, 1, 4, 4)
+    fine = ddim.time_pairs(1000, teacher_steps)
+    *states, x_0 = distill.teacher_walk(denoise, x_T, alpha_bars, "v", pairs, fine)
+    assert len(seen) == teacher_steps and len(states) == steps
+    for (t, _), x_t in zip(pairs, states, strict=True):
+        assert torch.equal(x_t, seen[t])
+    assert x_0.abs().max() <= 1
+
+
+def test_with_own_states_a_step_starts_where_the_one_before_ended():
+    alpha_bars, pairs = schedule()
+    states = torch.randn(5, 2, 1, 4, 4).unbind()
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append((x_t, t.tolist(), y.tolist()))
+        return torch.zeros_like(x_t)
+
+    y = torch.tensor([3, 1])
+    for own in (True, False):
+        seen.clear()
+        distill.step_losses(model, states, y, alpha_bars, "v", pairs, "l2", own)
+        assert [(t, labels) for _, t, labels in seen] == [([t, t], [3, 1]) for t, _ in pairs]
+        x_t = states[0]
+        for k, (t, s) in enumerate(pairs):
+            assert torch.equal(seen[k][0], x_t if own else states[k])
+            alpha_bar_t = alpha_bars[t].item()
+            both = ddim.predict_x_0_and_eps(torch.zeros_like(x_t), x_t, "v", alpha_bar_t, True)
+            x_t = ddim.ddim_step(*both, alpha_bar_t, alpha_bar_of(alpha_bars, s))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_an_image_takes_one_evaluation_a_step_with_its_class(steps):
+    calls = []
+
+    class Network(torch.nn.Linear):
+        class_names = tuple("abcdefghij")
+
+        def forward(self, x_t, t, y):
+            calls.append((t.tolist(), y.tolist()))
+            return torch.zeros_like(x_t)
+
+    config = {"channels": 1, "schedule": "cosine", "num_timesteps": 1000, "prediction": "v"}
+    labels = torch.tensor([4, 7])
+    model = Network(1, 1)
+    images = distill.sample(model=model, config={**config, "steps": steps}, labels=labels)
+    assert images.shape == (2, 1, 32, 32) and images.abs().max() <= 1
+    assert calls == [([t, t], [4, 7]) for t, _ in ddim.time_pairs(1000, steps)]
+    assert NULL_LABEL not in calls[0][1]
+
+
+def test_a_student_learns_its_teacher(tiny_run, in_tmp):
+    """A network with a random head teaches."""
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    network = UNet(**checkpoint["network"])
+    torch.nn.init.normal_(network.head.weight, std=0.02)
+    torch.save({**checkpoint, "ema": network.state_dict()}, "teacher.pt")
+    flags = split("--train --epochs 16 --warmup 5 --lr 5e-3 --batch-size 8 --guidance 3")
+    assert distill.main([*flags, "--teacher", "teacher.pt", "--no-own-states"]) == 0
+    every = [json.loads(line) for line in Path("runs/distill/log.jsonl").read_text().splitlines()]
+    lines = [line for line in every if "loss" in line]
+    found = [line["loss"] for line in lines]
+    assert np.mean(found[-3:]) < 0.8 * found[0], found
+    assert len(lines[0]["loss_by_step"]) == 4
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
+    checkpoint = torch.load(student / "distill.pt", weights_only=True)
+    taught = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    config = checkpoint["config"]
+    parser = distill.build_parser()
+    of_training = {*distill.FIXED, *distill.FREE}
+    assert {*config} == of_training | {*distill.TAUGHT}
+    assert of_training < {action.dest for action in parser._actions}
+    assert {key: config[key] for key in distill.TAUGHT} == {
+        key: taught["config"][key] for key in distill.TAUGHT
+    }
+    assert config["teacher_steps"] == 12 and config["guidance"] == ddim.GUIDANCE
+    assert checkpoint["step"] == 12 and checkpoint["network"] == taught["network"]
+    assert all(torch.equal(a, taught["ema"][k]) for k, a in checkpoint["teacher"]["ema"].items())
+    changed = [not torch.equal(a, taught["ema"][k]) for k, a in checkpoint["ema"].items()]
+    assert any(changed)
+    assert len(list((student / "samples").glob("*.png"))) >= 2
+
+
+@pytest.mark.parametrize("fault", ["kill:8", "term:7", "full:6"])
+def test_a_run_that_ends_at_any_step_resumes_bit_for_bit(fault, student, tiny_run, in_tmp):
+    """Also when the file of its teacher is no longer there."""
+    teacher = in_tmp / "teacher.pt"
+    teacher.write_bytes((tiny_run / "ddim.pt").read_bytes())
+    done = faulty(fault, "distill", *FLAGS, "--teacher", str(teacher), "--run-dir", "broken")
+    kind = fault.split(":")[0]
+    expected = {"kill": -signal.SIGKILL, "term": 130, "full": 2}[kind]
+    assert done.returncode == expected and "Traceback" not in done.stderr, done.stderr
+    if kind == "term":
+        said = "python distill.py --resume --run-dir broken"
+        assert done.stdout.splitlines()[-1].strip() == said
+    teacher.unlink()
+    assert torch.load("broken/distill.pt", weights_only=True)["step"] < 12
+    assert distill.main(["--resume", "--run-dir", "broken"]) == 0
+    whole, broken = state(student), state(in_tmp / "broken")
+    assert whole.keys() == broken.keys()
+    for key in whole:
+        assert equal(whole[key], broken[key]), key
+
+
+def test_two_processes_train_what_one_does(tiny_run, in_tmp):
+    flags = [*FLAGS, "--no-bf16", "--teacher", str(tiny_run)]
+    assert distill.main([*flags, "--run-dir", "one"]) == 0
+    done = torchrun(ROOT / "tests/faulty.py", "none", "distill", *flags, "--run-dir", "two")
+    assert done.returncode == 0, done.stderr
+    one, two = losses("one"), losses("two")
+    assert one.keys() == two.keys() and len(one) == 6
+    for key, values in one.items():
+        assert np.allclose(values, two[key], rtol=1e-4, atol=1e-5), (key, values, two[key])
+    seen = [
+        [json.loads(line)[2] for line in Path(f"seen_{rank}.jsonl").read_text().splitlines()]
+        for rank in (0, 1)
+    ]
+    assert len(seen[0]) == 6  # batches of two pools, each walked once
+    assert sorted(itertools.chain(*seen[0], *seen[1])) == [*range(24)]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize(("channels", "steps"), [(3, 2)])
+def test_any_size_colour_and_script_can_teach(name, channels, steps, in_tmp):
+    rng = np.random.default_rng(0)
+    np.savez("set.npz", x=rng.integers(0, 255, (12, 16, 16, 3), dtype=np.uint8), y=[0, 1] * 6)
+    script = {"ddpm": __import__("ddpm"), "ddim": ddim}[name]
+    flags = split("--train --epochs 1 --data set.npz --channels 3 --widths 8 --depths 1")
+    flags += split("--patch 2 --emb-channels 16 --batch-size 4 --num-timesteps 50 --prediction eps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "GRID_STEPS", 2)
+        assert script.main(flags) == 0
+    assert distill.main([*FLAGS, "--steps", str(steps)]) == 0  # the newest run is the teacher
+    assert distill.main(split("--class 1 --num-samples 3 --output x.npz")) == 0
+    assert np.load("x.npz")["x"].shape == (3, channels, 32, 32)
+    config = torch.load("runs/distill/distill.pt", weights_only=True)["config"]
+    assert config["teacher"] == f"runs/{name}/{name}.pt" and config["num_timesteps"] == 50
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train --teacher nowhere", "there is no nowhere"),
+        ("--train --teacher-steps 10", "--teacher-steps 10 must be a multiple of --steps 4"),
+        ("--train --teacher-steps 1004", "well below the 1000 timesteps of a walk"),
+        ("--train --guidance-interval .8 .2", "right is 0 <= LOW <= HIGH <= 1"),
+        ("--train --data mnist", "unrecognized arguments: --data mnist"),
+        ("--train --steps 0", "from 1 to 1000"),
+        ("--steps 8", "--steps: to train a model, with --train or --resume"),
+        ("--class Sneakr", "no class 'Sneakr'"),
+        ("--output x.jpg", "must end in"),
+        ("--resume --run-dir nowhere", "there is no nowhere"),
+        ("--resume --run-dir {student} --steps 2", "--steps is 4 and cannot change"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(flags, message, student, tiny_run, in_tmp, capsys):
+    flags = flags.format(student=student).split()
+    if "--train" in flags and "--teacher" not in flags:
+        flags += ["--teacher", str(tiny_run)]
+    elif "--resume" not in flags and "--train" not in flags:
+        flags += ["--checkpoint", str(student)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        distill.main(flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("distill.py: error: ") and message in error
+    assert not list(in_tmp.iterdir())
+
+
+def test_only_what_the_teacher_has_learned_can_be_distilled(tiny_run, in_tmp, capsys):
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    config = {**checkpoint["config"], "label_dropout": 0}
+    torch.save({**checkpoint, "config": config}, "teacher.pt")
+    with pytest.raises(SystemExit, match="2"):
+        distill.main([*FLAGS, "--teacher", "teacher.pt", "--guidance", "2"])
+    assert "leaves only --guidance 1.0" in capsys.readouterr().err
+    assert distill.main([*FLAGS, "--teacher", "teacher.pt"]) == 0
+    found = torch.load("runs/distill/distill.pt", weights_only=True)["config"]
+    assert found["guidance"] == 1.0
+
+
+# --- Export and use -------------------------------------------------------------------------------
+
+
+def test_the_file_samples_as_the_checkpoint_does_in_its_steps_only(
+    exported, student, in_tmp, capsys
+):
+    flags = split("--class o,su --num-samples 3 --seed 5")
+    assert distill.main(["--checkpoint", str(student), *flags, "--output", "torch.npz"]) == 0
+    argv = ["--model", str(exported), *flags]
+    assert infer_onnx.main([*argv, "--output", "onnx.npz"]) == 0
+    assert infer_onnx.main([*argv, "--steps", "4", "--output", "four.npz"]) == 0
+    a, b, c = (np.load(f"{name}.npz")["x"].astype(int) for name in ("torch", "onnx", "four"))
+    assert np.abs(a - b).max() <= 1 and np.array_equal(b, c)
+    assert infer_onnx.main(["--model", str(exported), "--check"]) == 0
+    capsys.readouterr()
+    for flag, message in {
+        "--steps 8": "this model was trained for --steps 4 only",
+        "--guidance 2": "--guidance is not for distill models: leave it out",
+        "--guidance-interval 0 1": "--guidance-interval is not for distill models",
+        "--solver dpm++": "--solver is not for distill models",
+        "--eta 1": "--eta is not for distill models",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            infer_onnx.main([*argv, *flag.split()])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_the_card_says_what_was_distilled_and_names_no_folder(exported, student, tiny_run):
+    model = infer_onnx.load_model(exported, "cpu")
+    card = model.card
+    assert card["model"] == "distill" and card["steps"] == 4 and card["steps_fixed"] is True
+    assert (
+        card["training"]["guidance"] == ddim.GUIDANCE and card["training"]["teacher"] == "ddim.pt"
+    )
+    assert str(tiny_run).encode() not in exported.read_bytes()
+    assert infer_onnx.evaluations(card) == 4
+    for options in ({"steps": 8}, {"guidance": 2.0}):
+        with pytest.raises(infer_onnx.InputError, match=r"trained for|not for distill"):
+            infer_onnx.sample(model, [0], **options)
+
+
+def test_small_weights_have_no_teacher_in_them(student, in_tmp):
+    flags = ["--checkpoint", str(student), "--output", "x.onnx", "--weights", "x.pt"]
+    assert export.main(["distill", *flags]) == 0
+    kept = torch.load("x.pt", weights_only=True)
+    assert "teacher" not in kept and kept["config"]["teacher"] == "ddim.pt"
+    assert distill.main(["--checkpoint", "x.pt", "--class", "0", "--output", "x.png"]) == 0
+    assert Path("x.pt").stat().st_size < 0.2 * (student / "distill.pt").stat().st_size
+
+
+def test_evaluate_scores_it_in_its_steps_only(exported, capsys):
+    card = infer_onnx.load_model(exported, "cpu").card
+    parser = evaluate.build_parser()
+    assert evaluate.setting_options(parser.parse_args([]), "distill", card) == [{"steps": 4}]
+    assert capsys.readouterr().out == ""
+    args = parser.parse_args(split("--steps 2,4 --guidance 1,2"))
+    assert evaluate.setting_options(args, "distill", card) == [{"steps": 4}]
+    assert "distill samples in 4 steps only: --steps" in capsys.readouterr().out
+
+
+def test_explore_shows_its_steps(student, in_tmp):
+    where = ["--checkpoint", str(student)]
+    assert explore.main(["filmstrip", "distill", "--class", "o,su", *where]) == 0
+    with Image.open("distill_filmstrip.png") as picture:
+        assert picture.width > picture.height  # five moments of two samples, two rows each
+    assert explore.main(["gif", "distill", "--class", "o", *where]) == 0
+    with Image.open("distill_gif.gif") as picture:
+        assert picture.n_frames == 5
