@@ -298,16 +298,16 @@ def test_a_model_of_another_kind_is_sampled_without_torch(in_tmp, data_dir):
 
 
 @pytest.fixture(scope="module")
-def samplers(tiny_runs):
+def samplers(tiny_runs, tmp_path_factory):
     """A function: the sampler of a script's tiny run as one graph, which export.py has verified."""
-    made = {}
+    folder = tmp_path_factory.mktemp("samplers")  # not beside the files of tiny_runs
 
     def sampler_of(name):
-        if name not in made:
-            at = ["--checkpoint", str(tiny_runs(name))]
+        made = folder / f"{name}.onnx"
+        if not made.is_file():
+            at = ["--checkpoint", str(tiny_runs(name)), "--output", str(made)]
             assert export.main([name, "--sampler", *at]) == 0
-            made[name] = tiny_runs(name) / f"{name}_sampler.onnx"
-        return made[name]
+        return made
 
     return sampler_of
 

@@ -140,7 +140,7 @@ def test_shards_sample_what_one_process_does(in_tmp):
 def test_a_stopped_folder_is_filled_by_the_same_command_alone(in_tmp, monkeypatch, capsys):
     """Images are written as they are sampled, and are those of the command that was not stopped."""
     flags = ["--model", "gan", "--num-samples", "3", "--threads", "1", "--batch-size", "4"]
-    assert infer_onnx.main([*flags, "--output", "whole"]) == 0
+    assert infer_onnx.main([*flags, "--output", "whole/"]) == 0
     save = infer_onnx.save_png
 
     def save_ten(*given):
@@ -151,7 +151,7 @@ def test_a_stopped_folder_is_filled_by_the_same_command_alone(in_tmp, monkeypatc
     monkeypatch.setattr(infer_onnx, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(infer_onnx, "save_png", save_ten)
     with pytest.raises(SystemExit) as stop:
-        infer_onnx.main([*flags, "--shard", "1/2", "--output", "parts"])
+        infer_onnx.main([*flags, "--shard", "1/2", "--output", "parts/"])
     said = capsys.readouterr()
     assert stop.value.code == 130 and len(list(Path("parts").iterdir())) == 10
     assert said.out.endswith("parts keeps what is written: the same command does the rest\n")
@@ -160,7 +160,7 @@ def test_a_stopped_folder_is_filled_by_the_same_command_alone(in_tmp, monkeypatc
     Path("parts/00002_t-shirt-top.png").unlink()
     kept = Path("parts/00001_t-shirt-top.png").stat().st_mtime_ns
     for part, there in (("1/2", "15 images (9 were there)"), ("2/2", "15 images in")):
-        assert infer_onnx.main([*flags, "--shard", part, "--output", "parts"]) == 0
+        assert infer_onnx.main([*flags, "--shard", part, "--output", "parts/"]) == 0
         assert there in capsys.readouterr().out
     assert Path("parts/00001_t-shirt-top.png").stat().st_mtime_ns == kept
     names = sorted(path.name for path in Path("whole").iterdir())
@@ -170,7 +170,7 @@ def test_a_stopped_folder_is_filled_by_the_same_command_alone(in_tmp, monkeypatc
 
     # Nothing else may join: other settings, classes or numbers of images, or another file.
     Path("whole/.00003_trouser.png.7.tmp").touch()  # of a process that was killed
-    assert infer_onnx.main([*flags, "--output", "whole"]) == 0
+    assert infer_onnx.main([*flags, "--output", "whole/"]) == 0
     Path("whole/.00003_trouser.png.7.tmp").unlink()
     for others, message in (
         (["--seed", "1"], "00000_t-shirt-top.png has seed 0, not 1: name another folder"),
@@ -181,19 +181,19 @@ def test_a_stopped_folder_is_filled_by_the_same_command_alone(in_tmp, monkeypatc
     ):
         for more in ([], ["--shard", "2/3"]):
             with pytest.raises(SystemExit, match="2"):
-                infer_onnx.main([*flags, *others, *more, "--output", "whole"])
+                infer_onnx.main([*flags, *others, *more, "--output", "whole/"])
             assert message in capsys.readouterr().err
-    assert infer_onnx.main([*flags, "--truncation", "2", "--output", "narrow"]) == 0
+    assert infer_onnx.main([*flags, "--truncation", "2", "--output", "narrow/"]) == 0
     with pytest.raises(SystemExit, match="2"):
-        infer_onnx.main([*flags, "--output", "narrow"])
+        infer_onnx.main([*flags, "--output", "narrow/"])
     assert "has truncation 2.0, not None" in capsys.readouterr().err
     for name in ("notes.txt", "00031_bag.png"):
         Path("whole", name).touch()
         with pytest.raises(SystemExit, match="2"):
-            infer_onnx.main([*flags, "--output", "whole"])
+            infer_onnx.main([*flags, "--output", "whole/"])
         assert f"holds {name}, no image of this command" in capsys.readouterr().err
         Path("whole", name).unlink()
     Path("whole", names[0]).write_bytes(b"")
     with pytest.raises(SystemExit, match="2"):
-        infer_onnx.main([*flags, "--output", "whole"])
+        infer_onnx.main([*flags, "--output", "whole/"])
     assert "00000_t-shirt-top.png is not a readable image" in capsys.readouterr().err
