@@ -167,6 +167,6 @@ def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     action = {"help", "train", "resume", "run_dir", "class_", "list_classes", "num_samples"}
     action |= {"checkpoint", "output"}
     sampling = {"guidance", "guidance_interval", "steps", "solver", "eta", "variance", "clip"}
-    sampling |= {"guidance_limit", "prior", "truncation"}
+    sampling |= {"guidance_limit", "prior", "truncation", "names"}
     assert {*config} == flags - action - sampling
     assert config["data"] == "kmnist" and runs.FORMAT == 2
