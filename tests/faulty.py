@@ -38,8 +38,6 @@ def main():
     kind, at, rank = ([*fault.split(":"), "0", "0"])[:3]
     here, steps = rank == os.environ.get("RANK", "0"), []
     script = importlib.import_module(name)
-    if kind == "hup":
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, too
     script.LOG_EVERY, script.GRID_STEPS = 2, 2
     script.WALKS = 3  # of distill.py: batches in an epoch
     show = runs.Run._show
