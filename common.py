@@ -139,7 +139,8 @@ class ImageData:
             found.append("all values are 0 or 1 of 255: were they 0.0 to 1.0? Multiply by 255")
         elif low < high < low + 32:
             found.append(f"all values are {low} to {high}, of 0 to 255: next to no contrast")
-        different = {hash(image.tobytes()) for image in self.images[varied].numpy()}
+        both = zip(self.images.numpy(), varied.tolist(), strict=True)  # no copy of the data
+        different = {hash(image.tobytes()) for image, is_varied in both if is_varied}
         if (copies := n - constant - len(different)) > 0.1 * n:
             found.append(f"{copies:,} of {n:,} images are exact copies of others")
         return found

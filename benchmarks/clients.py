@@ -113,7 +113,7 @@ def clients_of(args):
     this = [sys.executable, "-c", PYTHON]
     clients = [(this, "checker", None), (this, "reference", None)]
     clients += [([python, "-c", PYTHON], "", None) for python in args.python]
-    for folder in args.node or []:
+    for folder in args.node:
         for package in ("onnxruntime-node", "onnxruntime-web"):
             about = json.loads((folder / "node_modules" / package / "package.json").read_text())
             entry = package if package.endswith("node") else f"{package}/wasm"
@@ -139,21 +139,13 @@ def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = infer_onnx.Parser("clients.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add(
-        "--python",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="the Python of an environment with onnxruntime or openvino; may be repeated (none)",
-    )
-    add(
-        "--node",
-        action="append",
-        type=Path,
-        metavar="FOLDER",
-        help="a folder whose node_modules has onnxruntime-node and onnxruntime-web (none)",
-    )
-    return parser  # fmt: skip
+    # fmt: off
+    add("--python", action="append", default=[], metavar="FILE",
+        help="the Python of an environment with onnxruntime or openvino; may be repeated (none)")
+    add("--node", action="append", default=[], type=Path, metavar="FOLDER",
+        help="a folder whose node_modules has onnxruntime-node and onnxruntime-web (none)")
+    # fmt: on
+    return parser
 
 
 def main(argv=None):
