@@ -2,16 +2,17 @@
 
     python benchmarks/gpu.py --output results/cuda
 
-    train      every script with and without --bf16 and --compile, several at once on the one card
+    train      every script with and without --bf16, several at once on the one card
+    compile    the same with --compile
     resume     --deterministic twice, and once stopped by Ctrl-C and resumed: are the weights equal?
     torchrun   one process on nccl against none
     samples    the shipped checkpoints, sampled on the CPU and on the card
     memory     a batch that cannot fit: one line, exit code 2
-    speed      ddim.py alone on the card: images/s, and the fraction of its matrix-product rate
+    speed      one at a time: images/s, and of ddim.py the fraction of the matrix-product rate
 
-Writes cuda.json and cuda.md after every part.  A program that takes longer than --limit seconds is
-ended and counted as failed.  The VAE's prior has one Gaussian per class here: the mixture is fitted
-on the CPU.
+Writes cuda.json and cuda.md after every part; what they hold of other parts and scripts stays.  A
+program that takes longer than --limit seconds is ended and counted as failed.  The VAE's prior has
+one Gaussian per class here: the mixture is fitted on the CPU.
 """
 
 import argparse
@@ -33,9 +34,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import UNet  # noqa: E402
 
-SCRIPTS = ("vae", "gan", "ddpm", "ddim", "ldm")
+SCRIPTS = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
 LARGE = ["--patch", "1", "--widths", "64,128,256", "--depths", "2,2,4"]
-PARTS = ("train", "resume", "torchrun", "samples", "memory", "speed")
+COMPILED = ["--bf16", "--compile"]
+# Of part speed: script, batch size, steps, network, switches.
+RUNS = (
+    ("vae", 64, 400, [], ["--no-bf16"]), ("gan", 64, 400, [], ["--no-bf16"]),
+    ("ldm", 64, 400, [], ["--no-bf16"]), ("distill", 32, 256, [], ["--no-bf16"]),
+    ("ddim", 64, 400, [], ["--no-bf16"]), ("ddim", 64, 400, [], ["--bf16"]),
+    ("ddim", 64, 400, [], COMPILED), ("ddim", 1024, 400, [], COMPILED),
+    ("ddim", 512, 200, LARGE, ["--no-bf16"]), ("ddim", 512, 200, LARGE, ["--bf16"]),
+    ("ddim", 512, 200, LARGE, COMPILED),
+)  # fmt: skip
+IMAGES = {"distill": 64 * 32}  # in an epoch; else those of Fashion-MNIST
+PARTS = ("train", "compile", "resume", "torchrun", "samples", "memory", "speed")
 
 
 def start(name, *flags, launcher=(sys.executable,)):
@@ -66,10 +78,18 @@ def finish(process):
     return said
 
 
-def train(name, folder, *flags, **options):
-    fixed = ["--train", "--run-dir", folder, "--data-dir", arguments.data_dir]
+def train(name, folder, *flags, steps=None, batch=None, **options):
+    """Start a training of so many steps, or as long as the flags say."""
+    fixed = ["--train", "--run-dir", folder]
+    if name != "distill":
+        fixed += ["--data-dir", arguments.data_dir]
     if name == "vae":
         fixed += ["--prior-components", "1"]
+    if batch:
+        fixed += ["--batch-size", batch]
+    if steps:
+        batch = batch or (32 if name == "distill" else 64)
+        fixed += ["--epochs", round(steps * batch / IMAGES.get(name, 60_000), 4)]
     return start(name, *fixed, *flags, **options)
 
 
@@ -95,18 +115,17 @@ def difference(name, a, b):
     return None
 
 
-def part_train():
-    """Each script for --minutes with each pair of switches, all at once on the card."""
+def part_train(compiled=()):
+    """Each script with and without bfloat16, all at once on the card."""
     rows = []
     started = []
-    for name in SCRIPTS:
-        switches = [["--no-bf16"], ["--bf16"]]
-        if name != "gan":  # it has no --compile
-            switches += [["--no-bf16", "--compile"], ["--bf16", "--compile"]]
-        for flags in switches:
+    for name in arguments.scripts:
+        if name == "gan" and compiled:
+            continue  # it has no --compile
+        for precision in ("--no-bf16", "--bf16"):
+            flags = [precision, *compiled]
             folder = "".join([f"train_{name}", *flags])
-            process = train(name, folder, "--minutes", arguments.minutes, *flags)
-            started.append((folder, process))
+            started.append((folder, train(name, folder, *flags, steps=arguments.steps)))
     for folder, process in started:
         row = finish(process)
         if lines := lines_of(folder):
@@ -117,14 +136,18 @@ def part_train():
     return rows
 
 
+def part_compile():
+    return part_train(["--compile"])
+
+
 def part_resume():
     """Three runs of each script with --deterministic; the third is stopped and resumed."""
     rows, started = [], {}
-    for name in SCRIPTS:
+    for name in arguments.scripts:
         for run in "abc":
-            flags = ["--epochs", "0.5", "--deterministic", "--save-every", "100"]
-            started[name, run] = train(name, f"{name}_{run}", *flags)
-    waiting = set(SCRIPTS)
+            flags = ["--deterministic", "--save-every", "100"]
+            started[name, run] = train(name, f"{name}_{run}", *flags, steps=480)
+    waiting = set(arguments.scripts)
     while waiting:
         time.sleep(0.2)
         for name in sorted(waiting):
@@ -135,9 +158,9 @@ def part_resume():
                 if not ended:
                     process.send_signal(signal.SIGINT)
                 waiting.discard(name)
-    stopped = {name: finish(started[name, "c"])["exit code"] for name in SCRIPTS}
-    again = {name: start(name, "--resume", "--run-dir", f"{name}_c") for name in SCRIPTS}
-    for name in SCRIPTS:
+    stopped = {name: finish(started[name, "c"])["exit code"] for name in arguments.scripts}
+    again = {name: start(name, "--resume", "--run-dir", f"{name}_c") for name in arguments.scripts}
+    for name in arguments.scripts:
         done = [finish(started[name, "a"]), finish(started[name, "b"]), finish(again[name])]
         rows.append({
             "script": name, "exit codes": [row["exit code"] for row in done],
@@ -151,12 +174,12 @@ def part_resume():
 
 def part_torchrun():
     rows, started = [], {}
-    for name in SCRIPTS:
+    for name in arguments.scripts:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        flags = ["--epochs", "0.2", "--deterministic"]
+        launcher += ["--nproc-per-node", "1"]
         started[name] = (
-            train(name, f"{name}_one", *flags, launcher=[*launcher, "--nproc-per-node", "1"]),
-            train(name, f"{name}_none", *flags),
+            train(name, f"{name}_one", "--deterministic", steps=192, launcher=launcher),
+            train(name, f"{name}_none", "--deterministic", steps=192),
         )
     for name, processes in started.items():
         done = [finish(process) for process in processes]
@@ -170,12 +193,14 @@ def part_torchrun():
 
 def part_samples():
     rows, started = [], {}
-    for name in SCRIPTS:
+    for name in arguments.scripts:
         for device in ("cpu", "cuda"):
             flags = ["--num-samples", 4, "--device", device, "--output", f"{name}_{device}.npz"]
             pt = ROOT / "pretrained" / f"{'ddim' if name == 'ddpm' else name}.pt"
+            if name == "distill":
+                pt = Path("distill_a")  # that of part resume
             started[name, device] = start(name, *flags, "--checkpoint", pt)
-    for name in SCRIPTS:
+    for name in arguments.scripts:
         done = [finish(started[name, device]) for device in ("cpu", "cuda")]
         row = {"script": name, "exit codes": [r["exit code"] for r in done]}
         if not any(row["exit codes"]):
@@ -207,6 +232,15 @@ def rate(function, operations):
     return operations / min(times[3:])
 
 
+def forward_operations(network):
+    """Floating-point operations of one evaluation of ddim.py's network for one image."""
+    options = {"patch": 1, "widths": (64, 128, 256), "depths": (2, 2, 4)} if network else {}
+    x, t = torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        UNet(**options)(x, t, t)
+    return counter.get_total_flops()
+
+
 def part_speed():
     torch.set_float32_matmul_precision("high")  # TF32, as the scripts do
     rows, products = [], {}
@@ -215,37 +249,36 @@ def part_speed():
         products[name] = rate(lambda a=a, b=b: a @ b, 2 * 8192**3)
     del a, b
     torch.cuda.empty_cache()
-    for batch, network, switches in (
-        (64, [], ["--no-bf16"]), (1024, [], ["--bf16", "--compile"]),
-        (512, LARGE, ["--no-bf16"]), (512, LARGE, ["--bf16", "--compile"]),
-    ):  # fmt: skip
+    for name, batch, steps, network, switches in RUNS:
+        if name not in arguments.scripts:
+            continue
         folder = f"speed_{len(rows)}"
-        minutes = arguments.minutes / 3
-        if "--compile" in switches:
-            minutes *= 2
-        flags = ["--minutes", minutes, "--batch-size", batch, "--save-every", "100"]
-        flags += [*network, *switches]
-        row = finish(train("ddim", folder, *flags))
+        flags = ["--save-every", "100", *network, *switches]
+        row = finish(train(name, folder, *flags, steps=steps, batch=batch))
         lines = lines_of(folder)
-        if len(lines) > 4:
-            middle, last = lines[len(lines) // 2], lines[-1]
-            steps, seconds = last["step"] - middle["step"], last["seconds"] - middle["seconds"]
-            options = {}
-            if network:
-                options = {"patch": 1, "widths": (64, 128, 256), "depths": (2, 2, 4)}
-            x, t = torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                UNet(**options)(x, t, t)
-            speed = steps * batch / seconds
-            operations = 3 * counter.get_total_flops() * speed
-            row |= {
-                "images/s": speed, "TFLOP/s": operations / 1e12,
-                "fraction of the TF32 product": operations / products["TF32"],
-                "fraction of the bfloat16 product": operations / products["bfloat16"],
-            }  # fmt: skip
+        if len(lines) > 2:
+            first, last = lines[len(lines) // 3], lines[-1]
+            speed = batch * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+            row |= {"images/s": speed}
+            if name == "ddim":
+                operations = 3 * forward_operations(network) * speed
+                row |= {
+                    "TFLOP/s": operations / 1e12,
+                    "fraction of the TF32 product": operations / products["TF32"],
+                    "fraction of the bfloat16 product": operations / products["bfloat16"],
+                }
         rows.append(row)
     rows.append({f"8192^3 {name} product, TFLOP/s": r / 1e12 for name, r in products.items()})
     return rows
+
+
+def others(rows):
+    """The rows that are of no script of this run."""
+    run = {"", *arguments.scripts, *(f"{name}.py" for name in arguments.scripts)}
+    return [
+        row for row in rows
+        if row.get("script", row.get("command", "").partition(" ")[0]) not in run
+    ]  # fmt: skip
 
 
 def as_text(report):
@@ -272,10 +305,10 @@ def build_parser():
     # fmt: off
     add("--output", type=Path, required=True, help="folder of the report")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder of Fashion-MNIST (data/)")
-    add("--minutes", type=float, default=1.0,
-        help="minutes that each training of part train lasts (1)")
+    add("--steps", type=int, default=300, help="steps of a training of part train (300)")
     add("--limit", type=float, default=300, help="seconds that a program may take (300)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
+    add("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="scripts to run (all)")
     # fmt: on
     return parser
 
@@ -289,13 +322,16 @@ def main():
         "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(),
         "Python": sys.version.split()[0], "cores": os.cpu_count(),
     }  # fmt: skip
-    report = {"machine": machine, "parts": {}}
+    file = output / "cuda.json"
+    report = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
+    report["machine"] = machine
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for part in arguments.only:
             begun = time.monotonic()
-            report["parts"][part] = globals()[f"part_{part}"]()
+            rows = globals()[f"part_{part}"]()
+            report["parts"][part] = others(report["parts"].get(part, [])) + rows
             print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
-            (output / "cuda.json").write_text(json.dumps(report, indent=1))
+            file.write_text(json.dumps(report, indent=1) + "\n")
             (output / "cuda.md").write_text(as_text(report))
     print(as_text(report))
 

@@ -1,0 +1,186 @@
+"""Choose how to sample: the scores of many settings of the shipped models, by held-out images.
+
+    python benchmarks/settings.py --output results/settings        all of them; a GPU does it in
+                                                                    minutes, two cores in days
+    python benchmarks/settings.py ddim --output results/settings   of these models
+    python benchmarks/settings.py --table --output results/settings    only write the table
+
+ddim.py, ddpm.py and ldm.py draw 10,000 samples for each setting and seed, on the GPU if there is
+one; evaluate.py scores them beside every sixth training image.  The shipped models were trained on
+these, too: they serve to choose a setting, not to judge a model.  A stopped run resumes.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+import infer_onnx  # noqa: E402
+from benchmarks import report  # noqa: E402
+from common import to_uint8  # noqa: E402
+from runs import load_checkpoint, pick_device  # noqa: E402
+
+CHECKPOINTS = {"ddim": "ddim", "ddpm": "ddim", "ldm": "ldm"}  # script: file in pretrained/
+WALKS = {"ddim": (10, 15, 20, 30, 50), "dpm++": (8, 10, 12, 15, 20, 30)}  # solver: steps
+GUIDANCES = {"ddim": (1.3, 1.6, 2.0, 2.5), "ldm": (1.5, 2.0, 2.5, 3.0)}
+INTERVALS = ((0, 1), (0, 0.8), (0, 0.7), (0.25, 0.8), (0.25, 0.7))
+GUIDED = {"solver": "dpm++", "steps": 15}  # where guidance is tried
+SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
+BATCH = 2500
+
+
+def plan(name):
+    """The settings of a script, as arguments of its sample()."""
+    if name == "ddpm":
+        return [{"steps": 250}]
+    walks = [{"solver": solver, "steps": n} for solver, steps in WALKS.items() for n in steps]
+    pairs = itertools.product(GUIDANCES[name], INTERVALS)
+    return walks + [{**GUIDED, "guidance": w, "guidance_interval": pair} for w, pair in pairs]
+
+
+def full(name, setting):
+    """A setting with the script's defaults, as it is kept."""
+    script = importlib.import_module(name)
+    defaults = {"guidance": script.GUIDANCE, "guidance_interval": script.GUIDANCE_INTERVAL}
+    return {"name": name, **defaults, **setting}
+
+
+def evaluations(row):
+    """Network evaluations of an image: two for each step that is guided."""
+    length = 1000  # timesteps of a walk of the shipped models
+    start, stop = infer_onnx.guided_times(row["guidance_interval"], length)
+    times = [t for t, _ in infer_onnx.time_pairs(length, row["steps"])]
+    return len(times) + sum(start <= t < stop for t in times) * (row["guidance"] != 1)
+
+
+def key(row):
+    return json.dumps({part: row[part] for part in row if part not in ("scores", "device", "n")})
+
+
+def make_reference(args):
+    """What samples are compared with, and the F-FID of real images beside it."""
+    train, real = (evaluate.load_split("fashion-mnist", args.data_dir, True, held_out)
+                   for held_out in (False, True))  # fmt: skip
+    test = evaluate.load_split("fashion-mnist", args.data_dir, False)
+    files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
+    sessions = [evaluate.load_extractor(file, "fashion-mnist", test, 1)[0] for file in files]
+    features = [evaluate.extract(session, real[0])[0] for session in sessions]
+    radii = evaluate.neighbour_radii(features[0])
+    reference = evaluate.Reference(sessions, features, radii, None, None, None, None)
+    return reference, train[0]
+
+
+def draw(name, setting, seed, count, device):
+    """uint8 images (count, 1, 32, 32), the classes in turn, as those that evaluate.py scores."""
+    script = importlib.import_module(name)
+    path = ROOT / "pretrained" / f"{CHECKPOINTS[name]}.pt"
+    model = script.ema_network(load_checkpoint(path, (CHECKPOINTS[name],)), device)
+    labels = evaluate.balanced_labels(0, count)
+    return to_uint8(script.sample(model, labels, seed=seed, batch_size=BATCH, **setting)).numpy()
+
+
+def table(rows):
+    """All scores as Markdown: means over the seeds."""
+    groups = {}
+    for row in rows:
+        named = {k: v for k, v in row.items() if k != "seed"}
+        groups.setdefault(key(named), []).append(row)
+    floor = next(group for group in groups.values() if group[0]["name"] == "real images")
+    text = "# How to sample, chosen by held-out images\n\n"
+    text += f"`python benchmarks/settings.py --output results/settings` on {rows[-1]['device']}.\n"
+    text += f"N = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every sixth "
+    text += "training image, which the\nmodels have seen: they are the shipped ones.\n\n"
+    head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
+    head += ["F-FID", *SCORES[1:]]
+    cells = []
+    for group in [floor, *(group for group in groups.values() if group is not floor)]:
+        first = group[0]
+        means = {}
+        for name in SCORES:  # real images are of no requested class
+            values = [row["scores"][name] for row in group if row["scores"][name] is not None]
+            means[name] = f"{np.mean(values):.3f}" if values else "–"
+        spread = np.std([row["scores"]["ffid"] for row in group], ddof=1) if group[1:] else None
+        low, high = first.get("guidance_interval", ("", ""))
+        line = [first["name"], first.get("solver", ""), first.get("steps", "")]
+        line += [first.get("guidance", ""), f"{low}:{high}".strip(":")]
+        line += [evaluations(first) if "steps" in first else "", len(group)]
+        ffid = np.mean([row["scores"]["ffid"] for row in group])
+        line += [f"{ffid:.4f}" + (f" ± {spread:.4f}" if spread else "")]
+        cells.append([str(cell) for cell in line] + [means[name] for name in SCORES[1:]])
+    return text + report.as_table([name.replace("_", " ") for name in head], cells)
+
+
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    # fmt: off
+    add("names", nargs="*", metavar="NAME", help="ddim, ddpm or ldm (all)")
+    add("--output", type=Path, required=True, help="folder of settings.json and settings.md")
+    add("--num-samples", type=int, default=10_000, help="samples of each setting and seed (10000)")
+    add("--seeds", type=int, default=3, help="sampling seeds of each setting (3)")
+    add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    add("--table", action="store_true", help="only write the table of settings.json (off)")
+    # fmt: on
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "settings.json"
+    kept = {key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
+    if args.table:
+        report.write_text(table([*kept.values()]), args.output / "settings.md")
+        return
+    device = pick_device("auto")
+    reference, train = make_reference(args)
+    what = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    about = {"device": f"{what}, torch {torch.__version__}", "n": args.num_samples}
+
+    lock = threading.Lock()
+
+    def score(row, images):
+        labels = None
+        if row["name"] != "real images":
+            labels = np.array(evaluate.balanced_labels(0, len(images)))
+        scores = evaluate.score_images(reference, images, labels)
+        print(f"{scores['ffid']:.4f} {scores['ffid2']:.4f} {key(row)}", flush=True)
+        with lock, infer_onnx.written_whole(file) as scratch:
+            kept[key(row)] = row | about | {"scores": {name: scores.get(name) for name in SCORES}}
+            scratch.write_text(json.dumps([*kept.values()], indent=1) + "\n")
+
+    # The device draws while other cores score what it has drawn.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        jobs = []
+        for part in range(min(len(train) // args.num_samples, 5)):
+            row = {"name": "real images", "seed": part}
+            images = train[part * args.num_samples : (part + 1) * args.num_samples]
+            if key(row) not in kept:
+                jobs.append(pool.submit(score, row, images))
+        for seed in range(args.seeds):
+            for name in args.names or CHECKPOINTS:
+                for setting in plan(name):
+                    row = full(name, setting) | {"seed": seed}
+                    row["guidance_interval"] = list(row["guidance_interval"])
+                    if key(row) not in kept:
+                        images = draw(name, setting, seed, args.num_samples, device)
+                        jobs.append(pool.submit(score, row, images))
+        for job in jobs:
+            job.result()
+    report.write_text(table([*kept.values()]), args.output / "settings.md")
+
+
+if __name__ == "__main__":
+    main()
