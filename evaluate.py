@@ -631,8 +631,7 @@ def sampling_bar(parts):
     if tqdm is None:
         return contextlib.nullcontext()
     total = sum((stop - first) * setting.evaluations() for setting, _, first, stop in parts)
-    seconds = 0.5 if sys.stderr.isatty() else 30  # between updates: fewer lines in a log file
-    return tqdm(total=total, unit=" evaluations", unit_scale=True, mininterval=seconds)
+    return tqdm(total=total, unit=" evaluations", unit_scale=True, **infer_onnx.bar_options())
 
 
 def show(bar, text):

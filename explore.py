@@ -12,6 +12,7 @@
     python explore.py walk vae --class Bag --checkpoint runs/vae-2   trained with --latent-dim 2
     python explore.py filmstrip ddpm --class Sneaker,Bag        steps from noise to image
     python explore.py gif ddim --class all                      the same, as an animation
+    python explore.py log runs/ddim runs/ddim-2                 losses and speed of trainings
 
 IMAGE is the index of a test image, or a file, whose class --class names.  A command takes the
 newest run of its model, else the shipped weights; `python explore.py COMMAND --help` lists the
@@ -20,10 +21,12 @@ models of a command, `python explore.py COMMAND MODEL --help` the flags of both.
 
 import argparse
 import inspect
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -51,6 +54,7 @@ SCRIPTS = {
 DIFFUSION = ("ddpm", "ddim", "ldm", "distill")
 INVERT_STEPS = 100  # default; the error of an inversion falls with the number of steps
 MAP_IMAGES = 5000  # at most so many real images on a map, as its help says
+LOSSES = ("loss", "loss_g", "loss_d", "reconstruction", "kl")  # in a log: some, by the script
 
 # --- Method ---------------------------------------------------------------------------------------
 
@@ -216,6 +220,70 @@ def save_map(axes, points, labels, class_names, path, lines=()):
     axes.figure.legend(loc="outside right upper", markerscale=4, frameon=False)
     with written_whole(path) as scratch:
         axes.figure.savefig(scratch, format="png")
+
+
+def read_log(path):
+    """The lines of a log that have a loss, a list of dicts, each with `images`, trained on so far.
+
+    path: a .jsonl file, or the folder of a run.  `images` are missing where neither the log has
+    them nor the checkpoint beside it, as it is beside pretrained/*.log.jsonl.  Raises InputError.
+    """
+    path = path / "log.jsonl" if path.is_dir() else path
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [line for line in lines if line.keys() & {*LOSSES}]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not the log of a training ({error})") from error
+    if len(lines) < 2:
+        raise InputError(f"{path} has fewer than two lines with a loss: nothing to draw yet")
+    checkpoint = Path(str(path).removesuffix(".log.jsonl") + ".pt")
+    if "images" not in lines[0] and checkpoint.is_file():
+        whole = load_checkpoint(checkpoint, SCRIPTS)
+        lines = [{"images": whole["images"] * x["step"] / whole["step"], **x} for x in lines]
+    return lines
+
+
+def draw_log(logs, path):
+    """Four diagrams: losses, loss by tenth of t, learning rate, images/s.
+
+    logs: {name: lines of read_log};  path: of the .png.  What a log does not have is left out.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("log needs matplotlib: pip install matplotlib") from error
+    figure = Figure((14, 9), dpi=100, layout="constrained")
+    losses, tenths, rates, speeds = figure.subplots(2, 2).flat
+    losses.set(title="loss", xlabel="step", xscale="log")
+    text = "loss by tenth of t, over that of output 0: early (pale), half-way, at the end"
+    tenths.set(title=text, xlabel="t / T", yscale="log")
+    rates.set(title="learning rate", xlabel="step")
+    speeds.set(title="images/s", xlabel="step")
+    keys = [key for key in LOSSES if any(key in lines[0] for lines in logs.values())]
+    smallest = min(line.get(key, 1) for lines in logs.values() for line in lines for key in keys)
+    losses.set_yscale("log" if smallest > 0 else "symlog")
+    for i, (name, lines) in enumerate(logs.items()):
+        colour = {"color": f"C{i % 10}", "linewidth": 1}
+        steps = [line["step"] for line in lines]
+        for key, style in zip(LOSSES, ("-", "-", "--", "-", "--"), strict=True):
+            if key in lines[0]:
+                text = name if key == "loss" else f"{name}: {key}"
+                losses.plot(steps, [line[key] for line in lines], style, label=text, **colour)
+        by_tenth = [line["loss_by_tenth_of_t"] for line in lines if "loss_by_tenth_of_t" in line]
+        for part, alpha in ((10, 0.3), (2, 0.6), (1, 1)) if by_tenth else ():
+            at = len(by_tenth) // part
+            recent = by_tenth[max(at - 10, 0) : max(at, 1)]  # the mean of ten lines
+            means = np.nanmean(np.array(recent, float), axis=0)  # None, of no image, becomes NaN
+            tenths.plot(np.arange(10) / 10 + 0.05, means, "o-", alpha=alpha, **colour)
+        if "lr" in lines[0]:
+            rates.plot(steps, [line["lr"] for line in lines], **colour)
+        if "images" in lines[0]:
+            passed = np.diff([(line["images"], line["seconds"]) for line in lines], axis=0)
+            speeds.plot(steps[1:], passed[:, 0] / passed[:, 1], **colour)
+    speeds.set_ylim(bottom=0)
+    losses.legend()
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 # --- Models and images ----------------------------------------------------------------------------
@@ -782,13 +850,32 @@ def build_parser():
         models = sub.add_subparsers(dest="name", metavar="MODEL", required=True, help=which)
         for name in names:
             add_flags(models.add_parser(name, **options), command, name)
+    add_log(commands, options)
     return parser
+
+
+def add_log(commands, options):
+    """Add the command that draws logs, which has no model."""
+    text = "Losses, loss by tenth of t, learning rate and images/s of trainings, from their logs."
+    example = "python explore.py log runs/ddim runs/ddim-2"
+    options["description"] = f"{text}\n\n    {example}"
+    add = commands.add_parser("log", help=text, **options).add_argument
+    # fmt: off
+    add("logs", type=file_path, nargs="+", metavar="RUN",
+        help="folder of a run, or a log, such as pretrained/ddim.log.jsonl")
+    add("--output", type=output_path, default=Path("log.png"), help="the .png to write (log.png)")
+    # fmt: on
 
 
 def main(argv=None):
     parser = build_parser()
     with errors_in_one_line(parser):
         args = parser.parse_args(argv)
+        if args.command == "log":
+            check_output(args.output, [".png"], args.logs)
+            draw_log({path.as_posix(): read_log(path) for path in args.logs}, args.output)
+            print(f"wrote {args.output}")
+            return 0
         draw, _, suffixes = COMMANDS[args.command]
         check_output(args.output, suffixes, args.images)
         model = Trained(args)

@@ -777,7 +777,7 @@ class Run:
         options = {
             "total": 1.0, "initial": min(self.fraction_done(), 1.0), "disable": self.rank > 0,
             "bar_format": "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
-            "mininterval": 0.5 if sys.stderr.isatty() else 30,  # seconds; a file needs fewer lines
+            **bar_options(),
         }  # fmt: skip
         resume = self._command("--resume --run-dir")
         kept = f"what {self.folder} holds is kept. Resume with:  {resume}"
@@ -926,7 +926,8 @@ class Run:
         if found:
             line = {**line, "warnings": [*found.values()]}
         self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
-        at = {"step": step, "epoch": self._epoch(), "seconds": self._seconds()}
+        images = self.earlier_images + (step - self.first_step) * self.args.batch_size
+        at = {"step": step, "epoch": self._epoch(), "seconds": self._seconds(), "images": images}
         with (self.folder / self.log_file).open("a") as file:
             file.write(json.dumps({**at, **line}, allow_nan=False) + "\n")
 
@@ -1000,6 +1001,27 @@ class Run:
             others = " ..." if here < self.world else ""  # the user's other machines
             start = f"torchrun --nproc-per-node {here}{others}"
         return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
+
+
+class WholeLines:
+    """A stream for a progress bar where there is no terminal: each state is a line of its own."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        if text := text.strip():
+            self.stream.write(f"{text}\n")
+
+    def flush(self):
+        self.stream.flush()
+
+
+def bar_options():
+    """Options of a tqdm bar: it moves on a terminal; elsewhere a line comes every 30 seconds."""
+    if sys.stderr.isatty():
+        return {"mininterval": 0.5}
+    return {"mininterval": 30, "file": WholeLines(sys.stderr)}
 
 
 # --- Signs of a fault -----------------------------------------------------------------------------

@@ -86,8 +86,8 @@ def train_classifier(train, test, which, epochs):
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    interval = 0.5 if sys.stderr.isatty() else 30  # fewer lines in a log file
-    with tqdm(total=steps, unit="step", desc=f"extractor {which}", mininterval=interval) as bar:
+    options = {"total": steps, "unit": "step", "desc": f"extractor {which}"}
+    with tqdm(**options, **infer_onnx.bar_options()) as bar:
         for epoch in range(epochs):
             for batch in runs.epoch_batches(len(images), batch_size, seed, epoch):
                 # 28x28 of 32x32: shifts by up to 2 pixels.

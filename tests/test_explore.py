@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -764,6 +765,81 @@ def test_images_that_are_not_finite_are_refused(command, tiny_run, in_tmp, capsy
     assert [path.name for path in in_tmp.iterdir()] == ["broken.pt"]
 
 
+@pytest.fixture
+def lines_of(monkeypatch):
+    """A function: the curves that `explore.py log` draws of some logs, by the title of the axes."""
+    found = {}
+
+    def look(figure, *_, **__):
+        for axes in figure.axes:
+            found[axes.get_title()] = [line.get_xydata().tolist() for line in axes.get_lines()]
+
+    def curves(*logs):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", look)
+        monkeypatch.setattr(explore, "written_whole", lambda path: contextlib.nullcontext())
+        assert explore.main(["log", *map(str, logs)]) == 0
+        return [found[key] for key in found]
+
+    return curves
+
+
+def test_a_log_is_drawn_as_curves(in_tmp, lines_of):
+    """Two runs by hand: one without classes of t, one whose batches became larger."""
+    Path("a").mkdir()
+    Path("a/log.jsonl").write_text(
+        '{"step": 0, "seconds": 0, "diversity": {}}\n'
+        '{"step": 50, "seconds": 10.0, "images": 500, "loss_g": 2.0, "loss_d": 1.0, "lr": 0.5}\n'
+        '{"step": 100, "seconds": 15.0, "images": 1500, "loss_g": 3.0, "loss_d": 4.0, "lr": 0.1}\n'
+    )
+    tenths = [[1, *[0.5] * 9], [3, *[None] * 9]]
+    steps = [{"step": i, "seconds": i, "loss": i, "loss_by_tenth_of_t": t}
+             for i, t in enumerate(tenths, 1)]  # fmt: skip
+    Path("b.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    losses, by_tenth, rates, speeds = lines_of("a", "b.jsonl")
+    assert losses == [[[50, 2], [100, 3]], [[50, 1], [100, 4]], [[1, 1], [2, 2]]]
+    early, _, late = by_tenth
+    assert [y for _, y in early] == tenths[0] and [y for _, y in late] == [2, *[0.5] * 9]
+    assert [x for x, _ in late] == pytest.approx([0.05 + i / 10 for i in range(10)])
+    assert rates == [[[50, 0.5], [100, 0.1]]]
+    assert speeds == [[[100, 200]]]  # 1000 images in 5 seconds
+
+
+def test_the_included_logs_have_all_their_curves(lines_of):
+    """Images/s by those that the checkpoint beside counts: batches of 64."""
+    file = ROOT / "pretrained/ddim.log.jsonl"
+    *_, before, last = map(json.loads, file.read_text().splitlines())
+    curves = lines_of(file)
+    assert [len(lines) for lines in curves] == [1, 3, 1, 1]
+    speed = 64 * (last["step"] - before["step"]) / (last["seconds"] - before["seconds"])
+    assert curves[3][0][-1] == pytest.approx([last["step"], speed])
+
+
+def test_a_run_can_be_drawn(tiny_run, in_tmp, capsys):
+    text = (tiny_run / "log.jsonl").read_text()
+    line = '{"step": 18, "images": 360, "seconds": 99, "loss": 1}\n'
+    assert json.loads(text.splitlines()[-1])["images"] == 360  # 18 steps of 20
+    Path("log.jsonl").write_text(text + line + line.replace("99", "100"))
+    assert explore.main(["log", "."]) == 0
+    assert "wrote log.png" in capsys.readouterr().out
+    assert Image.open("log.png").size == (1400, 900)
+
+
+def test_a_log_that_cannot_be_drawn_is_one_line(tiny_run, in_tmp, capsys, monkeypatch):
+    Path("x.jsonl").write_text("no log")
+    Path("new.jsonl").write_text('{"step": 0}\n{"step": 50, "loss": 1}\n')
+    for argv, message in (
+        (["nowhere"], "nowhere is not the log of a training"),
+        (["x.jsonl"], "x.jsonl is not the log of a training"),
+        (["new.jsonl"], "new.jsonl has fewer than two lines with a loss"),
+        (["new.jsonl", "--output", "x.gif"], "must end in .png"),
+    ):
+        assert message in refused(["log", *argv], capsys)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    file = str(ROOT / "pretrained/gan.log.jsonl")
+    assert "log needs matplotlib: pip install matplotlib" in refused(["log", file], capsys)
+    assert not Path("log.png").exists()
+
+
 def test_without_dropped_labels_guidance_is_fixed(in_tmp, data_dir, capsys):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
     assert ddim.main([*flags, "--label-dropout", "1", "--num-timesteps", "30"]) == 0
@@ -780,7 +856,7 @@ def test_help_has_an_example_of_each_command_that_parses(capsys):
     examples = [line.split("  ")[0].split() for line in map(str.strip, text.splitlines())
                 if line.startswith("python explore.py") and "COMMAND" not in line]  # fmt: skip
     parsed = [explore.build_parser().parse_args(example[2:]) for example in examples]
-    assert {args.command for args in parsed} == {*COMMANDS}
+    assert {args.command for args in parsed} == {*COMMANDS, "log"}
     for command in COMMANDS:
         text = help_of(capsys, command)
         assert f"usage: explore.py {command}" in text and f"python explore.py {command} " in text

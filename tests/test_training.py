@@ -5,6 +5,7 @@ Seen by spies, or from runs with and without a flag.
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,6 +249,17 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(runs.Run, "_show", tick)
+
+
+def test_the_bar_is_whole_lines_where_there_is_no_terminal(in_tmp, data_dir, capsys, monkeypatch):
+    options = runs.bar_options() | {"file": runs.WholeLines(sys.stderr), "mininterval": 0}
+    monkeypatch.setattr(runs, "bar_options", lambda: options)
+    assert gan.main(flags_of("gan", data_dir)) == 0
+    lines = capsys.readouterr().err.split("\n")
+    bars = [line for line in lines if "%" in line]
+    assert len(bars) > 3 and not any("\r" in line for line in bars)
+    assert bars[0].startswith("0.0% |") and bars[-1].startswith("100.0% |")
+    assert bars[-1].endswith("images/s")
 
 
 def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):
