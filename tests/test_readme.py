@@ -202,7 +202,8 @@ def test_the_epochs_of_ten_minutes_are_those_of_the_logs():
 def test_what_a_log_holds_is_said():
     """results/README.md names the keys that the logs have, and how often a line is written."""
     [text] = re.findall(r"^Training writes a log.*?\n\n", RESULTS, re.MULTILINE | re.DOTALL)
-    assert f"a line every {runs.LOG_EVERY} steps: step, epoch, seconds, loss" in one_line(text)
+    listed = "step, epoch, seconds, images, loss"
+    assert f"a line every {runs.LOG_EVERY} steps: {listed}" in one_line(text)
     keys = {"step", "epoch", "seconds", "lr"}
     for name in ("vae", "gan", "ddim", "ldm"):
         lines = log_of(f"pretrained/{name}.log.jsonl")
