@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-IMAGE_SIZE = 32
+IMAGE_SIZES = (32, 64, 128)  # height and width of the images, one of these
 NULL_LABEL = -1  # "no class": where a label is dropped in training, and in unconditional sampling
 
 
@@ -94,8 +94,8 @@ SPLITS = ("train", "val", "test")  # folders of these names are parts of a data 
 class ImageData:
     """A data set in memory.
 
-    images: uint8 (N, C, 32, 32);  labels: int64 (N,) in [0, len(class_names));  source: what was
-    read;  notes: lines on what was left out or taken for something.
+    images: uint8 (N, C, H, W), H = W of IMAGE_SIZES;  labels: int64 (N,) in [0, len(class_names));
+    source: what was read;  notes: lines on what was left out or taken for something.
     """
 
     images: torch.Tensor
@@ -112,7 +112,7 @@ class ImageData:
         lines = [
             f"{self.source}: {n:,} images of {c}x{h}x{w}, {len(counts)} "
             f"class{'es' if len(counts) > 1 else ''} of {min(counts):,} to {max(counts):,} images, "
-            f"values {low}..{high}",
+            f"values {low}..{high}, {self.images.nbytes / 1e6:,.0f} MB",
             f"classes: {', '.join(named)}{', ...' if len(counts) > 10 else ''}",
             *self.notes,
             *(f"warning: {text}" for text in self.warnings),
@@ -153,7 +153,10 @@ class ImageData:
         return {"images": len(self.labels), "sha256": content.hexdigest()}
 
 
-def load_data(name, data_dir=None, channels=1, train=True, background="white", skip_broken=False):
+def load_data(
+    name, data_dir=None, channels=1, train=True, background="white", skip_broken=False,
+    image_size=32,
+):  # fmt: skip
     """Load a data set.
 
     name: one of NAMED_SETS, or set:NAME where a folder has that name, too; a folder with one
@@ -162,7 +165,7 @@ def load_data(name, data_dir=None, channels=1, train=True, background="white", s
     the set is downloaded to data/ if it is in neither;  channels: 1 (grey) or 3 (colour);
     train: the training or the test images; a folder or .npz file without test images has one set,
     used for both;  background: the colour behind transparent pictures;  skip_broken: leave out
-    pictures that cannot be read.
+    pictures that cannot be read;  image_size: one of IMAGE_SIZES.
     Returns ImageData.  Raises InputError, which names the file that is missing or wrong.
     """
     path = Path(name)
@@ -180,7 +183,7 @@ def load_data(name, data_dir=None, channels=1, train=True, background="white", s
         images, labels, class_names, source = _load_torchvision(set_name, data_dir, train)
     elif path.is_dir():
         images, labels, class_names, notes = _load_folder(
-            path, channels, train, background, skip_broken
+            path, channels, train, background, skip_broken, image_size
         )
     elif path.suffix.lower() == ".npz" and path.is_file():
         images, labels, class_names, notes = _load_npz(path, train)
@@ -193,7 +196,10 @@ def load_data(name, data_dir=None, channels=1, train=True, background="white", s
         from torchvision.transforms.functional import rgb_to_grayscale
 
         images = images.expand(-1, 3, -1, -1) if channels == 3 else rgb_to_grayscale(images)
-    return ImageData(_to_image_size(images).contiguous(), labels, class_names, source, notes)
+    if images.shape[2:] != (image_size, image_size):
+        _check_memory(len(images), channels, image_size)
+        images = torch.cat([_to_image_size(part, image_size) for part in images.split(1000)])
+    return ImageData(images.contiguous(), labels, class_names, source, notes)
 
 
 def without_held_out(data):
@@ -210,15 +216,38 @@ def with_mirrored(data):
     return replace(data, images=images, labels=data.labels.repeat(2), source=source)
 
 
-def _to_image_size(images):
-    """uint8 (N, C, H, W) -> (N, C, 32, 32): 28x28 is padded with black, anything else resized."""
-    if images.shape[-2:] == (28, 28):
-        return F.pad(images, (2, 2, 2, 2))
-    if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
-        return images
-    from torchvision.transforms.functional import resize
+def _check_memory(count, channels, image_size):
+    """Raise InputError where images would not fit into memory, where the system says its size."""
+    needed = 2 * count * channels * image_size**2  # the parts, and then all of them in one tensor
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise InputError(
+            f"{count:,} images of {channels}x{image_size}x{image_size} need {needed / 1e9:,.1f} GB "
+            f"while they are read, and this machine has {there / 1e9:,.1f} GB: give fewer, or a "
+            "smaller --image-size"
+        )
 
-    return resize(images, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)
+
+def _to_image_size(images, image_size):
+    """uint8 (N, C, H, W) -> (N, C, image_size, image_size): the middle square, resized.
+
+    28x28 is framed to 32x32 first, in the colour of its corners; in black where they differ.
+    """
+    if images.shape[-2:] == (28, 28):
+        corners = images[..., [0, 0, -1, -1], [0, -1, 0, -1]]  # (N, C, 4)
+        alike = (corners == corners[..., :1]).flatten(1).all(1)
+        colour = corners[..., 0] * alike[:, None]
+        framed = colour[..., None, None].repeat(1, 1, 32, 32)
+        framed[..., 2:30, 2:30] = images
+        images = framed
+    side = min(images.shape[-2:])
+    if images.shape[-2:] == (side, side) == (image_size, image_size):
+        return images
+    from torchvision.transforms.functional import center_crop, resize
+
+    return resize(center_crop(images, [side, side]), [image_size, image_size], antialias=True)
 
 
 def _load_idx(name, data_dir, train):
@@ -358,7 +387,7 @@ def _load_torchvision(name, data_dir, train):
     return images, labels, class_names, f"{name} ({place})"
 
 
-def _load_folder(path, channels, train, background, skip_broken):
+def _load_folder(path, channels, train, background, skip_broken, image_size):
     """Read a folder of class folders, or of pictures alone, into one tensor.
 
     Returns images, labels, class names and notes.
@@ -380,11 +409,12 @@ def _load_folder(path, channels, train, background, skip_broken):
     else:
         files = [(file, 0) for file in outer]
 
+    _check_memory(len(files), channels, image_size)
     images = []
     labels = []
     for file, y in tqdm(files, f"reading {path}", unit="file", delay=1, leave=False):
         try:
-            images.append(load_image(file, channels, background))
+            images.append(load_image(file, channels, background, image_size))
             labels.append(y)
         except InputError as error:
             if not _is_picture(file):  # a text, or a file of the system's
@@ -456,19 +486,19 @@ def _is_picture(file):
     return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
 
 
-def load_image(path, channels, background="white"):
-    """An image file as uint8 (1, channels, 32, 32). Raises InputError if it cannot be read.
+def load_image(path, channels, background="white", image_size=32):
+    """An image file as uint8 (1, channels, H, W). Raises InputError if it cannot be read.
 
-    background: the colour behind a transparent picture.
+    background: the colour behind a transparent picture;  image_size: H = W, one of IMAGE_SIZES.
     """
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
         with Image.open(path) as picture:
             # A large JPEG is decoded at an eighth to a half of its size, which is much faster.
-            picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
+            picture.draft(None, (4 * image_size, 4 * image_size))
             picture = upright(picture, background).convert("L" if channels == 1 else "RGB")
-            return _to_image_size(pil_to_tensor(picture)[None])
+            return _to_image_size(pil_to_tensor(picture)[None], image_size)
     except Exception as error:  # pillow's readers fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a readable image ({reason})") from error

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, NULL_LABEL, InputError, UNet, check_options, label_indices, next_noise,
+    NULL_LABEL, InputError, UNet, check_options, label_indices, next_noise,
     noise_streams, to_float,
 )  # fmt: skip
 
@@ -45,14 +45,17 @@ GRID_STEPS = 20  # of the grids of samples written while training
 SAMPLER_FLAGS = ("guidance_interval", "eta", "clip", "solver")  # passed on to sample()
 GUIDANCE = 1.6  # default
 GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
+WIDTHS = {32: (32, 96), 64: (32, 64, 96), 128: (32, 32, 64, 96)}  # default, by image size
 
 # --- Method ---------------------------------------------------------------------------------------
 
 
-def make_alpha_bars(schedule, num_timesteps):
+def make_alpha_bars(schedule, num_timesteps, image_size=32):
     """The table alpha_bar_t = prod_{s <= t} (1 - beta_s): float64 (T,), falling.
 
-    Index 0 is the paper's t = 1.
+    Index 0 is the paper's t = 1.  Larger images show through more noise: for those, log SNR =
+    log(alpha_bar / (1 - alpha_bar)) is shifted by 2 log(32 / image_size), as Hoogeboom et al. 2023
+    (arXiv:2301.11093) do.
 
     linear     beta from 1e-4 to 0.02, DDPM section 4
     quadratic  sqrt(beta) linear between the roots of the same ends
@@ -70,7 +73,10 @@ def make_alpha_bars(schedule, num_timesteps):
         last = 0.02 ** (1 / power)
         betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power
         betas = betas * 1000 / num_timesteps
-    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    alpha_bars = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    if image_size == 32:
+        return alpha_bars
+    return torch.sigmoid(torch.logit(alpha_bars) + 2 * math.log(32 / image_size))
 
 
 def q_sample(x_0, eps, alpha_bar_t):
@@ -285,7 +291,7 @@ def sample(
     model, labels, *, config=None, steps=None, guidance=None, guidance_interval=GUIDANCE_INTERVAL,
     eta=0.0, clip=True, solver=SOLVER, seed=0, batch_size=100, trace=None,
 ):  # fmt: skip
-    """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
+    """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
     tensor of class names or indices;  config: the checkpoint's;  steps, guidance: those of --help;
@@ -303,8 +309,9 @@ def sample(
     check_sampling(config, steps, guidance)
     labels = torch.tensor(label_indices(labels, model.class_names))
     device = next(model.parameters()).device
-    shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
-    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    image_size = config.get("image_size", 32)
+    shape = (config["channels"], image_size, image_size)
+    alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     pairs = time_pairs(walk_length(alpha_bars, prediction), steps)
     images = []
@@ -326,9 +333,15 @@ def sample(
     return torch.cat(images)
 
 
+def schedule_of(config):
+    """The table of a checkpoint's config; a config without image_size is of 32x32."""
+    image_size = config.get("image_size", 32)
+    return make_alpha_bars(config["schedule"], config["num_timesteps"], image_size)
+
+
 def max_steps(config):
     """The largest number of sampling steps: one for each timestep of a walk."""
-    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    alpha_bars = schedule_of(config)
     return walk_length(alpha_bars, config["prediction"])
 
 
@@ -381,10 +394,12 @@ def train(args, checkpoint=None):
     data = load_run_data(args, checkpoint)
     images = data.images.to(device)
     labels = data.labels.to(device)
-    if IMAGE_SIZE % (args.patch * 2 ** (len(args.widths) - 1)):
+    args.widths = args.widths or WIDTHS[args.image_size]
+    args.depths = args.depths or (1,) * (len(args.widths) - 1) + (3,)
+    if args.image_size % (args.patch * 2 ** (len(args.widths) - 1)):
         raise InputError(
             f"--patch {args.patch} and {len(args.widths)} --widths do not divide "
-            f"{IMAGE_SIZE} pixels"
+            f"{args.image_size} pixels"
         )
 
     # The network, its optimiser, and the average of its weights that samples come from.
@@ -392,7 +407,7 @@ def train(args, checkpoint=None):
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
-    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
+    alpha_bars = schedule_of(vars(args)).float().to(device)
     forward = parallel(torch.compile(model) if args.compile else model)
     optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
         args.optimizer
@@ -485,9 +500,9 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "channels", "widths", "depths", "patch", "attention",
-    "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout",
-    "optimizer", "weight_decay", "ema_length", "seed",
+    "hold_out", "flip", "background", "image_size", "channels", "widths", "depths", "patch",
+    "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss",
+    "label_dropout", "optimizer", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
 
@@ -524,10 +539,11 @@ def build_parser():
     # fmt: off
     network = "network; on a GPU try --patch 1 --widths 64,128,256 --depths 2,2,4"
     add = parser.add_argument_group(network).add_argument
-    add("--widths", type=whole_numbers, default=(32, 96),
-        help="channels at each resolution, finest first (32,96)")
-    add("--depths", type=whole_numbers, default=(1, 3),
-        help="residual blocks at each resolution (1,3)")
+    add("--widths", type=whole_numbers,
+        help="channels at each resolution, finest first (32,96, for 64 pixels 32,64,96, for 128 "
+             "32,32,64,96)")
+    add("--depths", type=whole_numbers,
+        help="residual blocks at each resolution (1 at each, 3 at the last)")
     add("--patch", type=int, choices=(1, 2, 4), default=2,
         help="side of the squares of pixels that become channels at the input (2)")
     add("--attention", action=on_off, default=True,

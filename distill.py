@@ -30,12 +30,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import ddim
-from common import (
-    IMAGE_SIZE, ImageData, InputError, UNet, next_noise, noise_streams, to_uint8,
-)  # fmt: skip
+from common import ImageData, InputError, UNet, next_noise, noise_streams, to_uint8
 from ddim import (
     GUIDANCE_INTERVAL, ddim_sample, ddim_step, dpm_sample, ema_network, guided, guided_times,
-    image_losses, make_alpha_bars, predict_x_0_and_eps, target_of, time_pairs, walk_length,
+    image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs, walk_length,
 )  # fmt: skip
 
 NAME = "distill"
@@ -166,13 +164,14 @@ def train(args, checkpoint=None):
     print(f"teacher {args.teacher}, {args.teacher_steps} steps, guidance {args.guidance:g}")
 
     # Both walk on the same grid of times, the teacher in smaller steps.
-    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, args.steps)
     teacher_pairs = time_pairs(length, args.teacher_steps)
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
-    shape = (config["channels"], IMAGE_SIZE, IMAGE_SIZE)
+    image_size = config.get("image_size", 32)
+    shape = (config["channels"], image_size, image_size)
 
     # The student starts as the teacher.
     teacher_model = ema_network(teacher, device)
@@ -277,8 +276,8 @@ def train(args, checkpoint=None):
 # What a student has from its teacher, the flags that make the run what it is, and those that may
 # change when it is resumed.
 TAUGHT = (
-    "data", "data_dir", "hold_out", "channels", "num_timesteps", "schedule", "prediction",
-    "label_dropout",
+    "data", "data_dir", "hold_out", "image_size", "channels", "num_timesteps", "schedule",
+    "prediction", "label_dropout",
 )  # fmt: skip
 FIXED = (
     "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",

@@ -37,7 +37,7 @@ import gan
 import ldm
 import vae
 from common import (
-    IMAGE_SIZE, InputError, load_data, load_image, next_noise, noise_streams, parse_classes,
+    IMAGE_SIZES, InputError, load_data, load_image, next_noise, noise_streams, parse_classes,
     subsample, to_float, to_uint8,
 )  # fmt: skip
 from runs import (
@@ -328,10 +328,13 @@ class Trained:
         self.path = find_checkpoint(stems, args.checkpoint, stems)
         checkpoint = load_checkpoint(self.path, stems)
         self.config = checkpoint["config"]
+        self.image_size = self.config.get("image_size", 32)
         self.background = self.config.get("background", "white")  # of an older run, none
         self.names = checkpoint["class_names"]
         self.classes = parse_classes(args.class_, self.names, self.path)
         self.latent = args.name == "ldm"
+        if "hole" in args and args.hole is None:
+            args.hole = (0, self.image_size // 2, self.image_size, self.image_size)
         self.options = {}  # of sample()
         if "steps" in args:
             self.options = sampler_options(args, self.script, self.config)
@@ -346,7 +349,7 @@ class Trained:
         self.network = self.script.ema_network(checkpoint, self.device)
 
     def sample(self, trace=None):
-        """--num-samples images of each class: (N, C, 32, 32), and their labels int64 (N,).
+        """--num-samples images of each class: (N, C, H, W), and their labels int64 (N,).
 
         trace: as in ddim_sample, of a diffusion model.
         """
@@ -370,7 +373,7 @@ class Trained:
 
         strength: the fraction of the timesteps that it covers, with as many steps as there can be.
         """
-        alpha_bars = ddim.make_alpha_bars(self.config["schedule"], self.config["num_timesteps"])
+        alpha_bars = ddim.schedule_of(self.config)
         prediction = self.config["prediction"]
         length = ddim.walk_length(alpha_bars, prediction)
         length = max(round(strength * length), 1)
@@ -392,7 +395,7 @@ class Trained:
         return sampler(denoise, x_t.to(self.device), *schedule, clip=clip, trace=trace)
 
     def encode(self, images, labels):
-        """The codes (N, D), or latents (N, C, 8, 8), of uint8 images (N, C, 32, 32)."""
+        """The codes (N, D), or latents (N, C, h, w), of uint8 images (N, C, H, W)."""
         if self.latent:
             return self.network.to_latents(images).cpu()
         mu, _ = vae.encode(self.network, images, labels)
@@ -422,13 +425,14 @@ class Trained:
         data = load_data(
             self.args.data or self.config["data"], folder, self.config["channels"], train=False,
             background=self.background, skip_broken=self.config.get("skip_broken", False),
+            image_size=self.image_size,
         )  # fmt: skip
         if data.class_names != self.names:
             raise InputError("the data set no longer has the classes of the training")
         return data
 
     def given_images(self):
-        """The images of the command line: uint8 (N, C, 32, 32), and their labels int64 (N,)."""
+        """The images of the command line: uint8 (N, C, H, W), and their labels int64 (N,)."""
         if len(self.args.images) > 20:
             raise InputError(f"{len(self.args.images)} images are too many: at most 20")
         indices = [name.isdecimal() for name in self.args.images]
@@ -449,7 +453,8 @@ class Trained:
             else:
                 if len(self.classes) > 1:
                     raise InputError(f"{name} needs a single --class, that of the image")
-                image = load_image(name, self.config["channels"], self.background)
+                options = (self.config["channels"], self.background, self.image_size)
+                image = load_image(name, *options)
                 if (image == image[:, :, :1, :1]).all():
                     print(f"warning: {name} is constant, of one colour")
                 images.append(image)
@@ -517,7 +522,7 @@ def interpolate(args, model):
 def noise_frames(model, y_a, y_b, i, j, weight):
     """Images of ddim from class y_a and noise i to class y_b and noise j; weight: (B,)."""
     weight = weight.view(-1, 1, 1, 1).to(model.device)
-    shape = (model.config["channels"], IMAGE_SIZE, IMAGE_SIZE)
+    shape = (model.config["channels"], model.image_size, model.image_size)
     ends = model.noise([i, j], shape)().split(1)
 
     # Each end by itself down to --mix-at, which is no step where that is 1.
@@ -589,11 +594,14 @@ def inpaint(args, model):
     images, labels = model.given_images()
     x_0 = to_float(images)
     start = model.encode(images, labels).to(model.device) if model.latent else x_0.to(model.device)
+    size = model.image_size
     left, top, right, bottom = args.hole
-    scale = IMAGE_SIZE // start.shape[-1]
+    if max(args.hole) > size:
+        raise InputError(f"--hole {args.hole}: the images have {size}x{size} pixels")
+    scale = size // start.shape[-1]
     if any(edge % scale for edge in args.hole):
         raise InputError(f"--hole {args.hole} must be multiples of {scale}, the pixels of a latent")
-    known = torch.ones(IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bool)
+    known = torch.ones(size, size, dtype=torch.bool)
     known[top:bottom, left:right] = False
 
     y = model.target(labels).expand(args.num_samples)
@@ -735,7 +743,7 @@ COMMANDS = {
 
 def box(text):
     """An argparse type: '0,16,32,32' -> (0, 16, 32, 32): left < right, top < bottom, in pixels."""
-    edges = [number(int, 0, IMAGE_SIZE)(part) for part in text.split(",")]
+    edges = [number(int, 0, max(IMAGE_SIZES))(part) for part in text.split(",")]
     if len(edges) != 4 or edges[0] >= edges[2] or edges[1] >= edges[3]:
         raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM of a box")
     return tuple(edges)
@@ -769,8 +777,8 @@ def add_flags(parser, command, name):
         add("--mix-at", type=number(float, 0, 1, above=True), default=1.0,
             help="fraction of T at which the two ends are mixed, above 0 to 1, their noise (1.0)")
     if command == "inpaint":
-        add("--hole", type=box, default=(0, 16, 32, 32), metavar="LEFT,TOP,RIGHT,BOTTOM",
-            help="what is filled in, in pixels from 0 to 32 (0,16,32,32)")
+        add("--hole", type=box, metavar="LEFT,TOP,RIGHT,BOTTOM",
+            help="what is filled in, in pixels from 0 to the image's size (its lower half)")
         add("--repeats", type=number(int, 1, 100), default=5,
             help="times that each step is taken, 1 to 100; more, and the parts fit better (5)")
     if command == "edit":

@@ -37,9 +37,8 @@ from onnxscript import BOOL, DOUBLE, FLOAT, INT64, UINT8
 from onnxscript import opset18 as op
 
 import infer_onnx
-from common import (
-    IMAGE_SIZE, NAMED_SETS, NULL_LABEL, InputError, next_noise, noise_streams, to_uint8,
-)  # fmt: skip
+import ldm
+from common import NAMED_SETS, NULL_LABEL, InputError, next_noise, noise_streams, to_uint8
 from infer_onnx import METADATA_FORMAT, METADATA_KEY
 from runs import find_checkpoint, load_checkpoint, written_whole
 
@@ -87,12 +86,18 @@ class Means(torch.nn.Module):
         return self.encoder(x, classes)[0]
 
 
+def image_shape(config):
+    """[C, H, W]; a config without image_size is of 32x32."""
+    image_size = config.get("image_size", 32)
+    return [config["channels"], image_size, image_size]
+
+
 def graphs_of(name, network, config, num_classes):
     """What to export: {part: (module, {input: an example of batch 2}, name of the output)}.
 
     The part "" is the model itself; a VAE has "encoder" besides, an LDM "decoder".
     """
-    x = torch.zeros(2, config["channels"], IMAGE_SIZE, IMAGE_SIZE)
+    x = torch.zeros(2, *image_shape(config))
     if name in ("vae", "gan"):
         z = torch.zeros(2, network.latent_dim)
         classes = torch.eye(num_classes)[:1].repeat(2, 1)
@@ -106,7 +111,7 @@ def graphs_of(name, network, config, num_classes):
     y = torch.zeros(2, dtype=torch.int64)  # not t again: the exporter would make them one input
     if name != "ldm":
         return {"": (network, {"x_t": x, "t": t, "y": y}, "output")}
-    z_t = torch.zeros(2, config["latent_channels"], 8, 8)
+    z_t = torch.zeros(2, *ldm.latent_shape(config))
     return {
         "": (network.denoiser, {"x_t": z_t, "t": t, "y": y}, "output"),
         "decoder": (network.autoencoder.decoder, {"z": z_t}, "image"),
@@ -387,7 +392,7 @@ def model_card(script, checkpoint, network, graphs, parts):
         "kind": "codes" if is_codes else "diffusion",
         "model": script.NAME,
         "class_names": checkpoint["class_names"],
-        "image_shape": [config["channels"], IMAGE_SIZE, IMAGE_SIZE],
+        "image_shape": image_shape(config),
         "value_range": [-1, 1],
         "parameters": sum(p.numel() for module, *_ in graphs.values() for p in module.parameters()),
         "training": training,
@@ -427,7 +432,6 @@ def names_of_files(config):
 
 def diffusion_card(script, config, network):
     """What the card of a diffusion model holds besides: how to sample from it."""
-    alpha_bars = script.make_alpha_bars(config["schedule"], config["num_timesteps"])
     student = script.NAME == "distill"  # knows one walk, of which guidance is a part
     card = {
         "null_label": NULL_LABEL,
@@ -438,12 +442,12 @@ def diffusion_card(script, config, network):
         "guidance_interval": script.GUIDANCE_INTERVAL,
         # With labels dropped never or always, one value of the guidance is all that was learned.
         "guidance_fixed": student or config["label_dropout"] in (0, 1),
-        "alpha_bars": alpha_bars.tolist(),
+        "alpha_bars": script.schedule_of(config).tolist(),
     }
     if script.NAME not in ("ddpm", "distill"):  # which have one sampler
         card["solver"] = script.SOLVER
     if script.NAME == "ldm":
-        card["latent_shape"] = [config["latent_channels"], 8, 8]
+        card["latent_shape"] = [*ldm.latent_shape(config)]
         card["latent_mean"] = network.latent_mean.flatten().tolist()
         card["latent_std"] = network.latent_std.flatten().tolist()
     return card

@@ -37,32 +37,35 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
 
 from common import (
-    IMAGE_SIZE, ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
+    ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
     to_float,
 )  # fmt: skip
 
 NAME = "gan"
 SAMPLES_FROM = ("gan",)  # the scripts whose checkpoints this one samples from
 LOSSES = ("relativistic", "nonsaturating", "hinge", "minmax")
+# Default of both networks, by image size.
+WIDTHS = {32: (32, 64, 128), 64: (32, 32, 64, 128), 128: (32, 32, 32, 64, 128)}
 PENALISED = ("relativistic", "nonsaturating")  # the losses that have a gradient penalty
 
 # --- Model ----------------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
-    """(z, classes) -> images (B, channels, 32, 32) in [-1, 1].
+    """(z, classes) -> images (B, channels, H, W) in [-1, 1].
 
     z: (B, latent_dim) ~ N(0, 1);  classes: (B, num_classes), one-hot rows, or rows of weights that
     mix classes.
-    widths: channels at 16x16 (2x2 pixels are channels until the end), 8x8, ..., at most five.
+    widths: channels at half the size (2x2 pixels are channels until the end), a quarter, ..., at
+    most five;  image_size: H = W, divisible by 2^len(widths).
     """
 
-    def __init__(self, channels, num_classes, latent_dim, widths, emb_channels):
+    def __init__(self, channels, num_classes, latent_dim, widths, emb_channels, image_size=32):
         super().__init__()
         self.latent_dim = latent_dim
         self.num_classes = num_classes
         self.class_names = [str(y) for y in range(num_classes)]  # until ema_network knows them
-        self.bottom = IMAGE_SIZE // 2 ** len(widths)
+        self.bottom = image_size // 2 ** len(widths)
         upwards = widths[::-1]
         self.latent = nn.Sequential(
             nn.Linear(latent_dim, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -112,16 +115,16 @@ class Discriminator(nn.Module):
     h(x)>.  The latter is divided by the square root of h's length here, but not where it is
     spectrally normalised: the class would hardly count.
 
-    x: (B, channels, 32, 32) in [-1, 1];  classes: as in Generator;  widths: channels at 16x16,
-    8x8, ...;  spectral: with every layer spectrally normalised (Miyato et al. 2018).
+    x: (B, channels, H, W) in [-1, 1];  classes, widths, image_size: as in Generator;
+    spectral: with every layer spectrally normalised (Miyato et al. 2018).
     """
 
-    def __init__(self, channels, num_classes, widths, spectral):
+    def __init__(self, channels, num_classes, widths, spectral, image_size=32):
         super().__init__()
         self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
         pairs = itertools.pairwise([*widths, None])
         self.blocks = nn.Sequential(*(PlainBlock(a, b) for a, b in pairs))
-        bottom = IMAGE_SIZE // 2 ** len(widths)
+        bottom = image_size // 2 ** len(widths)
         self.features = nn.Linear(widths[-1] * bottom**2, 128)
         self.out = nn.Linear(128, 1)
         self.label = nn.Linear(num_classes, 128, bias=False)
@@ -215,7 +218,7 @@ def one_hot(labels, num_classes):
 
 @torch.no_grad()
 def generate(model, z, classes, batch_size=100):
-    """Images (N, C, 32, 32) in [-1, 1] of codes (N, D), on the CPU.
+    """Images (N, C, H, W) in [-1, 1] of codes (N, D), on the CPU.
 
     classes: (N, num_classes), as in Generator.
     """
@@ -225,7 +228,7 @@ def generate(model, z, classes, batch_size=100):
 
 
 def sample(model, labels, *, truncation=None, seed=0, batch_size=100):
-    """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
+    """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
     tensor of class names or indices;  truncation: as in sample_codes.  Raises InputError.
@@ -266,14 +269,18 @@ def train(args, checkpoint=None):
     images = data.images.to(device)
     labels = data.labels.to(device)
     num_classes = len(data.class_names)
+    args.widths = args.widths or WIDTHS[args.image_size]
 
     # The generator, the average of its weights that samples come from, and its opponent.
-    keys = ("channels", "latent_dim", "widths", "emb_channels")
+    keys = ("channels", "latent_dim", "widths", "emb_channels", "image_size")
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = num_classes
     model = Generator(**network).to(device, memory_format=torch.channels_last)
     spectral = args.loss == "hinge"
-    discriminator = Discriminator(args.channels, num_classes, args.widths_d, spectral)
+    args.widths_d = args.widths_d or WIDTHS[args.image_size]
+    discriminator = Discriminator(
+        args.channels, num_classes, args.widths_d, spectral, args.image_size
+    )
     discriminator.to(device, memory_format=torch.channels_last)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
 
@@ -389,7 +396,7 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "channels", "latent_dim", "widths", "widths_d",
+    "hold_out", "flip", "background", "image_size", "channels", "latent_dim", "widths", "widths_d",
     "emb_channels", "loss", "gamma", "penalty_every", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "bf16")
@@ -412,10 +419,11 @@ def build_parser():
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=64,
         help="size of a latent code, 1 to 4096 (64)")
-    add("--widths", type=whole_numbers, default=(32, 64, 128),
-        help="channels at each resolution, finest first (32,64,128)")
-    add("--widths-d", type=whole_numbers, default=(32, 64, 128),
-        help="channels of the discriminator at each resolution, finest first (32,64,128)")
+    add("--widths", type=whole_numbers,
+        help="channels at each resolution, finest first (32,64,128, for 64 pixels 32,32,64,128, "
+             "for 128 32,32,32,64,128)")
+    add("--widths-d", type=whole_numbers,
+        help="channels of the discriminator at each resolution, finest first (as for --widths)")
     add("--emb-channels", type=number(int, 4), default=128,
         help="size of the code and class embedding, 4 or more (128)")
     add = parser.add_argument_group("method").add_argument

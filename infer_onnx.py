@@ -507,7 +507,7 @@ def sample(
     model, labels, *, steps=None, guidance=None, guidance_interval=None, solver=None, eta=None,
     variance=None, truncation=None, prior=None, seed=0, first=0, batch_size=100,
 ):  # fmt: skip
-    """Sample one image for each label: uint8 (N, C, 32, 32); image i has noise (seed, first + i).
+    """Sample one image for each label: uint8 (N, C, H, W); image i has noise (seed, first + i).
 
     model: from load_model;  labels: a list, array or tensor of class names or indices;
     steps, guidance, guidance_interval: of diffusion models, default from the card;  solver, eta: of
@@ -1229,9 +1229,11 @@ def upright(picture, background):
 
 
 def read_image(path, image_shape, background="white"):
-    """An image file as float32 (C, 32, 32) in [-1, 1]; 28x28 is padded, other sizes are resized.
+    """An image file as float32 (C, H, W) in [-1, 1]: the middle square, resized.
 
-    background: the colour behind a transparent picture.
+    28x28 is framed to 32x32 first, in the colour of its corners; in black where they differ.
+
+    image_shape: (C, H, W), H = W;  background: the colour behind a transparent picture.
     """
     try:
         with Image.open(path) as picture:
@@ -1239,10 +1241,15 @@ def read_image(path, image_shape, background="white"):
     except Exception as error:  # pillow's readers fail in many ways
         raise InputError(f"{path} is not a readable image ({one_line(error)})") from error
     if picture.size == (28, 28):
-        picture = ImageOps.expand(picture, 2)
-    elif picture.size != (32, 32):
-        picture = picture.resize((32, 32), Image.Resampling.BILINEAR)
-    pixels = np.array(picture).reshape(32, 32, -1).transpose(2, 0, 1)
+        corners = {picture.getpixel((x, y)) for x in (0, 27) for y in (0, 27)}
+        picture = ImageOps.expand(picture, 2, corners.pop() if len(corners) == 1 else 0)
+    side = min(picture.size)
+    size = image_shape[1:]
+    if picture.size != (side, side) or side != size[0]:
+        left, top = (round((edge - side) / 2) for edge in picture.size)
+        picture = picture.crop((left, top, left + side, top + side))
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.array(picture).reshape(*size, -1).transpose(2, 0, 1)
     return pixels.astype(np.float32) / 127.5 - 1
 
 

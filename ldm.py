@@ -47,6 +47,7 @@ GRID_STEPS = 20  # of the grids of samples written while training
 SAMPLER_FLAGS = ("guidance_interval", "eta", "solver")  # passed on to sample()
 GUIDANCE = 2.5  # default
 GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
+WIDTHS = {32: (96,), 64: (64, 96), 128: (32, 64, 96)}  # default, by image size
 
 # --- Model ----------------------------------------------------------------------------------------
 
@@ -79,9 +80,9 @@ class ConvBlock(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images (B, channels, 32, 32) in [-1, 1] <-> latents (B, latent_channels, 8, 8).
+    """Images (B, channels, H, W) in [-1, 1] <-> latents (B, latent_channels, H / 4, W / 4).
 
-    widths: channels at 16x16 (2x2 pixels become channels first) and at 8x8;
+    widths: channels at half the size (2x2 pixels become channels first) and at a quarter;
     attention: over channels, as in ConvBlock.
     """
 
@@ -140,7 +141,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def to_latents(self, images, batch_size=500):
-        """Images (N, C, 32, 32) -> standardised latents z_0 (N, latent_channels, 8, 8).
+        """Images (N, C, H, W) -> standardised latents z_0 (N, latent_channels, H / 4, W / 4).
 
         images: uint8, or float in [-1, 1].
         """
@@ -152,7 +153,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def to_images(self, z_0):
-        """Standardised latents -> images (N, C, 32, 32) in [-1, 1]."""
+        """Standardised latents -> images (N, C, H, W) in [-1, 1]."""
         return self.autoencoder.decoder(z_0 * self.latent_std + self.latent_mean)
 
 
@@ -175,10 +176,12 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
-def make_alpha_bars(schedule, num_timesteps):
+def make_alpha_bars(schedule, num_timesteps, image_size=32):
     """The table alpha_bar_t = prod_{s <= t} (1 - beta_s): float64 (T,), falling.
 
-    Index 0 is the paper's t = 1.
+    Index 0 is the paper's t = 1.  Larger images show through more noise: for those, log SNR =
+    log(alpha_bar / (1 - alpha_bar)) is shifted by 2 log(32 / image_size), as Hoogeboom et al. 2023
+    (arXiv:2301.11093) do.
 
     linear     beta from 1e-4 to 0.02, DDPM section 4
     quadratic  sqrt(beta) linear between the roots of the same ends
@@ -196,7 +199,10 @@ def make_alpha_bars(schedule, num_timesteps):
         last = 0.02 ** (1 / power)
         betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64) ** power
         betas = betas * 1000 / num_timesteps
-    return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    alpha_bars = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    if image_size == 32:
+        return alpha_bars
+    return torch.sigmoid(torch.logit(alpha_bars) + 2 * math.log(32 / image_size))
 
 
 def q_sample(x_0, eps, alpha_bar_t):
@@ -411,7 +417,7 @@ def sample(
     model, labels, *, config=None, steps=None, guidance=None, guidance_interval=GUIDANCE_INTERVAL,
     eta=0.0, solver=SOLVER, seed=0, batch_size=100, trace=None,
 ):  # fmt: skip
-    """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
+    """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
     tensor of class names or indices;  config: the checkpoint's;  steps, guidance: those of --help;
@@ -429,8 +435,8 @@ def sample(
     check_sampling(config, steps, guidance)
     labels = torch.tensor(label_indices(labels, model.class_names))
     device = next(model.parameters()).device
-    shape = (config["latent_channels"], 8, 8)
-    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    shape = latent_shape(config)
+    alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     pairs = time_pairs(walk_length(alpha_bars, prediction), steps)
     images = []
@@ -452,9 +458,21 @@ def sample(
     return torch.cat(images)
 
 
+def latent_shape(config):
+    """(latent_channels, H / 4, W / 4) of a checkpoint's config, as is schedule_of."""
+    side = config.get("image_size", 32) // 4
+    return (config["latent_channels"], side, side)
+
+
+def schedule_of(config):
+    """The table of a checkpoint's config; a config without image_size is of 32x32."""
+    image_size = config.get("image_size", 32)
+    return make_alpha_bars(config["schedule"], config["num_timesteps"], image_size)
+
+
 def max_steps(config):
     """The largest number of sampling steps: one for each timestep of a walk."""
-    alpha_bars = make_alpha_bars(config["schedule"], config["num_timesteps"])
+    alpha_bars = schedule_of(config)
     return walk_length(alpha_bars, config["prediction"])
 
 
@@ -507,9 +525,13 @@ def train(args, checkpoint=None):
     widths = args.autoencoder_widths
     if len(widths) != 2 or min(widths) < 4:
         raise InputError(f"--autoencoder-widths {widths} must be two numbers from 4")
-    if len(args.widths) > 4:
+    args.widths = args.widths or WIDTHS[args.image_size]
+    args.depths = args.depths or (1,) * (len(args.widths) - 1) + (3,)
+    side = args.image_size // 4
+    if side % 2 ** (len(args.widths) - 1):
         raise InputError(
-            f"--widths {args.widths} are more than 4: latents of 8x8 can be halved three times"
+            f"{len(args.widths)} --widths are too many: latents are {side}x{side}, and halved from "
+            "one to the next"
         )
     # Numbers that make no network are refused now, not after stage 1.
     UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)
@@ -596,7 +618,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
             # Whatever is random depends on (seed, step) alone: a resumed run repeats it exactly.
             run.seed(generator)
             batch = run.batch().to(device)
-            shape = (len(batch), args.latent_channels, 8, 8)
+            shape = (len(batch), *latent_shape(vars(args)))
             eps = torch.randn(shape, generator=generator, device=device)
             batch, eps = run.shard(batch, eps)
             x = to_float(images[batch])
@@ -665,7 +687,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         latents = (latents - model.latent_mean) / model.latent_std
 
     # The denoiser's optimiser, and the average of its weights that samples come from.
-    alpha_bars = make_alpha_bars(args.schedule, args.num_timesteps).float().to(device)
+    alpha_bars = schedule_of(vars(args)).float().to(device)
     forward = parallel(torch.compile(model.denoiser) if args.compile else model.denoiser)
     optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
         args.optimizer
@@ -762,10 +784,10 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "channels", "latent_channels", "autoencoder_widths",
-    "channel_attention", "kl_weight", "widths", "depths", "attention", "emb_channels",
-    "num_timesteps", "schedule", "prediction", "loss", "label_dropout", "optimizer",
-    "weight_decay", "ema_length", "seed",
+    "hold_out", "flip", "background", "image_size", "channels", "latent_channels",
+    "autoencoder_widths", "channel_attention", "kl_weight", "widths", "depths", "attention",
+    "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout",
+    "optimizer", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",
@@ -809,18 +831,19 @@ def build_parser():
     add("--autoencoder", metavar="PATH",
         help="autoencoder.pt, or its folder, for stage 2 alone (with --stage 2: the newest run's)")
     add("--latent-channels", type=number(int, 1, 256), default=8,
-        help="channels of the latents, which are 8x8, 1 to 256 (8)")
+        help="channels of the latents, a quarter as high and wide as the images, 1 to 256 (8)")
     add("--autoencoder-widths", type=whole_numbers, default=(32, 64),
-        help="channels of the autoencoder at 16x16 and at 8x8, from 4 (32,64)")
+        help="channels of the autoencoder at half the size and at a quarter, from 4 (32,64)")
     add("--channel-attention", action=on_off, default=True,
         help="attention over the channels of the autoencoder (on)")
     add("--kl-weight", type=number(float, 0), default=1e-2,
         help="weight of the KL divergence of the autoencoder, 0 or more (0.01)")
     add = parser.add_argument_group("network").add_argument
-    add("--widths", type=whole_numbers, default=(96,),
-        help="channels at each resolution, finest first (96)")
-    add("--depths", type=whole_numbers, default=(3,),
-        help="residual blocks at each resolution (3)")
+    add("--widths", type=whole_numbers,
+        help="channels at each resolution, finest first (96, for 64 pixels 64,96, for 128 "
+             "32,64,96)")
+    add("--depths", type=whole_numbers,
+        help="residual blocks at each resolution (1 at each, 3 at the last)")
     add("--attention", action=on_off, default=True,
         help="self-attention at the lowest resolution (on)")
     add("--emb-channels", type=number(int, 4), default=128,

@@ -30,8 +30,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common import (
-    NAMED_SETS, InputError, file_stems, load_data, note_on_all, parse_classes, subsample, to_float,
-    to_uint8, with_mirrored, without_held_out,
+    IMAGE_SIZES, NAMED_SETS, InputError, file_stems, load_data, note_on_all, parse_classes,
+    subsample, to_float, to_uint8, with_mirrored, without_held_out,
 )  # fmt: skip
 
 try:
@@ -98,7 +98,7 @@ def file_path(text):
 
 
 def whole_numbers(text):
-    """An argparse type: '32,96' -> (32, 96), at most five: 32 pixels are halved that often."""
+    """An argparse type: '32,96' -> (32, 96), at most five: 32 pixels can be halved that often."""
     numbers = tuple(number(int, 1, 65536)(part) for part in text.split(","))
     if len(numbers) > 5:
         raise argparse.ArgumentTypeError(f"{text!r} is more than five numbers")
@@ -163,6 +163,9 @@ def run_parser(name, doc, batch_size=64, data=True):
                  "are one class; or an .npz of x and y")
         add("--data-dir", type=os.path.expanduser,
             help="folder with the files of a named set (data/, Debian's folder, else a download)")
+        add("--image-size", type=int, choices=IMAGE_SIZES, default=32,
+            help="height and width of the images: 28x28 gets a frame, others are resized, after "
+                 "the middle square was cut out (32)")
         add("--channels", type=int, choices=(1, 3), default=1,
             help="channels of the images, 1 for grey or 3 for colour (1)")
         add("--background", type=colour, default="white",
@@ -553,8 +556,8 @@ def load_run_data(args, checkpoint=None):
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first_here:
         dist.barrier()  # one process of each machine may have to download
-    options = {"background": args.background, "skip_broken": args.skip_broken}
-    data = load_data(args.data, args.data_dir, args.channels, **options)
+    keys = ("channels", "background", "skip_broken", "image_size")
+    data = load_data(args.data, args.data_dir, **{key: getattr(args, key) for key in keys})
     if first_here and dist.is_initialized():
         dist.barrier()
     if args.hold_out:

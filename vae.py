@@ -35,12 +35,14 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    IMAGE_SIZE, ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
+    ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
     subsample, to_float,
 )  # fmt: skip
 
 NAME = "vae"
 SAMPLES_FROM = ("vae",)  # the scripts whose checkpoints this one samples from
+# Default, by image size.
+WIDTHS = {32: (32, 64, 80), 64: (32, 32, 64, 80), 128: (32, 32, 32, 64, 80)}
 
 # --- Model ----------------------------------------------------------------------------------------
 
@@ -48,12 +50,13 @@ SAMPLES_FROM = ("vae",)  # the scripts whose checkpoints this one samples from
 class Encoder(nn.Module):
     """(x, classes) -> (mu, logvar) of q(z | x, y).
 
-    x: (B, channels, 32, 32) in [-1, 1];  classes: (B, num_classes), one-hot rows, or rows of
+    x: (B, channels, H, W) in [-1, 1];  classes: (B, num_classes), one-hot rows, or rows of
     weights that mix classes;  mu, logvar: (B, latent_dim).
-    widths: channels at 16x16 (2x2 pixels become channels first), 8x8, ..., at most five.
+    widths: channels at half the size (2x2 pixels become channels first), a quarter, ..., at most
+    five;  image_size: H = W, divisible by 2^len(widths).
     """
 
-    def __init__(self, channels, num_classes, latent_dim, widths, emb_channels):
+    def __init__(self, channels, num_classes, latent_dim, widths, emb_channels, image_size=32):
         super().__init__()
         self.label = nn.Linear(num_classes, emb_channels, bias=False)
         self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
@@ -62,7 +65,7 @@ class Encoder(nn.Module):
         down = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs]
         self.down = nn.ModuleList([*down, nn.Identity()])
         self.norm = group_norm(widths[-1])
-        bottom = IMAGE_SIZE // 2 ** len(widths)
+        bottom = image_size // 2 ** len(widths)
         self.head = nn.Linear(widths[-1] * bottom**2, 2 * latent_dim)
 
     def forward(self, x, classes):
@@ -75,14 +78,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(z, classes) -> logits (B, channels, 32, 32), whose tanh is the image.
+    """(z, classes) -> logits (B, channels, H, W), whose tanh is the image.
 
     z: (B, latent_dim);  the rest as in Encoder.
     """
 
-    def __init__(self, channels, num_classes, latent_dim, widths, emb_channels):
+    def __init__(self, channels, num_classes, latent_dim, widths, emb_channels, image_size=32):
         super().__init__()
-        self.bottom = IMAGE_SIZE // 2 ** len(widths)
+        self.bottom = image_size // 2 ** len(widths)
         upwards = widths[::-1]
         self.latent = nn.Sequential(
             nn.Linear(latent_dim, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -265,7 +268,7 @@ def one_hot(labels, num_classes):
 
 @torch.no_grad()
 def encode(model, images, labels, batch_size=500):
-    """mu and logvar of uint8 images (N, C, 32, 32): float32 (N, D) each, on the CPU."""
+    """mu and logvar of uint8 images (N, C, H, W): float32 (N, D) each, on the CPU."""
     device = next(model.parameters()).device
     classes = one_hot(labels, model.num_classes)
     pairs = zip(images.split(batch_size), classes.split(batch_size), strict=True)
@@ -276,7 +279,7 @@ def encode(model, images, labels, batch_size=500):
 
 @torch.no_grad()
 def decode(model, z, classes, batch_size=100):
-    """Images (N, C, 32, 32) in [-1, 1] of codes (N, D), on the CPU.
+    """Images (N, C, H, W) in [-1, 1] of codes (N, D), on the CPU.
 
     classes: (N, num_classes), as in Encoder.
     """
@@ -286,7 +289,7 @@ def decode(model, z, classes, batch_size=100):
 
 
 def sample(model, labels, *, prior="fitted", truncation=None, seed=0, batch_size=100):
-    """Sample one image per label: (N, C, 32, 32) in [-1, 1] on the CPU.
+    """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
     tensor of class names or indices;  prior: fitted, which is the model's, normal or None, N(0, 1),
@@ -333,9 +336,10 @@ def train(args, checkpoint=None):
     images = data.images.to(device)
     labels = data.labels.to(device)
     num_classes = len(data.class_names)
+    args.widths = args.widths or WIDTHS[args.image_size]
 
     # The network, its optimiser, and the average of its weights that samples come from.
-    keys = ("channels", "latent_dim", "widths", "emb_channels")
+    keys = ("channels", "latent_dim", "widths", "emb_channels", "image_size")
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = num_classes
     model = VAE(**network).to(device, memory_format=torch.channels_last)
@@ -449,8 +453,8 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "channels", "latent_dim", "widths", "emb_channels",
-    "reconstruction", "kl_weight", "weight_decay", "ema_length", "seed",
+    "hold_out", "flip", "background", "image_size", "channels", "latent_dim", "widths",
+    "emb_channels", "reconstruction", "kl_weight", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "kl_warmup", "grad_clip", "prior_components", "bf16", "compile",
@@ -476,8 +480,9 @@ def build_parser():
     add = parser.add_argument_group("network").add_argument
     add("--latent-dim", type=number(int, 1, 4096), default=64,
         help="size of a latent code, 1 to 4096; explore.py walk needs 2 (64)")
-    add("--widths", type=whole_numbers, default=(32, 64, 80),
-        help="channels at each resolution, finest first (32,64,80)")
+    add("--widths", type=whole_numbers,
+        help="channels at each resolution, finest first (32,64,80, for 64 pixels 32,32,64,80, for "
+             "128 32,32,32,64,80)")
     add("--emb-channels", type=number(int, 4), default=64,
         help="size of the code and class embedding, 4 or more (64)")
     add = parser.add_argument_group("method").add_argument

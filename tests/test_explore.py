@@ -703,7 +703,7 @@ def refused(argv, capsys):
         ("invert ldm 0 --no-clip", "unrecognized arguments: --no-clip"),
         ("invert ddim 3 --class o", "--class is for image files"),
         ("inpaint ddim 3 --hole 0,0,0,32", "'0,0,0,32' is not LEFT,TOP,RIGHT,BOTTOM of a box"),
-        ("inpaint ddim 3 --hole 0,0,32,33", "'33' is not a whole number from 0 to 32"),
+        ("inpaint ddim 3 --hole 0,0,32,33", "the images have 32x32 pixels"),
         ("inpaint ldm 3 --hole 0,0,32,10", "must be multiples of 4, the pixels of a latent"),
         ("inpaint ddim 3 --solver dpm++", "invalid choice: 'dpm++'"),
         ("inpaint ddim 3 --class o,ki", "inpaint needs a single --class"),
