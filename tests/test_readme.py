@@ -267,6 +267,9 @@ def test_the_shipped_models_are_runs_of_the_defaults_as_its_table_says(module):
     config = torch.load(ROOT / f"pretrained/{name}.pt", weights_only=True)["config"]
     kept = {*module.FIXED, *module.FREE} - {*runs.RUN_FLAGS, "bf16", "compile", "autoencoder"}
     defaults = vars(module.build_parser().parse_args([]))
+    widths = module.WIDTHS[32]
+    depths = (1,) * (len(widths) - 1) + (3,)
+    defaults |= {"widths": widths, "widths_d": widths, "depths": depths}
     was = {key: config.get(key, defaults[key]) for key in kept}  # older than the newest flags
     assert was == {key: defaults[key] for key in kept}
     minutes, epochs = re.search(
