@@ -10,7 +10,7 @@
     memory     a batch that cannot fit: one line, exit code 2
     speed      one at a time: images/s, and of ddim.py the fraction of the matrix-product rate
 
-Writes cuda.json and cuda.md after every part; what they hold of other parts and scripts stays.  A
+Writes cuda.json and cuda.md as it goes; what they hold of other parts and scripts stays.  A
 program that takes longer than --limit seconds is ended and counted as failed.  The VAE's prior has
 one Gaussian per class here: the mixture is fitted on the CPU.
 """
@@ -243,16 +243,17 @@ def forward_operations(network):
 
 def part_speed():
     torch.set_float32_matmul_precision("high")  # TF32, as the scripts do
-    rows, products = [], {}
+    products = {}
     for name, dtype in (("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
         a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=dtype)
         products[name] = rate(lambda a=a, b=b: a @ b, 2 * 8192**3)
     del a, b
     torch.cuda.empty_cache()
+    yield {f"8192^3 {name} product, TFLOP/s": r / 1e12 for name, r in products.items()}
     for name, batch, steps, network, switches in RUNS:
         if name not in arguments.scripts:
             continue
-        folder = f"speed_{len(rows)}"
+        folder = "_".join(["speed", name, str(batch), *network, *switches])
         flags = ["--save-every", "100", *network, *switches]
         row = finish(train(name, folder, *flags, steps=steps, batch=batch))
         lines = lines_of(folder)
@@ -267,9 +268,7 @@ def part_speed():
                     "fraction of the TF32 product": operations / products["TF32"],
                     "fraction of the bfloat16 product": operations / products["bfloat16"],
                 }
-        rows.append(row)
-    rows.append({f"8192^3 {name} product, TFLOP/s": r / 1e12 for name, r in products.items()})
-    return rows
+        yield row
 
 
 def others(rows):
@@ -328,11 +327,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for part in arguments.only:
             begun = time.monotonic()
-            rows = globals()[f"part_{part}"]()
-            report["parts"][part] = others(report["parts"].get(part, [])) + rows
+            rows = report["parts"][part] = others(report["parts"].get(part, []))
+            for row in globals()[f"part_{part}"]():
+                rows.append(row)
+                file.write_text(json.dumps(report, indent=1) + "\n")
+                (output / "cuda.md").write_text(as_text(report))
             print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
-            file.write_text(json.dumps(report, indent=1) + "\n")
-            (output / "cuda.md").write_text(as_text(report))
     print(as_text(report))
 
 
