@@ -380,7 +380,7 @@ def ema_network(checkpoint, device):
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
-    power_ema, run_parser, save_samples, training_device, whole_numbers,
+    power_ema, read_start, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -407,6 +407,9 @@ def train(args, checkpoint=None):
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
+    if args.start and not checkpoint:
+        start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
+        model.load_state_dict({**model.state_dict(), **start["ema"]})
     alpha_bars = schedule_of(vars(args)).float().to(device)
     forward = parallel(torch.compile(model) if args.compile else model)
     optimizer_class = {"muon": Muon, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[
@@ -500,11 +503,16 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "image_size", "channels", "widths", "depths", "patch",
-    "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss",
+    "start", "hold_out", "flip", "background", "image_size", "channels", "widths", "depths",
+    "patch", "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss",
     "label_dropout", "optimizer", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
+# The flags that must be as in the run of --start.
+FITTING = (
+    "image_size", "channels", "widths", "depths", "patch", "attention", "emb_channels",
+    "num_timesteps", "schedule", "prediction",
+)  # fmt: skip
 
 # --- Command line ---------------------------------------------------------------------------------
 

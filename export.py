@@ -423,11 +423,9 @@ def data_name(data):
 
 
 def names_of_files(config):
-    """The data of a training, and of a student the file of its teacher, without their folders."""
-    names = {"data": data_name(config["data"])}
-    if "teacher" in config:
-        names["teacher"] = Path(config["teacher"]).name
-    return names
+    """The data of a training, the file of --start or of a teacher: all without their folders."""
+    files = {key: Path(config[key]).name for key in ("teacher", "start") if config.get(key)}
+    return {"data": data_name(config["data"]), **files}
 
 
 def diffusion_card(script, config, network):

@@ -254,7 +254,7 @@ def ema_network(checkpoint, device):
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
-    power_ema, run_parser, save_samples, training_device, whole_numbers,
+    power_ema, read_start, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -282,6 +282,13 @@ def train(args, checkpoint=None):
         args.channels, num_classes, args.widths_d, spectral, args.image_size
     )
     discriminator.to(device, memory_format=torch.channels_last)
+    if args.start and not checkpoint:
+        start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
+        model.load_state_dict({**model.state_dict(), **start["ema"]})
+        if "discriminator" not in start:  # as in the included weights
+            print("the discriminator is new: the file of --start has none")
+        weights = {**discriminator.state_dict(), **start.get("discriminator", {})}
+        discriminator.load_state_dict(weights)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
 
     # Momentum would follow where the opponent was, not where it is.
@@ -396,10 +403,12 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "image_size", "channels", "latent_dim", "widths", "widths_d",
-    "emb_channels", "loss", "gamma", "penalty_every", "ema_length", "seed",
+    "start", "hold_out", "flip", "background", "image_size", "channels", "latent_dim", "widths",
+    "widths_d", "emb_channels", "loss", "gamma", "penalty_every", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "bf16")
+# The flags that must be as in the run of --start.
+FITTING = ("image_size", "channels", "latent_dim", "widths", "widths_d", "emb_channels", "loss")
 
 # --- Command line ---------------------------------------------------------------------------------
 

@@ -511,8 +511,8 @@ def ema_network(checkpoint, device):
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, autocast, errors_in_one_line, find_checkpoint,
     learning_rate, load_checkpoint, load_run_data, number, open_checkpoint, optimisation_flags,
-    parallel, parse_run, pick_device, power_ema, run_parser, save_samples, training_device,
-    whole_numbers,
+    parallel, parse_run, pick_device, power_ema, read_start, run_parser, save_samples,
+    training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -540,17 +540,22 @@ def train(args, checkpoint=None):
     # Stage 1, unless another run's autoencoder is given or a resumed run is past it; then stage 2.
     fraction = stage_1_fraction(args)
     resumed = checkpoint["model"] if checkpoint else None
+    start = None
+    if args.start and resumed != NAME:
+        if fraction == 0:
+            raise InputError("--start begins with both stages: leave out --stage 2, --autoencoder")
+        start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
     if (resumed == "autoencoder" and fraction == 0) or (resumed == NAME and fraction == 1):
         left_out = f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in"
         raise InputError(f"{left_out}: resume without it")
     folder = args.run_dir if checkpoint else None
     if fraction > 0 and resumed != NAME:
-        run, code = train_autoencoder(args, data, device, checkpoint, fraction)
+        run, code = train_autoencoder(args, data, device, checkpoint, start, fraction)
         if code or fraction == 1:
             return code
         folder = run.folder
         checkpoint = None
-    return train_denoiser(args, data, device, checkpoint, folder, 1 - fraction)
+    return train_denoiser(args, data, device, checkpoint, start, folder, 1 - fraction)
 
 
 def stage_1_fraction(args):
@@ -562,7 +567,7 @@ def stage_1_fraction(args):
     return args.stage_1_share
 
 
-def train_autoencoder(args, data, device, checkpoint, fraction):
+def train_autoencoder(args, data, device, checkpoint, start, fraction):
     """Stage 1, the autoencoder. Returns its run and the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     images = data.images.to(device)
@@ -573,6 +578,9 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
         "widths": args.autoencoder_widths, "attention": args.channel_attention,
     }  # fmt: skip
     model = Autoencoder(**network).to(device, memory_format=torch.channels_last)
+    if start and not checkpoint:
+        inside = [name for name in start["ema"] if name.startswith("autoencoder.")]
+        model.load_state_dict({name.split(".", 1)[1]: start["ema"][name] for name in inside})
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     parameters = list(model.parameters())
@@ -648,7 +656,7 @@ def train_autoencoder(args, data, device, checkpoint, fraction):
     return run, run.end()
 
 
-def train_denoiser(args, data, device, checkpoint, folder, fraction):
+def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
     """Stage 2, the diffusion model on the autoencoder's latents. Returns the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
     if checkpoint:
@@ -677,6 +685,8 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
         model.load_state_dict(checkpoint["ema"])  # with the autoencoder, latent_mean and latent_std
         model.denoiser.load_state_dict(checkpoint["weights"])
     else:
+        if start:
+            model.load_state_dict({**model.state_dict(), **start["ema"]})
         model.autoencoder.load_state_dict(stage_1["ema"])
 
     # Every image is encoded once, for all epochs; the noise schedule expects a std of 1.
@@ -784,7 +794,7 @@ def train_denoiser(args, data, device, checkpoint, folder, fraction):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "image_size", "channels", "latent_channels",
+    "start", "hold_out", "flip", "background", "image_size", "channels", "latent_channels",
     "autoencoder_widths", "channel_attention", "kl_weight", "widths", "depths", "attention",
     "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout",
     "optimizer", "weight_decay", "ema_length", "seed",
@@ -792,6 +802,11 @@ FIXED = (
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",
     "autoencoder",
+)  # fmt: skip
+# The flags that must be as in the run of --start.
+FITTING = (
+    "image_size", "channels", "latent_channels", "autoencoder_widths", "channel_attention",
+    "widths", "depths", "attention", "emb_channels", "num_timesteps", "schedule", "prediction",
 )  # fmt: skip
 
 # --- Command line ---------------------------------------------------------------------------------

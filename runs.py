@@ -139,6 +139,10 @@ def run_parser(name, doc, batch_size=64, data=True):
         help="resume training, the newest run or that of --run-dir; no other flag is needed. "
              "--epochs or --minutes set a new length, and the learning rate follows its schedule: "
              "it rises in a longer run; --lr scales what is left of it")
+    if data:
+        add("--start", type=os.path.expanduser, metavar="PATH",
+            help="begin a new run with the averaged weights of a .pt file or a run's folder; a "
+                 "table of other classes is made anew")
     add("--run-dir", type=file_path,
         help="folder of the training run (runs/NAME, or runs/NAME-2, ... where that is taken)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
@@ -256,6 +260,8 @@ def parse_run(parser, argv, names, fixed, free):
         raise InputError(
             "--checkpoint is to sample from; to train on, give --resume --run-dir FOLDER"
         )
+    if args.resume and getattr(args, "start", None):
+        raise InputError("--start begins a new run, --resume goes on with one: give one of them")
     shared = {"train", "resume", "seed", "batch_size", "device"}
     to_train = {*fixed, *free, "run_dir"}
     typed = [key for key in typed_flags(parser, argv) if key not in shared]
@@ -543,6 +549,30 @@ def load_checkpoint(path, names):
         missing = ", ".join(sorted(missing))
         raise InputError(f"{path} is an incomplete checkpoint: it lacks {missing}")
     return checkpoint
+
+
+def read_start(args, names, fitting, class_names):
+    """The checkpoint of --start; for other classes, without the weights of its class table.
+
+    names: stems of the file;  fitting: flags that must be as in its run.  Raises InputError.
+    """
+    path = find_checkpoint(names, args.start)
+    start = load_checkpoint(path, names)
+    for key in fitting:
+        before = start["config"].get(key, 32)  # an older run lacks image_size
+        if before != getattr(args, key):
+            raise InputError(
+                f"--start: {as_flags([key])} is {before} in {path}, and {getattr(args, key)} here: "
+                "it must be the same"
+            )
+    table = "its class table"
+    if class_names != start["class_names"]:
+        for part in {"ema", "discriminator"} & start.keys():
+            weights = start[part].items()
+            start[part] = {name: w for name, w in weights if "label" not in name.split(".")}
+        table = "a new class table, since it was of other classes"
+    print(f"started from {path}, step {start['step']}, with {table}")
+    return start
 
 
 def load_run_data(args, checkpoint=None):
@@ -839,6 +869,7 @@ class Run:
             if self.data.warnings:
                 self.log({"warnings": self.data.warnings})
             save()  # from now on there is a run to resume
+            self.start = time.monotonic()  # of the images/s
         while not self._is_over():
             self.in_step = True
             yield self.step

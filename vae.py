@@ -321,7 +321,7 @@ def ema_network(checkpoint, device):
 from runs import (  # noqa: E402
     LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
-    power_ema, run_parser, save_samples, training_device, whole_numbers,
+    power_ema, read_start, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -343,6 +343,9 @@ def train(args, checkpoint=None):
     network = {key: getattr(args, key) for key in keys}
     network["num_classes"] = num_classes
     model = VAE(**network).to(device, memory_format=torch.channels_last)
+    if args.start and not checkpoint:
+        start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
+        model.load_state_dict({**model.state_dict(), **start["ema"]})
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     weights = model.parameters()
@@ -453,12 +456,14 @@ def train(args, checkpoint=None):
 
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
-    "hold_out", "flip", "background", "image_size", "channels", "latent_dim", "widths",
+    "start", "hold_out", "flip", "background", "image_size", "channels", "latent_dim", "widths",
     "emb_channels", "reconstruction", "kl_weight", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "kl_warmup", "grad_clip", "prior_components", "bf16", "compile",
 )  # fmt: skip
+# The flags that must be as in the run of --start.
+FITTING = ("image_size", "channels", "latent_dim", "widths", "emb_channels")
 
 # --- Command line ---------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """How fast this machine trains and samples the default network, beside its matrix-product rate.
 
     python benchmarks/speed.py
+    python benchmarks/speed.py --image-size 64    without ONNX Runtime: no such file is included
 
 Everything is measured in one run, in turn, and the medians are printed.  The fraction of the
 matrix-product rate can be quoted; the times are those of one machine.  One image costs 6 floating
@@ -22,26 +23,33 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddim
 import infer_onnx
-from common import UNet
+from common import IMAGE_SIZES, UNet
 from runs import Muon, autocast, power_ema
 
 BATCH = 64
+DEPTHS = (1, 1, 1, 3)  # of ddim.py, for the most resolutions; fewer have the last of these
 WARM_UP = 3  # rounds before the ROUNDS that are counted
 ROUNDS = 15
 PRODUCT = "2048^3 float32 product"
 SIZES = 1, 16, 200  # of the batches that are evaluated; 200 is one of 100 guided images
 
 
-def measured_functions():
+def default_network(image_size):
+    """The network that ddim.py trains on grey images of this size."""
+    widths = ddim.WIDTHS[image_size]
+    return UNet(widths=widths, depths=DEPTHS[-len(widths) :])
+
+
+def measured_functions(image_size):
     """{name: (function, images, operations for an image)}, and the network that they use."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     matrix, result = torch.randn(2, 2048, 2048)
-    model = UNet().to(memory_format=torch.channels_last)
+    model = default_network(image_size).to(memory_format=torch.channels_last)
     optimizer = Muon(model.named_parameters(), 5e-3, 0.01, fused=True)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(0.08)).eval()
     count = max(SIZES)
-    x = torch.randn(count, 1, 32, 32)
+    x = torch.randn(count, 1, image_size, image_size)
     t = torch.randint(0, 1000, (count,))
     y = torch.randint(0, 10, (count,))
     shipped = Path(infer_onnx.__file__).parent / "pretrained" / "ddim.onnx"  # of this network, too
@@ -71,7 +79,7 @@ def measured_functions():
     def onnx_evaluation(size):
         session.run(None, {name: array[:size] for name, array in feed.items()})
 
-    macs = macs_of(model)
+    macs = macs_of(model, image_size)
     work = {
         PRODUCT: (product, 1, 4 * 2 * 2048**3),
         "training, float32": (partial(training_step, False), BATCH, 6 * macs),
@@ -81,13 +89,15 @@ def measured_functions():
             work["training, bfloat16"] = partial(training_step, True), BATCH, 6 * macs
     for size in SIZES:
         work[f"evaluation of {size}, torch"] = partial(torch_evaluation, size), size, 2 * macs
-        work[f"evaluation of {size}, onnxruntime"] = partial(onnx_evaluation, size), size, 2 * macs
+        if image_size == 32:
+            onnx = partial(onnx_evaluation, size)
+            work[f"evaluation of {size}, onnxruntime"] = onnx, size, 2 * macs
     return work, model
 
 
-def macs_of(model):
+def macs_of(model, image_size):
     """Multiply-accumulates of the network for an image."""
-    image, index = torch.zeros(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64)
+    image, index = torch.zeros(1, 1, image_size, image_size), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(image, index, index)
     return counter.get_total_flops() / 2
@@ -95,8 +105,10 @@ def macs_of(model):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
-    work, model = measured_functions()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, default=32)
+    image_size = parser.parse_args().image_size
+    work, model = measured_functions(image_size)
     seconds = {name: [] for name in work}
     for i in range(ROUNDS + WARM_UP):
         for name, (function, *_) in work.items():
@@ -107,7 +119,7 @@ def main():
     machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{machine}, torch {torch.__version__}")
     parameters = sum(p.numel() for p in model.parameters())
-    millions = macs_of(model) / 1e6
+    millions = macs_of(model, image_size) / 1e6
     print(f"default network: {parameters:,} parameters, {millions:.1f} MMAC for an image")
     median = {name: statistics.median(times) for name, times in seconds.items()}
     base = work[PRODUCT][2] / median[PRODUCT]

@@ -1,0 +1,153 @@
+"""--start: a new run from a checkpoint's averaged weights, on other data and classes."""
+
+import importlib
+from pathlib import Path
+from shlex import split
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, equal
+
+import export
+import infer_onnx
+
+NAMES = [*TINY_FLAGS]
+# A run of one step, whose first checkpoint has the weights that it began with.
+FLAGS = split("--train --epochs 0.1 --data other.npz --run-dir new")
+
+
+@pytest.fixture
+def others(in_tmp):
+    """Twenty images of three classes that are not those of the tiny runs."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32), dtype=np.uint8)
+    np.savez("other.npz", x=pixels, y=np.arange(20) % 3, class_names=["cat", "dog", "eel"])
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+def began_with(name, flags, monkeypatch, network=None):
+    """The weights, EMA and other parts of a run's first checkpoint, before any step."""
+    script = importlib.import_module(name)
+    saved = {}
+    save = script.Run.save
+
+    def spy(run, content, *args, **options):
+        if run.step == 0:
+            parts = {"weights", "ema", "discriminator"} & content.keys()
+            copies = {key: {k: w.clone() for k, w in content[key].items()} for key in parts}
+            saved.setdefault(run.stem, copies)
+        save(run, content, *args, **options)
+
+    monkeypatch.setattr(script.Run, "save", spy)
+    network = TINY_FLAGS[name][2:] if network is None else network
+    assert script.main([*flags, *network]) == 0
+    return saved
+
+
+def is_of_classes(key):
+    return key.endswith("label.weight")
+
+
+def test_a_run_begins_with_the_averaged_weights_but_for_the_classes(
+    name, tiny_runs, others, monkeypatch, capsys
+):
+    path = tiny_runs(name) / f"{name}.pt"
+    start = torch.load(path, weights_only=True)
+    saved = began_with(name, [*FLAGS, "--start", str(path)], monkeypatch)
+    said = capsys.readouterr().out
+    step = start["step"]
+    assert f"started from {path}, step {step}, with a new class table" in said
+    found = saved[name]["ema"]
+    assert found.keys() == start["ema"].keys()
+    tables = [key for key in found if is_of_classes(key)]
+    assert len(tables) == (2 if name == "vae" else 1)
+    for key, weight in found.items():
+        if key in tables:
+            assert weight.shape != start["ema"][key].shape
+        elif key not in ("latent_mean", "latent_std") and not key.startswith("autoencoder."):
+            assert torch.equal(weight, start["ema"][key]), key
+    if name == "gan":
+        for key, weight in saved[name]["discriminator"].items():
+            assert is_of_classes(key) or torch.equal(weight, start["discriminator"][key]), key
+    if name == "ldm":  # stage 1 begins with its autoencoder, which stage 2 takes from stage 1
+        for key, weight in saved["autoencoder"]["weights"].items():
+            assert torch.equal(weight, start["ema"][f"autoencoder.{key}"]), key
+    trained = torch.load(f"new/{name}.pt", weights_only=True)
+    assert trained["class_names"] == ["cat", "dog", "eel"]
+    assert trained["config"]["start"] == str(path)
+
+
+def test_the_same_classes_keep_their_table(tiny_runs, in_tmp, data_dir, monkeypatch, capsys):
+    folder = tiny_runs("ddpm")  # ddim.py starts from runs of ddpm.py too
+    flags = [*split("--train --epochs 0.1 --run-dir new --data kmnist --data-dir"), data_dir]
+    saved = began_with("ddim", [*flags, "--start", str(folder)], monkeypatch)
+    start = torch.load(folder / "ddpm.pt", weights_only=True)
+    assert equal(saved["ddim"]["weights"], start["ema"])
+    assert "with its class table" in capsys.readouterr().out
+
+
+def test_a_resumed_run_needs_neither_the_flag_nor_the_file(tiny_runs, others, in_tmp, capsys):
+    ddim = importlib.import_module("ddim")
+    Path("start.pt").write_bytes((tiny_runs("ddim") / "ddim.pt").read_bytes())
+    assert ddim.main([*FLAGS, "--start", "start.pt", *TINY_FLAGS["ddim"][2:]]) == 0
+    Path("start.pt").unlink()
+    assert ddim.main(["--resume", "--epochs", "2", "--run-dir", "new"]) == 0
+    assert "started from" not in capsys.readouterr().out.split("run new on")[1]
+    assert export.main(["ddim", "--checkpoint", "new"]) == 0
+    training = infer_onnx.load_model("new/ddim.onnx", "cpu").card["training"]
+    assert training["start"] == "start.pt"
+
+
+WRONG = [
+    ("ddim", "--channels 3", "--channels is 1 in"),
+    ("ddim", "--image-size 64", "--image-size is 32 in"),
+    ("ddim", "--widths 8,32", "--widths is (8, 16) in"),
+    ("ddim", "--prediction eps", "--prediction is v in"),
+    ("vae", "--latent-dim 5", "--latent-dim is 4 in"),
+    ("gan", "--loss hinge", "--loss is nonsaturating in"),
+    ("ldm", "--latent-channels 4", "--latent-channels is 8 in"),
+    ("ldm", "--stage 2", "leave out --stage 2"),
+    ("ddim", "--start nowhere.pt", "there is no nowhere.pt"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), WRONG)
+def test_what_does_not_fit_is_one_line(name, flags, message, tiny_runs, others, in_tmp, capsys):
+    argv = [*FLAGS, "--start", str(tiny_runs(name)), *TINY_FLAGS[name][2:], *split(flags)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(name).main(argv)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not Path("new").exists()
+
+
+def test_start_and_resume_are_two_things(name, tiny_runs, in_tmp, capsys):
+    folder = str(tiny_runs(name))
+    for flags, message in (
+        (["--resume", "--run-dir", folder], "--start begins a new run"),
+        ([], "--start: to train a model"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            importlib.import_module(name).main([*flags, "--start", folder])
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+
+
+def test_the_included_weights_can_be_started_from(in_tmp, monkeypatch, capsys):
+    """Also those of the GAN, which have no discriminator, and none that knows --image-size."""
+    rng = np.random.default_rng(0)
+    np.savez("x.npz", x=rng.integers(0, 256, (8, 28, 28), dtype=np.uint8))
+    flags = split("--train --epochs 0.1 --batch-size 8 --data x.npz --start")
+    gan = importlib.import_module("gan")
+    assert gan.main([*flags, str(ROOT / "pretrained/gan.pt")]) == 0
+    assert "the discriminator is new" in capsys.readouterr().out
+    start = torch.load(ROOT / "pretrained/ddim.pt", weights_only=True)
+    saved = began_with("ddim", [*flags, str(ROOT / "pretrained/ddim.pt")], monkeypatch, [])
+    found = saved["ddim"]["weights"]  # float32 of its float16
+    assert all(
+        is_of_classes(k) or torch.equal(w, start["ema"][k].float()) for k, w in found.items()
+    )
