@@ -668,6 +668,9 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
         print(f"the autoencoder is {path}")
         autoencoder = stage_1["network"]
         stage_1_seconds = stage_1["seconds"]
+        size = stage_1["config"].get("image_size", 32)
+        if size != args.image_size:
+            raise InputError(f"the autoencoder is for --image-size {size}, not {args.image_size}")
         # It may be from a run with other flags; this run's config says those that are true.
         args.kl_weight = stage_1["config"]["kl_weight"]
     if autoencoder["channels"] != args.channels:

@@ -181,12 +181,16 @@ def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
     assert ldm.main(["--class", "o", "--steps", "3"]) == 0 and Path("ldm_o.png").is_file()
 
 
-def test_an_autoencoder_for_other_images_is_refused(tiny_runs, in_tmp, data_dir, capsys):
+@pytest.mark.parametrize(("flag", "was", "now"), [("channels", 1, 3), ("image-size", 32, 64)])
+def test_an_autoencoder_for_other_images_is_refused(
+    tiny_runs, in_tmp, data_dir, capsys, flag, was, now
+):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
-    flags += ["--channels", "3"]
+    flags += [f"--{flag}", str(now)]
     with pytest.raises(SystemExit, match="2"):
         ldm.main([*flags, "--autoencoder", str(tiny_runs("ldm") / "autoencoder.pt")])
-    assert "the autoencoder is for --channels 1, not 3" in capsys.readouterr().err.splitlines()[-1]
+    message = f"the autoencoder is for --{flag} {was}, not {now}"
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (in_tmp / "runs").exists()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_FLAGS
 from PIL import Image
+from test_web import needs_node, needs_runtime, node_pictures
 
 import common
 import ddim
@@ -128,12 +129,30 @@ def test_64_pixels_from_training_to_a_picture_without_torch(
     assert "--image-size is 64 and cannot change" in capsys.readouterr().err
 
 
+@needs_node
+@needs_runtime
+@pytest.mark.parametrize("name", ["ddim", "ldm"])
+def test_the_page_samples_64_pixels(name, large_runs, in_tmp):
+    path = exported(name, large_runs)
+    [pictures], _ = node_pictures(path, [2], [{"steps": 3}])
+    expected = infer_onnx.sample(infer_onnx.load_model(path, "cpu"), [2], steps=3)
+    assert pictures.shape == (1, 1, 64, 64)
+    assert np.abs(pictures.astype(int) - expected).max() <= 1
+
+
+def exported(name, large_runs):
+    """The .onnx file of a run, written unless another test has done so."""
+    path = large_runs(name) / f"{name}.onnx"
+    if not path.exists():
+        assert export.main([name, "--checkpoint", str(path.parent)]) == 0
+    return path
+
+
 def test_a_vae_reads_pictures_of_its_size(large_runs, in_tmp):
     run_dir = str(large_runs("vae"))
-    if not Path(run_dir, "vae.onnx").exists():  # this test alone
-        assert export.main(["vae", "--checkpoint", run_dir]) == 0
     Image.radial_gradient("L").save("given.png")
-    command = ["--model", f"{run_dir}/vae.onnx", "--class", "o", "--reconstruct", "given.png"]
+    path = str(exported("vae", large_runs))
+    command = ["--model", path, "--class", "o", "--reconstruct", "given.png"]
     assert infer_onnx.main([*command, "--output", "onnx.npz"]) == 0
     command = ["reconstruct", "vae", "given.png", "--class", "o", "--checkpoint", run_dir]
     assert explore.main([*command, "--output", "torch.npz"]) == 0
