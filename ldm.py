@@ -459,7 +459,7 @@ def sample(
 
 
 def latent_shape(config):
-    """(latent_channels, H / 4, W / 4) of a checkpoint's config, as is schedule_of."""
+    """(latent_channels, H / 4, W / 4) of a checkpoint's config."""
     side = config.get("image_size", 32) // 4
     return (config["latent_channels"], side, side)
 
@@ -567,6 +567,12 @@ def stage_1_fraction(args):
     return args.stage_1_share
 
 
+def part_of(weights, part):
+    """The weights of a part of LatentDiffusion: {"denoiser.x": weight, ...} -> {"x": weight}."""
+    inside = [name for name in weights if name.startswith(f"{part}.")]
+    return {name.removeprefix(f"{part}."): weights[name] for name in inside}
+
+
 def train_autoencoder(args, data, device, checkpoint, start, fraction):
     """Stage 1, the autoencoder. Returns its run and the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
@@ -579,8 +585,7 @@ def train_autoencoder(args, data, device, checkpoint, start, fraction):
     }  # fmt: skip
     model = Autoencoder(**network).to(device, memory_format=torch.channels_last)
     if start and not checkpoint:
-        inside = [name for name in start["ema"] if name.startswith("autoencoder.")]
-        model.load_state_dict({name.split(".", 1)[1]: start["ema"][name] for name in inside})
+        model.load_state_dict(part_of(start["ema"], "autoencoder"))
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     parameters = list(model.parameters())
@@ -689,7 +694,8 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
         model.denoiser.load_state_dict(checkpoint["weights"])
     else:
         if start:
-            model.load_state_dict({**model.state_dict(), **start["ema"]})
+            weights = {**model.denoiser.state_dict(), **part_of(start["ema"], "denoiser")}
+            model.denoiser.load_state_dict(weights)
         model.autoencoder.load_state_dict(stage_1["ema"])
 
     # Every image is encoded once, for all epochs; the noise schedule expects a std of 1.

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY_FLAGS, equal
 
 import export
 import infer_onnx
+from common import load_data
 
 NAMES = [*TINY_FLAGS]
 # A run of one step, whose first checkpoint has the weights that it began with.
@@ -77,6 +78,12 @@ def test_a_run_begins_with_the_averaged_weights_but_for_the_classes(
         for key, weight in saved["autoencoder"]["weights"].items():
             assert torch.equal(weight, start["ema"][f"autoencoder.{key}"]), key
     trained = torch.load(f"new/{name}.pt", weights_only=True)
+    if name == "ldm":  # its latents are standardised anew, for these images
+        images = load_data("other.npz").images
+        network = importlib.import_module(name).ema_network(trained, torch.device("cpu"))
+        std, mean = torch.std_mean(network.to_latents(images), dim=(0, 2, 3))
+        assert torch.allclose(std, torch.ones(8), atol=1e-3)
+        assert torch.allclose(mean, torch.zeros(8), atol=1e-3)
     assert trained["class_names"] == ["cat", "dog", "eel"]
     assert trained["config"]["start"] == str(path)
 
