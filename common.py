@@ -185,8 +185,10 @@ def load_data(
         images, labels, class_names, notes = _load_folder(
             path, channels, train, background, skip_broken, image_size
         )
+        images, labels = torch.cat(images), torch.tensor(labels)
     elif path.suffix.lower() == ".npz" and path.is_file():
         images, labels, class_names, notes = _load_npz(path, train)
+        images, labels = torch.from_numpy(images), torch.from_numpy(labels)
     else:
         named = ", ".join(NAMED_SETS)
         raise InputError(
@@ -388,9 +390,9 @@ def _load_torchvision(name, data_dir, train):
 
 
 def _load_folder(path, channels, train, background, skip_broken, image_size):
-    """Read a folder of class folders, or of pictures alone, into one tensor.
+    """Read a folder of class folders, or of pictures alone.
 
-    Returns images, labels, class names and notes.
+    Returns lists of images, as load_image returns them, and of labels; class names and notes.
     """
     folders = _class_folders(path)
     if not train and (beside := _test_folder(path)):
@@ -428,7 +430,7 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
     if not images:
         found = f" ({notes[0]})" if notes else ""
         raise InputError(f"{path} needs one sub-folder of images per class, or images alone{found}")
-    return torch.cat(images), torch.tensor(labels), folders or UNLABELLED, notes
+    return images, labels, folders or UNLABELLED, notes
 
 
 def _class_folders(path):
@@ -525,7 +527,7 @@ def _load_npz(path, train):
 
     Their names are those of NPZ_KEYS.  class_names (classes,) may be there too; else the classes
     are called 0, 1, ....  Images without labels are one class.
-    Returns images, labels, class names and notes.
+    Returns images (N, C, H, W) and labels int64 (N,), arrays; class names and notes.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -550,9 +552,9 @@ def _load_npz(path, train):
             f"{path} {_holds(path)}: {images_key} must be uint8 (N, H, W), (N, H, W, 1|3) or "
             "(N, 1|3, H, W)"
         )
-    x = torch.from_numpy(x.copy())
+    x = x.copy()
     if keys[1] not in held:
-        return x, torch.zeros(len(x), dtype=torch.int64), UNLABELLED, []
+        return x, np.zeros(len(x), np.int64), UNLABELLED, []
 
     y = arrays.get(labels_key, np.empty(0))
     every_y = [arrays[key] for key in {keys[1], keys[3]} & held]  # the test set may lack a class
@@ -574,7 +576,7 @@ def _load_npz(path, train):
     if last >= len(names):
         raise InputError(f"{path}: labels go up to {last}, but there are {len(names)} class_names")
     notes = [] if images_key == "x" else [f"images: {images_key}, labels: {labels_key}"]
-    return x, torch.from_numpy(y.reshape(len(x)).astype(np.int64)), names, notes
+    return x, y.reshape(len(x)).astype(np.int64), names, notes
 
 
 def _holds(path):

@@ -6,6 +6,8 @@
     python evaluate.py ddim --guidance 1,1.5,2             at several strengths of guidance
     python evaluate.py ddim --steps 5 --solver ddim,dpm++  with both solvers
     python evaluate.py ddim --hold-out --guidance 1,2      to choose: not by the test images
+    python evaluate.py ddim --data pictures/               of your own, a folder or an .npz
+    python evaluate.py ddim --export-real real/            the real images, for other programs
 
 infer_onnx.py generates the samples, the same number of each class.  They are compared with the test
 images in the features of a classifier of the training images, pretrained/extractor.onnx.  Its
@@ -15,6 +17,10 @@ models does not depend on the first.  benchmarks/extractor.py trains both.
 
 What is chosen by its score, a setting or a recipe, is chosen with --hold-out: by a sixth of the
 training images, so that the test images judge only what was chosen.
+
+Of your own data, size, channels and background are those of the model, and samples have classes as
+often as the training images.  The test images are those of a folder test (or val) beside --data
+.../train, or of the .npz; else every sixth image, which training with --hold-out leaves out.
 
 results.json goes to results/, and benchmarks/report.py adds its table, diagrams and pictures of
 samples: they replace those of the previous run.  Samples are cached in results/cache under all that
@@ -56,6 +62,7 @@ QUERIES = 2000  # images whose nearest neighbours are looked for
 FLOOR_PARTS = 30  # at most so many disjoint parts of the training images are scored for the floor
 LEAST_PART = 1000  # samples, that F-FID is extrapolated from
 SPLITS = 5  # F-FID of N samples is extrapolated from the parts of N, N / 2, ... N / 5 of them
+LEAST_TEST = 20  # images to test, without which nothing is scored
 FEW = 2000  # with fewer samples than this, a table marks its scores, as benchmarks/report.py says
 CHUNK = 1000  # images in a file of the cache
 BATCH = 100  # images generated at a time
@@ -105,15 +112,90 @@ IDX_SETS = {
 }
 
 
-def load_split(name, data_dir, train, held_out=None):
-    """The training or the test images of an IDX data set, in an order that is balanced.
+@dataclass
+class RealImages:
+    """A data set: training images and test images, which may be missing (None).
 
-    held_out: None for all of them, True for every sixth, which training with --hold-out leaves out,
-    False for the others.
+    Both are (uint8 images (N, C, H, W), labels int64 (N,)).
+    """
+
+    name: str
+    class_names: list | None  # None of a named set: its extractor has them
+    train: tuple
+    test: tuple | None
+    in_turn: bool  # whether a sample has as many images of each class: of named sets
+
+    def parts(self, hold_out=False):
+        """What samples are compared with as training images and as test images.
+
+        With hold_out, and where there are no test images, these are every sixth training image,
+        which training with --hold-out leaves out.
+        """
+        train, test = self.train, self.test
+        if hold_out or test is None:
+            held_out = np.arange(len(train[1])) % 6 == 5
+            train, test = ([array[part] for array in train] for part in (~held_out, held_out))
+        return tuple(in_order(*part, self.in_turn) for part in (train, test))
+
+
+def load_real(data, data_dir, image_shape=(1, 32, 32), background="white", skip_broken=False):
+    """The RealImages of --data: a named set, a folder or an .npz.  Raises InputError.
+
+    image_shape: (C, H, W) of the images;  the rest: as the flags of training.
+    """
+    name = named_set(data, data_dir)
+    if not name or image_shape != (1, 32, 32):
+        try:
+            from benchmarks import real  # here, so that a copy of this file alone can score
+        except ImportError as error:
+            reason = infer_onnx.one_line(error)
+            raise InputError(f"--data {data} needs the folder benchmarks/: {reason}") from error
+    if name:
+        parts = [read_split(name, data_dir, train) for train in (True, False)]
+        fit = framed if image_shape == (1, 32, 32) else lambda x: real.fit(x, image_shape)
+        parts = [(fit(images), labels) for images, labels in parts]
+        return RealImages(name, None, *parts, in_turn=True)
+    *loaded, notes = real.load(Path(data), image_shape, background, skip_broken)
+    found = RealImages(*loaded, in_turn=False)
+    train, test = found.parts()
+    if len(test[1]) < LEAST_TEST:
+        counts = f"{len(train[1])} images to train and {len(test[1])} to test"
+        raise InputError(f"--data {data} has {counts}: scores need {LEAST_TEST} to test")
+    whole = hashlib.sha256(test[0].tobytes() + test[1].tobytes()).hexdigest()
+    found.name += f" {whole[:12]}"  # an extractor is of these images, whatever the folder
+    kind = "of their own" if found.test else "every sixth, as training with --hold-out leaves out"
+    print(*notes, f"{found.name}: {len(train[1]):,} training images, {len(test[1]):,} test images "
+          f"({kind}), {len(found.class_names)} classes", sep="\n")  # fmt: skip
+    return found
+
+
+def named_set(data, data_dir):
+    """The name of the set that --data means; None for a folder or .npz.  Raises InputError."""
+    path = Path(data)
+    if data in IDX_SETS and data_dir is None and path.is_dir():
+        raise InputError(
+            f"{data!r} is a named data set, and a folder here: write ./{data} for the folder, "
+            f"set:{data} for the set"
+        )
+    if (name := data.removeprefix("set:")) in IDX_SETS:
+        return name
+    if path.is_dir() or (path.suffix.lower() == ".npz" and path.is_file()):
+        return None
+    named = ", ".join(IDX_SETS)
+    raise InputError(f"no data set {data!r}: give one of {named}, a folder, or an .npz")
+
+
+def framed(images):
+    """uint8 (N, 1, 28, 28) -> (N, 1, 32, 32): padded with black."""
+    return np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)))
+
+
+def read_split(name, data_dir, train):
+    """The training or the test images of an IDX data set.
 
     Looked for in data_dir if it is given, else in data/ and in Debian's folder; nothing is
-    downloaded.  The order takes one image of each class in turn: any first part is balanced.
-    Returns uint8 (N, 1, 32, 32), padded with black, and labels int64 (N,).  Raises InputError.
+    downloaded.
+    Returns uint8 (N, 1, 28, 28) and labels int64 (N,).  Raises InputError.
     """
     folder, debian, sums = IDX_SETS[name]
     places = [Path("data"), *([Path(debian)] if debian else [])]
@@ -141,17 +223,23 @@ def load_split(name, data_dir, train, held_out=None):
         raise InputError(f"{home}: {wanted[0]} are not 28x28 images with a label each")
     if labels.max() > 9:
         raise InputError(f"{home}: {wanted[1]} has more than ten classes")
-    if held_out is not None:
-        chosen = (np.arange(len(labels)) % 6 == 5) == held_out
-        images, labels = images[chosen], labels[chosen]
-    rank = np.empty(len(labels), np.int64)  # of an image among those of its class
+    return images[:, None], labels.astype(np.int64)
+
+
+def in_order(images, labels, in_turn):
+    """Images and labels in an order of which any first part is like the whole.
+
+    in_turn: it has one image of each class after the other, as long as there are any; else the
+    classes as often as the whole.
+    """
+    rank = np.empty(len(labels))  # of an image among those of its class
     shuffled = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(labels))
-    for y in range(10):
+    for y in np.unique(labels):
         members = shuffled[labels[shuffled] == y]
-        rank[members] = np.arange(len(members))
+        rank[members] = np.arange(len(members)) + 0.5
+        rank[members] /= 1 if in_turn else len(members)
     order = np.lexsort((labels, rank))
-    padded = np.pad(images[order, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
-    return padded, labels[order].astype(np.int64)
+    return images[order], labels[order]
 
 
 def read_idx(file, sha256):
@@ -171,44 +259,65 @@ def read_idx(file, sha256):
 # --- Features -------------------------------------------------------------------------------------
 
 
-def check_images(images):
-    """Raise InputError unless images are uint8 (N, 1, 32, 32) that use the range 0..255.
+def check_images(images, image_shape, limits):
+    """Raise InputError unless images are uint8 (N, *image_shape) that use the range of real ones.
 
-    Real images have a background of 0 and reach 255, and so does whatever resembles them: values
-    in 0..1 or -1..1 that were taken for bytes do not.
+    limits: the lowest and the highest value of real images, mostly 0 and 255.  Whatever resembles
+    them comes near both: values in 0..1 or -1..1 that were taken for bytes do not.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (1, 32, 32):
+    if images.dtype != np.uint8 or images.shape[1:] != image_shape:
         found = f"{images.dtype} {images.shape}"
-        raise InputError(f"images are {found}, they must be uint8 (N, 1, 32, 32)")
+        wanted = f"uint8 (N, {', '.join(map(str, image_shape))})"
+        raise InputError(f"images are {found}, they must be {wanted}")
     low, high = images.min(), images.max()
-    if high < 64 or low > 64:
-        raise InputError(f"images have the values {low}..{high}: a wrong range, it must be 0..255")
+    quarter = limits[0] + (limits[1] - limits[0] + 1) / 4
+    if high < quarter or low > quarter:
+        right = "{}..{}".format(*limits)
+        raise InputError(f"images have the values {low}..{high}: a wrong range, it must be {right}")
 
 
 def extract(session, images):
-    """Features float32 (N, D) and logits float32 (N, 10) of uint8 images, the border cut off."""
+    """Features float32 (N, D), logits float32 (N, classes) of uint8 images, the border cut off."""
     parts = []
     for first in range(0, len(images), 250):
-        x = images[first : first + 250, :, 2:30, 2:30].astype(np.float32) / 127.5 - 1
+        x = images[first : first + 250, :, 2:-2, 2:-2].astype(np.float32) / 127.5 - 1
         parts.append(session.run(["features", "logits"], {"x": x}))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def extractor_file(folder, data, which):
-    """extractor.onnx and extractor2.onnx (which: 1 or 2); of MNIST extractor_mnist.onnx, ..."""
-    suffix = "" if data == "fashion-mnist" else f"_{data}"
+def task(images, labels, classes):
+    """The images and labels that an extractor learns, and is tested with.
+
+    Where there is a single class, it learns by how many quarters each image is turned (Gidaris et
+    al. 2018, arXiv:1803.07728).
+    """
+    if classes > 1:
+        return images, labels
+    turned = [np.rot90(images, quarters, axes=(2, 3)) for quarters in range(4)]
+    return np.concatenate(turned), np.arange(4).repeat(len(images))
+
+
+def extractor_file(folder, name, which, image_shape=(1, 32, 32)):
+    """extractor.onnx and extractor2.onnx (which: 1 or 2); of MNIST extractor_mnist.onnx, ...
+
+    name: of RealImages;  of pets, in colour at 64x64: extractor_pets_3x64.onnx.
+    """
+    suffix = "" if name == "fashion-mnist" else f"_{name.split()[0]}"
+    if tuple(image_shape) != (1, 32, 32):
+        suffix += f"_{image_shape[0]}x{image_shape[1]}"
     return folder / f"extractor{'' if which == 1 else which}{suffix}.onnx"
 
 
-def load_extractor(path, data, test, threads):
+def load_extractor(path, data, test, threads, command=""):
     """(session, what results.json says of the file).
 
+    data: the name of RealImages;  command: to train it with, for an error.
     Raises InputError unless it is an extractor of this data set that classifies the test images,
     (images, labels), as well as its card says.
     """
     if not path.is_file():
-        command = f"python benchmarks/extractor.py --data {data} --output {path.parent}"
-        raise InputError(f"no extractor {path}: {command} trains it")
+        command = command or f"python benchmarks/extractor.py --data {data}"
+        raise InputError(f"no extractor {path}: {command} --output {path.parent} trains it")
     content = infer_onnx.read_model(path)
     if not infer_onnx.has_seal(content):
         raise infer_onnx.damaged(path)
@@ -216,9 +325,12 @@ def load_extractor(path, data, test, threads):
     try:
         card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
         if card["format"] != CARD_FORMAT or card["data"] != data:
-            raise InputError(f"{path} is an extractor of {card['data']}, format {card['format']}")
+            raise InputError(
+                f"{path} is an extractor of {card['data']}, format {card['format']}, not of {data}"
+            )
         said = card["accuracy"]
-        accuracy = float((extract(session, test[0])[1].argmax(1) == test[1]).mean())
+        images, labels = task(*test, len(card["class_names"]))
+        accuracy = float((extract(session, images)[1].argmax(1) == labels).mean())
         if abs(accuracy - said) > 0.002:
             raise InputError(f"{path} has test accuracy {accuracy:.4f}, but says {said:.4f}")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -319,7 +431,7 @@ def manifold_scores(real, real_radii, fake, k=K):
     }
 
 
-def class_scores(predicted, labels):
+def class_scores(predicted, labels, classes=10):
     """Scores of the classes int (N,) that the extractor sees, beside the requested ones.
 
     label_accuracy and accuracy_by_class: fraction seen as requested; labels are None where no class
@@ -327,11 +439,11 @@ def class_scores(predicted, labels):
     """
     scores = {"label_accuracy": None}
     if labels is not None:
-        right = np.bincount(labels[predicted == labels], minlength=10)
-        requested = np.bincount(labels, minlength=10)
+        right = np.bincount(labels[predicted == labels], minlength=classes)
+        requested = np.bincount(labels, minlength=classes)
         scores["label_accuracy"] = float((predicted == labels).mean())
         scores["accuracy_by_class"] = (right / np.maximum(requested, 1)).tolist()
-    scores["histogram"] = (np.bincount(predicted, minlength=10) / len(predicted)).tolist()
+    scores["histogram"] = (np.bincount(predicted, minlength=classes) / len(predicted)).tolist()
     return scores
 
 
@@ -347,19 +459,20 @@ def nearest(queries, references):
 
 
 def coarse_pixels(images):
-    """uint8 images (N, 1, 32, 32) -> float32 (N, 196), in which brightness and contrast are equal.
+    """uint8 images (N, C, H, W) -> float32 (N, C * 196), brightness and contrast made equal.
 
-    Means of 2 x 2 pixels without the border, less their mean, scaled to length 1: neither a little
-    blur nor other grey levels move a copy far from its original.
+    Means of blocks of pixels, 2 x 2 at 32x32, without the border, less their mean, scaled to length
+    1: neither a little blur nor other grey levels move a copy far from its original.
     """
-    means = images[:, 0, 2:30, 2:30].reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4), dtype=np.float32)
-    x = means.reshape(len(images), -1)
+    edge = images.shape[-1] // 16
+    inner = images[:, :, edge:-edge, edge:-edge].reshape(len(images), -1, 14, edge, 14, edge)
+    x = inner.mean(axis=(3, 5), dtype=np.float32).reshape(len(images), -1)
     x -= x.mean(axis=1, keepdims=True)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
 
 
 def moved(images):
-    """Yield images (N, 1, 32, 32) as they are, moved by a pixel to all eight sides, and mirrored.
+    """Yield images (N, C, H, W) as they are, moved by a pixel to all eight sides, and mirrored.
 
     Eighteen arrays: the mirror image is moved, too.  The border is wide enough.
     """
@@ -369,7 +482,7 @@ def moved(images):
 
 
 def nearest_moved(images, references):
-    """As nearest, of uint8 images (N, 1, 32, 32): of those that `moved` gives the best counts.
+    """As nearest, of uint8 images (N, C, H, W): of those that `moved` gives the best counts.
 
     A copy does not hide by a step aside, or in a mirror.  references: of coarse_pixels.
     """
@@ -398,27 +511,30 @@ class Reference:
     features: list  # of the test images, for each extractor
     radii: np.ndarray  # of the first extractor's features
     train: np.ndarray  # coarse pixels of all training images
-    held_out: np.ndarray  # uint8 (N, 1, 32, 32), a fifth of the test images
+    held_out: np.ndarray  # uint8 (N, C, H, W), a fifth of the test images
     others: np.ndarray  # coarse pixels of the other test images
     limit: float  # one held-out image in a hundred has a lower copy ratio
+    limits: tuple = (0, 255)  # the lowest and the highest value of the test images
+    classes: int = 10
 
 
-def make_reference(sessions, train, test):
-    """sessions: of the extractors;  train, test: uint8 images (N, 1, 32, 32)."""
+def make_reference(sessions, train, test, classes=10):
+    """sessions: of the extractors;  train, test: uint8 images (N, C, H, W)."""
     count = min(QUERIES, len(test) // 5)
     held_out, coarse, others = test[:count], coarse_pixels(train), coarse_pixels(test[count:])
     features = [extract(session, test)[0] for session in sessions]
     limit = float(np.quantile(copy_ratios(held_out, coarse, others), 0.01))
     radii = neighbour_radii(features[0])
-    return Reference(sessions, features, radii, coarse, held_out, others, limit)
+    limits = (int(test.min()), int(test.max()))
+    return Reference(sessions, features, radii, coarse, held_out, others, limit, limits, classes)
 
 
 def score_images(reference, images, labels):
-    """Every score of uint8 images (N, 1, 32, 32) but those of copy_scores, a dict.
+    """Every score of uint8 images (N, C, H, W) but those of copy_scores, a dict.
 
     labels: the requested classes, None if there are none.  Raises InputError.
     """
-    check_images(images)
+    check_images(images, reference.held_out.shape[1:], reference.limits)
     scores = {}
     names = ("ffid", "ffid2")[: len(reference.sessions)]
     for name, session, real in zip(names, reference.sessions, reference.features, strict=True):
@@ -428,12 +544,15 @@ def score_images(reference, images, labels):
             if len(images) >= SPLITS * LEAST_PART:
                 scores["ffid_infinity"] = ffid_at_infinity(moments(real), features)
             scores |= manifold_scores(real, reference.radii, features)
-            scores |= class_scores(logits.argmax(axis=1), labels)
+            predicted = logits.argmax(axis=1)
+            if reference.classes == 1:  # the extractor knows no classes
+                predicted, labels = np.zeros(len(images), int), None
+            scores |= class_scores(predicted, labels, reference.classes)
     return scores
 
 
 def copy_scores(reference, images):
-    """The median copy ratio of uint8 images (N, 1, 32, 32), and the fraction that look copied."""
+    """The median copy ratio of uint8 images (N, C, H, W), and the fraction that look copied."""
     ratios = copy_ratios(images[:QUERIES], reference.train, reference.others)
     copies = float((ratios < reference.limit).mean())
     return {"copy_ratio": float(np.median(ratios)), "copies": copies}
@@ -466,6 +585,7 @@ class Setting:
     path: Path
     model: infer_onnx.Model
     options: dict  # of diffusion models: steps, guidance; interval and solver if not the default
+    cycle: tuple = tuple(range(10))  # of balanced_labels
     shown: np.ndarray | None = None  # the samples in pictures, the first of seed 0
 
     def evaluations(self):
@@ -490,26 +610,49 @@ class Setting:
         return ", ".join(texts)
 
 
-def find_settings(args, class_names):
-    """The settings that the flags ask for; InputError, or ModelError for a file of no use."""
+def open_model(args, name):
+    """The path of a model and the model; InputError, or ModelError for a file of no use."""
+    try:
+        path = infer_onnx.find_model(name)
+    except ModelError as error:
+        message = f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file"
+        raise InputError(message) from error
+    return path, infer_onnx.load_model(path, args.provider, args.threads)
+
+
+def reading_of(card):
+    """How a model's training read its images: (image_shape, background)."""
+    return tuple(card["image_shape"]), card.get("training", {}).get("background", "white")
+
+
+def find_settings(args, class_names, image_shape=(1, 32, 32), background=None, cycle=range(10)):
+    """The settings that the flags ask for; InputError, or ModelError for a file of no use.
+
+    background: of the real images, None where they are not transparent;  the rest: as the real
+    images have it and as in Setting.
+    """
     settings = []
     for name in dict.fromkeys(args.models or NAMES):
         try:
-            path = infer_onnx.find_model(name)
-        except ModelError as error:
-            if not args.models:
-                continue
-            message = f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file"
-            raise InputError(message) from error
-        model = infer_onnx.load_model(path, args.provider, args.threads)
-        if model.card["image_shape"] != [1, 32, 32] or model.card["class_names"] != class_names:
-            message = f"{path} does not generate grey images of the classes of {args.data}"
+            path, model = open_model(args, name)
+        except InputError:
+            if args.models:
+                raise
+            continue
+        shape, behind = reading_of(model.card)
+        names = model.card["class_names"]
+        if shape != image_shape or names != class_names or behind != (background or behind):
+            channels, size, _ = image_shape
+            kind = f"{'grey' if channels == 1 else 'colour'} images of {size}x{size}"
+            listed = f"{len(names)} classes ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
+            message = f"{path} does not generate {kind} of the classes of {args.data}, "
+            message += f"but {'x'.join(map(str, shape))} of {listed}, background {behind}"
             if args.models:
                 raise InputError(f"{message}: see --data")
             print(f"left out: {message}")
             continue
         options = setting_options(args, name, model.card)
-        settings += [Setting(name, path, model, option) for option in options]
+        settings += [Setting(name, path, model, option, tuple(cycle)) for option in options]
     if not settings:
         places = "runs/, pretrained/ or this folder"
         raise InputError(f"no model in {places}: make one with export.py, or give an .onnx file")
@@ -554,9 +697,12 @@ def setting_options(args, name, card):
     return found
 
 
-def balanced_labels(first, stop):
-    """Classes of the samples number first to stop - 1, in turn: any ten are all of them."""
-    return [i % 10 for i in range(first, stop)]
+def balanced_labels(first, stop, cycle=range(10)):
+    """Classes of the samples number first to stop - 1: those of the cycle, over and over.
+
+    cycle: all classes in turn, or as often as the real images have them.
+    """
+    return [cycle[i % len(cycle)] for i in range(first, stop)]
 
 
 def chunks(count):
@@ -572,29 +718,31 @@ def chunk_file(cache, setting, seed, first, stop):
         "options": setting.options,
         "images": [seed, first, stop],
     }
+    if setting.cycle != tuple(range(10)):
+        key["labels"] = balanced_labels(first, stop, setting.cycle)
     return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.npz"
 
 
-def read_chunk(path, count):
+def read_chunk(path, count, image_shape=(1, 32, 32)):
     """The images in a file of the cache; None if there is none, or it is corrupted."""
     try:
         with np.load(path) as file:
             images = file["x"]
     except Exception:  # numpy's readers fail on a corrupted file in many ways
         return None
-    return images if images.shape == (count, 1, 32, 32) and images.dtype == np.uint8 else None
+    return images if images.shape == (count, *image_shape) and images.dtype == np.uint8 else None
 
 
 def sample_chunk(cache, setting, seed, first, stop, bar):
-    """uint8 images (stop - first, 1, 32, 32): from the cache, or sampled and put there."""
+    """uint8 images (stop - first, C, H, W): from the cache, or sampled and put there."""
     path = chunk_file(cache, setting, seed, first, stop)
-    images = read_chunk(path, stop - first)
+    images = read_chunk(path, stop - first, setting.model.card["image_shape"])
     if images is not None:
         return images
     show(bar, f"{setting.title()}, seed {seed}")
     parts = []
     for start in range(first, stop, BATCH):
-        labels = balanced_labels(start, min(start + BATCH, stop))
+        labels = balanced_labels(start, min(start + BATCH, stop), setting.cycle)
         options = {"seed": seed, "first": start, **setting.options}
         parts.append(infer_onnx.sample(setting.model, labels, **options))
         if bar is not None:
@@ -606,7 +754,7 @@ def sample_chunk(cache, setting, seed, first, stop, bar):
 
 
 def sample_set(cache, setting, seed, count, bar):
-    """uint8 images (count, 1, 32, 32) of a seed, their classes as balanced_labels has them."""
+    """uint8 images (count, C, H, W) of a seed, their classes as balanced_labels has them."""
     parts = [sample_chunk(cache, setting, seed, *chunk, bar) for chunk in chunks(count)]
     return np.concatenate(parts)
 
@@ -649,7 +797,7 @@ def latency(setting):
         warm_up |= {"steps": 1, "guidance_interval": (0, 1)}  # a single step, guided if any is
     times = {}
     for batch in TIMED_BATCHES:
-        labels = balanced_labels(0, batch)
+        labels = balanced_labels(0, batch, setting.cycle)
         infer_onnx.sample(setting.model, labels, **warm_up)
         measured = []
         end = time.perf_counter() + TIMED_SECONDS
@@ -697,8 +845,9 @@ def build_parser():
     # fmt: off
     add("models", type=os.path.expanduser, nargs="*", metavar="MODEL",
         help=f"models to score: {', '.join(NAMES)}, or .onnx files (all that are found)")
-    add("--num-samples", type=number(int, 20, 1_000_000), default=10_000,
-        help="number of samples of each seed, a multiple of 10, 20 to 1,000,000 (10000)")
+    add("--num-samples", type=number(int, 20, 1_000_000),
+        help="number of samples of each seed, 20 to 1,000,000; of named sets a multiple of 10 "
+             "(10000; of your own data as many as test images, at most 10000)")
     add("--seeds", type=number(int, 1, 100), default=1,
         help="number of sampling seeds, 1 to 100; the spread over them is reported (1)")
     add("--steps", type=several(number(int, 1)), metavar="S,...",
@@ -713,8 +862,14 @@ def build_parser():
         const="--guidance-interval 0:HIGH", help=argparse.SUPPRESS)
     add("--solver", type=several(solver), metavar="NAME,...",
         help="samplers of ddim and ldm: ddim, dpm++ or both (the model's default)")
-    add("--data", choices=[*IDX_SETS], default="fashion-mnist",
-        help="data set of the real images (fashion-mnist)")
+    add("--data", type=os.path.expanduser, default="fashion-mnist",
+        help=f"the real images: {', '.join(IDX_SETS)}, a folder or .npz as for training "
+             "(fashion-mnist)")
+    add("--skip-broken", action="store_true",
+        help="leave out pictures of a folder that cannot be read (off: they are refused)")
+    add("--export-real", type=infer_onnx.output_path, metavar="FOLDER/",
+        help="only write the test images, or with --hold-out the held-out ones, as PNGs in the "
+             "model's size, for programs that compare two folders")
     add("--hold-out", action="store_true",
         help="compare with every sixth training image, which training with --hold-out leaves out, "
              "in place of the test images: to choose settings and recipes (off)")
@@ -740,8 +895,6 @@ def build_parser():
     add("--extractors", type=infer_onnx.file_path, metavar="FOLDER",
         default=Path(__file__).resolve().parent / "pretrained",
         help="folder of the extractors' .onnx files (pretrained/)")
-    add("--train-extractor", action="store_true", help=argparse.SUPPRESS)  # moved to benchmarks/
-    add("--epochs", help=argparse.SUPPRESS)  # of --train-extractor
     # fmt: on
     return parser
 
@@ -760,11 +913,11 @@ def machine(args, model):
     }  # fmt: skip
 
 
-def classifier_accuracy(train, test):
+def classifier_accuracy(train, test, classes):
     """CAS: the accuracy on test of the first extractor's architecture, trained on train."""
     from benchmarks.extractor import train_classifier  # needs torch
 
-    return train_classifier(train, test, 1, CAS_EPOCHS)[1]
+    return train_classifier(train, test, classes, 1, CAS_EPOCHS)[1]
 
 
 def marked(n, reference):
@@ -787,15 +940,15 @@ def score_floor(reference, train, test, accuracy, args):
         for i in range(parts)
     ]
     if args.cas:
-        scores[0]["cas"] = classifier_accuracy(train, test)
+        scores[0]["cas"] = classifier_accuracy(train, test, reference.classes)
     row = {"title": "real images", "n": n, "marked": marked(n, reference), "seeds": parts}
     return {**row, "scores": summary(scores)}
 
 
 def score_setting(setting, reference, sets, test, args):
-    """A row of results.json.  sets: uint8 (N, 1, 32, 32) of each seed, maybe more of the first."""
+    """A row of results.json.  sets: uint8 (N, C, H, W) of each seed, maybe more of the first."""
     n = args.num_samples
-    labels = np.array(balanced_labels(0, len(sets[0])))
+    labels = np.array(balanced_labels(0, len(sets[0]), setting.cycle))
     options, card = setting.options, setting.model.card
     unconditional = options.get("guidance") == 0
     requested = None if unconditional else labels[:n]
@@ -808,7 +961,8 @@ def score_setting(setting, reference, sets, test, args):
         raise InputError(f"{setting.title()}: {error}") from error
     if args.cas and not unconditional:
         most = len(reference.train)
-        scores[0]["cas"] = classifier_accuracy((sets[0][:most], labels[:most]), test)
+        samples = sets[0][:most], labels[:most]
+        scores[0]["cas"] = classifier_accuracy(samples, test, reference.classes)
     parts = [setting.path.with_name(Path(part["file"]).name) for part in card["parts"].values()]
     return {
         "title": setting.title(),
@@ -831,12 +985,18 @@ def score_setting(setting, reference, sets, test, args):
     }
 
 
-def load_extractors(args, test):
+def load_extractors(args, real, image_shape, background):
     """The first extractor, and the second if there is one, as load_extractor returns them."""
-    files = [extractor_file(args.extractors, args.data, which) for which in (1, 2)]
+    files = [extractor_file(args.extractors, real.name, which, image_shape) for which in (1, 2)]
     if not files[1].is_file():
         print(f"no {files.pop().name}: no second extractor checks the order of the models")
-    return [load_extractor(file, args.data, test, args.threads) for file in files]
+    command = f"python benchmarks/extractor.py --data {args.data}"
+    command += f" --channels {image_shape[0]}" * (image_shape[0] != 1)
+    command += f" --image-size {image_shape[1]}" * (image_shape[1] != 32)
+    command += f" --background {background!r}" * (background != "white")
+    command += " --skip-broken" * args.skip_broken
+    test = real.parts()[1]
+    return [load_extractor(file, real.name, test, args.threads, command) for file in files]
 
 
 def check_packages(args):
@@ -857,18 +1017,35 @@ def check_packages(args):
 
 def score_models(args):
     """Generate, score and picture the samples of every setting; scores are written at the end."""
-    if args.train_extractor or args.epochs:
-        command = f"python benchmarks/extractor.py --data {args.data} --output FOLDER"
-        raise InputError(f"--train-extractor is now: {command}")
     check_packages(args)
-    n = args.num_samples
-    if n % 10:
-        raise InputError(f"--num-samples {n} is not a multiple of 10, the number of classes")
-    train, test = (load_split(args.data, args.data_dir, split) for split in (True, False))
-    sessions, cards = zip(*load_extractors(args, test), strict=True)
-    if args.hold_out:
-        train, test = (load_split(args.data, args.data_dir, True, part) for part in (False, True))
-    settings = find_settings(args, cards[0]["class_names"])
+    is_named = named_set(args.data, args.data_dir) is not None
+    if not (is_named or args.models):
+        raise InputError(f"--data {args.data} needs the models to score, as in: evaluate.py ddim")
+    reading = (1, 32, 32), "white"
+    if args.models:
+        shape, background = reading_of(open_model(args, args.models[0])[1].card)
+        reading = shape, "white" if is_named else background
+    if is_named and (args.num_samples or 10) % 10:
+        message = "is not a multiple of 10, the number of classes"
+        raise InputError(f"--num-samples {args.num_samples} {message}")
+    real = load_real(args.data, args.data_dir, *reading, args.skip_broken)
+    train, test = real.parts(args.hold_out)
+    if args.export_real:
+        return export_real(args.export_real, *test, real.class_names)
+    sessions, cards = zip(*load_extractors(args, real, *reading), strict=True)
+    n = args.num_samples or (10_000 if is_named else min(10_000, len(test[1])))
+    args.num_samples = n
+    class_names = cards[0]["class_names"]
+    if args.cas and len(class_names) == 1:
+        raise InputError("--cas needs classes, and the data have one")
+    background = None if is_named else reading[1]
+    cycle = range(10) if is_named else train[1].tolist()
+    settings = find_settings(args, class_names, reading[0], background, cycle)
+    if real.test is None or args.hold_out:
+        for path, card in {setting.path: setting.model.card for setting in settings}.items():
+            if not card.get("training", {}).get("hold_out"):
+                said = "was not trained with --hold-out: it has seen what it is compared with"
+                print(f"warning: {path} {said}")
     cache = args.output / "cache"
     cache.mkdir(parents=True, exist_ok=True)  # or fail, before the work
     sizes = [n] * args.seeds
@@ -882,10 +1059,12 @@ def score_models(args):
         return
     print(f"running on {settings[0].model.where}")
     print(f"{len(settings)} settings; real images are scored first", flush=True)
-    reference = make_reference([*sessions], train[0], test[0])
+    reference = make_reference([*sessions], train[0], test[0], len(class_names))
     results = {
         "protocol": {
-            "data": args.data, "hold_out": args.hold_out, "k": K, "reference": len(test[0]),
+            "data": real.name, "hold_out": args.hold_out or real.test is None, "k": K,
+            "balanced": is_named, "has_test": real.test is not None,
+            "block": reading[0][1] // 16, "reference": len(test[0]),
             "train": len(train[0]), "queries": len(reference.held_out),
             "others": len(reference.others),
         },
@@ -903,10 +1082,18 @@ def score_models(args):
     write_results(args, results, settings, reference, train[0])
 
 
+def export_real(folder, images, labels, class_names):
+    """Write real images as PNGs, whose names have their classes."""
+    infer_onnx.check_output(folder, [""])
+    names = class_names or [str(y) for y in range(10)]
+    infer_onnx.write_images(images, labels.tolist(), names, folder, 10, {"Software": "evaluate.py"})
+    print(f"wrote {folder}: {len(images):,} real images")
+
+
 def write_results(args, results, settings, reference, train):
     """results.json, and what benchmarks/report.py makes of it and of the samples.
 
-    train: uint8 images (N, 1, 32, 32).
+    train: uint8 images (N, C, H, W).
     """
     folder = args.output
     file = folder / "results.json"
@@ -925,11 +1112,12 @@ def write_results(args, results, settings, reference, train):
     for setting in settings:
         title, shown = setting.title(), setting.shown
         copied = train[nearest_moved(shown[:20], reference.train)[1]]
-        report.write_samples(folder, title, shown[:100], copied, class_names)
+        labels = np.array(balanced_labels(0, len(shown), setting.cycle))
+        report.write_samples(folder, title, shown, copied, class_names, labels)
         if args.tsne:
             features = extract(reference.sessions[0], shown)[0]
             real = reference.features[0][: len(features)]
-            report.write_tsne(folder, title, real, features, class_names)
+            report.write_tsne(folder, title, real, features, class_names, labels)
     rows = {setting.title(): setting.shown[:10] for setting in settings}
     report.write_side_by_side(folder / "side_by_side.png", rows)
     try:

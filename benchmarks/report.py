@@ -24,6 +24,7 @@ from infer_onnx import Parser, fold, one_line, to_picture, with_names, written_w
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
 FEW = 2000  # with fewer samples than this, evaluate.py marks a row
+MOST = 20  # classes in a table, a diagram or a picture; others are left out
 # Columns of the table: (name of the score, heading, format).
 SCORES = (
     ("ffid", "F-FID", ".3g"),
@@ -121,7 +122,8 @@ def classes_of(results):
     """Label accuracy of each class, where classes were requested."""
     lines = []
     for row in results["rows"]:
-        if by_class := row["scores"].get("accuracy_by_class"):
+        by_class = row["scores"].get("accuracy_by_class", ())
+        if 0 < len(by_class) <= MOST:
             lines.append([row["title"], *(f"{accuracy:.2f}" for accuracy in by_class)])
     return as_table(["model", *results["extractors"][0]["class_names"]], lines) if lines else ""
 
@@ -148,12 +150,17 @@ def table(results):
     text += f"onnxruntime {machine['onnxruntime']}; times: medians, "
     text += "which move with the machine's load.\n\n"
     for which, card in enumerate(results["extractors"], 1):
-        weak = " (!) below 93 %, too weak to judge" if card["accuracy"] < 0.93 else ""
+        least = card.get("least_accuracy", 0.93)
+        weak = f" (!) below {least:.0%}, too weak to judge" if card["accuracy"] < least else ""
+        weak = weak.replace("%", " %")
         text += f"- Extractor {which}: {card['file']}, {card['architecture']}; test accuracy "
         text += f"{card['accuracy']:.2%}{weak}; SHA-256 `{card['sha256']}`.\n"
-    if hold_out:
+    if hold_out and protocol.get("has_test", True):
         text += HELD_OUT
-    return text + NOTES.format(few=FEW, real=real, **protocol)
+    if not protocol.get("balanced", True):
+        text += OWN_DATA
+    means = "{0} x {0}".format(protocol.get("block", 2))
+    return text + NOTES.format(few=FEW, real=real, means=means, **protocol)
 
 
 PARTS = {"scores": scores_of, "classes": classes_of, "cost": cost_of, "overview": overview}
@@ -180,6 +187,12 @@ HELD_OUT = """\
   the choice. Models that were not trained with --hold-out have seen them, and so have both
   extractors: compare within this table only.
 """
+OWN_DATA = """\
+- Samples have classes as often as the training images. Where the data have no test images, every
+  sixth image is held out, as training with --hold-out and that of the extractors leave it out.
+- An extractor knows a small training set by heart: these images, of which the floor is made, are
+  then further from the test images than they were, and a good model's scores may be better.
+"""
 NOTES = """\
 - F-FID: Frechet distance in the first extractor's features of {data}; not comparable with a
   published FID. It falls as N grows, and so does its floor; excess F-FID is what lies between.
@@ -197,7 +210,7 @@ NOTES = """\
 - Precision, recall, density, coverage: k = {k}, all against all.
 - Label accuracy: fraction of samples that the extractor classifies as the requested class.
 - Copy ratio: median over up to {queries:,} samples of the distance to the nearest of {train:,}
-  training images over that to the nearest of {others:,} {real} images, in means of 2 x 2 pixels
+  training images over that to the nearest of {others:,} {real} images, in means of {means} pixels
   whose brightness and contrast are made equal; of a sample, its mirror image, and both moved by a
   pixel to any side, the nearest counts. Copies: fraction of them with a ratio that only 1 % of real
   images fall below. A copy ratio far below that of real images, or copies far above 0.01, show that
@@ -226,24 +239,29 @@ def write_text(text, path):
         scratch.write_text(text)
 
 
-def write_samples(folder, title, images, neighbours, class_names):
+def write_samples(folder, title, images, neighbours, class_names, labels=None):
     """Two pictures of samples: ten of each class, and each above the nearest training image.
 
-    images: uint8 (N, 1, 32, 32), the classes in turn;  neighbours: uint8 (M, 1, 32, 32), the
-    nearest training images of the first M.
+    images: uint8 (N, C, H, W);  neighbours: uint8 (M, C, H, W), the nearest training images of the
+    first M, a multiple of ten;  labels: (N,), None for the classes in turn.
     """
-    by_class = np.concatenate([images[y::10] for y in range(10)])
-    grid = to_picture(by_class, len(by_class) // 10)
-    write_picture(with_names(grid, class_names), folder / f"samples_{fold(title)}.png")
+    labels = np.arange(len(images)) % len(class_names) if labels is None else labels
+    rows = []
+    for y in range(min(len(class_names), MOST)):
+        ten = images[labels == y][:10]  # of a rare class there are fewer
+        rows += [ten, np.full((10 - len(ten), *images.shape[1:]), 255, np.uint8)]
+    grid = to_picture(np.concatenate(rows), 10)
+    write_picture(with_names(grid, class_names[:MOST]), folder / f"samples_{fold(title)}.png")
     both = images[: len(neighbours)], neighbours
-    rows = [array[:, :, 2:30, 2:30].reshape(-1, 10, 28, 28) for array in both]
-    tiles = np.stack(rows, axis=1).reshape(-1, 1, 28, 28)
+    inner = [array[:, :, 2:-2, 2:-2] for array in both]
+    shape = inner[0].shape[1:]
+    tiles = np.stack([array.reshape(-1, 10, *shape) for array in inner], axis=1).reshape(-1, *shape)
     grid = with_names(to_picture(tiles, 10), ["sample", "nearest real"] * (len(tiles) // 20))
     write_picture(grid, folder / f"nearest_{fold(title)}.png")
 
 
 def write_side_by_side(path, rows):
-    """A row of ten samples for each title: rows {title: uint8 (10, 1, 32, 32)}."""
+    """A row of ten samples for each title: rows {title: uint8 (10, C, H, W)}."""
     grid = to_picture(np.concatenate([*rows.values()]), 10)
     write_picture(with_names(grid, [*rows]), path)
 
@@ -286,29 +304,35 @@ def plot_curves(path, x_label, curves, floor):
     write_diagram(figure, path)
 
 
-def plot_classes(path, rows, class_names):
+def plot_classes(path, rows, class_names, balanced=True):
     """Fraction of each class in the samples, as the extractor sees them; rows {name: fractions}."""
     figure, axes = new_diagram("classes of the samples", y_label="fraction of samples")
     width = 0.84 / len(rows)
     for i, (name, fractions) in enumerate(rows.items()):
-        axes.bar(np.arange(10) + (i + 0.5) * width - 0.42, fractions, width, label=name)
-    axes.axhline(0.1, color="black", linewidth=1, label="balanced")
-    axes.set_xticks(range(10), class_names, rotation=30, ha="right", rotation_mode="anchor")
+        places = np.arange(len(class_names)) + (i + 0.5) * width - 0.42
+        axes.bar(places, fractions, width, label=name)
+    if balanced:
+        axes.axhline(1 / len(class_names), color="black", linewidth=1, label="balanced")
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=30, ha="right", rotation_mode="anchor")
     write_diagram(figure, path)
 
 
-def plot_map(path, title, real, samples, class_names):
-    """Points in the plane: real, grey, and samples, by class.  Both (N, 2), the classes in turn."""
+def plot_map(path, title, real, samples, labels, class_names):
+    """Points in the plane: real, grey, and samples, by class.  Both (N, 2);  labels: (N,)."""
     figure, axes = new_diagram(title)
     axes.scatter(*real.T, s=14, color="#cccccc", label="real images")
-    for y, name in enumerate(class_names):
-        colour = f"C{y}" if y != 7 else "black"  # C7 is grey
-        axes.scatter(*samples[y::10].T, s=14, color=colour, label=name)
+    for y, name in enumerate(class_names[:MOST]):
+        colour = f"C{y % 10}" if y % 10 != 7 else "black"  # C7 is grey
+        axes.scatter(*samples[labels == y].T, s=14, color=colour, label=name)
     write_diagram(figure, path)
 
 
-def write_tsne(folder, title, real, samples, class_names):
-    """A map of features, fitted to real and samples together.  A picture, not a score."""
+def write_tsne(folder, title, real, samples, class_names, labels=None):
+    """A map of features, fitted to real and samples together.  A picture, not a score.
+
+    labels: of the samples, as in write_samples.
+    """
     from sklearn.manifold import TSNE
 
     both = np.concatenate([real, samples])
@@ -316,7 +340,8 @@ def write_tsne(folder, title, real, samples, class_names):
     points = TSNE(random_state=0, perplexity=perplexity).fit_transform(both)
     heading = f"t-SNE of {len(real):,} real images and {len(samples):,} samples: {title}"
     path = folder / f"tsne_{fold(title)}.png"
-    plot_map(path, heading, points[: len(real)], points[len(real) :], class_names)
+    labels = np.arange(len(samples)) % len(class_names) if labels is None else labels
+    plot_map(path, heading, points[: len(real)], points[len(real) :], labels, class_names)
 
 
 def plot_results(results, folder):
@@ -335,8 +360,14 @@ def plot_results(results, folder):
         if row["steps"]:
             by_steps.setdefault(name, []).append((row["steps"], ffid, ""))
     floor = results["floor"]["scores"]["ffid"]["mean"]
-    histograms = {row["title"]: row["scores"]["histogram"] for row in results["rows"]}
-    plot_classes(folder / "classes.png", histograms, results["extractors"][0]["class_names"])
+    balanced = results["protocol"].get("balanced", True)
+    shown = results["rows"] if balanced else [results["floor"], *results["rows"]]
+    histograms = {row["title"]: row["scores"]["histogram"] for row in shown}
+    class_names = results["extractors"][0]["class_names"]
+    if 1 < len(class_names) <= MOST:
+        plot_classes(folder / "classes.png", histograms, class_names, balanced)
+    else:
+        (folder / "classes.png").unlink(missing_ok=True)
     if by_time:
         x_label = "ms per image, at the best batch size"
         plot_curves(folder / "quality_latency.png", x_label, by_time, floor)

@@ -70,9 +70,9 @@ def key(row):
 
 def make_reference(args):
     """What samples are compared with, and the F-FID of real images beside it."""
-    train, real = (evaluate.load_split("fashion-mnist", args.data_dir, True, held_out)
-                   for held_out in (False, True))  # fmt: skip
-    test = evaluate.load_split("fashion-mnist", args.data_dir, False)
+    data = evaluate.load_real("fashion-mnist", args.data_dir)
+    train, real = data.parts(hold_out=True)
+    test = data.parts()[1]
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
     sessions = [evaluate.load_extractor(file, "fashion-mnist", test, 1)[0] for file in files]
     features = [evaluate.extract(session, real[0])[0] for session in sessions]

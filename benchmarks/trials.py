@@ -160,7 +160,7 @@ def try_spacing(trial, count=1000):
 
     infer_onnx.time_pairs = time_pairs
     model = infer_onnx.load_model(ROOT / "pretrained/ddim.onnx")
-    test = evaluate.load_split("fashion-mnist", None, train=False)
+    _, test = evaluate.load_real("fashion-mnist", None).parts()
     extractor = ROOT / "pretrained/extractor.onnx"
     session, _ = evaluate.load_extractor(extractor, "fashion-mnist", test, 0)
     real = evaluate.extract(session, test[0])[0]

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY_FLAGS
 import common
 import evaluate
 import infer_onnx
+from benchmarks import real
 
 MODELS = ["vae", "gan", "ddpm", "ddim", "ldm"]
 SCRIPTS = [*MODELS, "distill"]  # distill.py imports ddim.py, whose walk it learns
@@ -180,6 +181,18 @@ def test_evaluate_and_report_import_torch_and_matplotlib_only_where_they_need_th
 
 def test_evaluate_reads_the_same_data_as_common():
     assert common.IDX_SETS == evaluate.IDX_SETS and evaluate.IDX_FILES == common.IDX_FILES
+    for name in ("NPZ_KEYS", "UNLABELLED", "SPLITS"):
+        assert getattr(real, name) == getattr(common, name)
+    ours, theirs = (
+        definitions((ROOT / file).read_text()) for file in ("benchmarks/real.py", "common.py")
+    )
+    shared = ours.keys() & theirs.keys() - {"load_image"}  # which is infer_onnx.py's here
+    assert len(shared) == 9
+    for name in shared:
+        assert ours[name] == theirs[name], f"{name} differs between real.py and common.py"
+    assert set(imports((ROOT / "benchmarks/real.py").read_text())) <= WITHOUT_TORCH | {
+        "infer_onnx", "tqdm",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOURCES)

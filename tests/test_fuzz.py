@@ -136,7 +136,7 @@ def test_corrupted_idx_files_are_refused_or_in_range(corrupt, which, compress, f
     except InputError as error:
         assert "\n" not in str(error)
     try:
-        images, labels = evaluate.load_split("kmnist", str(place), True)
+        images, labels = evaluate.load_real("kmnist", str(place)).parts()[0]
         assert images.shape[1:] == (1, 32, 32) and images.dtype == np.uint8
         assert len(labels) == len(images) > 0 and 0 <= labels.min() <= labels.max() < 10
     except infer_onnx.InputError as error:
@@ -192,7 +192,7 @@ def test_sizes_in_a_header_take_no_memory(folder):
         with pytest.raises(InputError):
             common.load_data("kmnist", str(folder / "large"))
         with pytest.raises(infer_onnx.InputError):
-            evaluate.load_split("kmnist", str(folder / "large"), True)
+            evaluate.load_real("kmnist", str(folder / "large"))
     header = b"\0\0\x08\x03" + struct.pack(">3I", 1, 2, 3)
     assert idx_bytes(np.zeros((1, 2, 3))) == header + bytes(6)
 
