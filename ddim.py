@@ -39,12 +39,12 @@ from common import (
 
 NAME = "ddim"
 SAMPLES_FROM = ("ddim", "ddpm")  # both scripts train the same network in the same way
-STEPS = 20  # default number of sampling steps
-SOLVER = "ddim"  # default
+STEPS = 15  # default number of sampling steps
+SOLVER = "dpm++"  # default
 GRID_STEPS = 20  # of the grids of samples written while training
 SAMPLER_FLAGS = ("guidance_interval", "eta", "clip", "solver")  # passed on to sample()
-GUIDANCE = 1.6  # default
-GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
+GUIDANCE = 2.0  # default
+GUIDANCE_INTERVAL = (0.25, 0.8)  # default, fractions of T
 WIDTHS = {32: (32, 96), 64: (32, 64, 96), 128: (32, 32, 64, 96)}  # default, by image size
 
 # --- Method ---------------------------------------------------------------------------------------

@@ -41,11 +41,11 @@ from common import (
 
 NAME = "ldm"
 SAMPLES_FROM = ("ldm",)  # the scripts whose checkpoints this one samples from
-STEPS = 20  # default number of sampling steps
-SOLVER = "ddim"  # default
+STEPS = 15  # default number of sampling steps
+SOLVER = "dpm++"  # default
 GRID_STEPS = 20  # of the grids of samples written while training
 SAMPLER_FLAGS = ("guidance_interval", "eta", "solver")  # passed on to sample()
-GUIDANCE = 2.5  # default
+GUIDANCE = 3.0  # default
 GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
 WIDTHS = {32: (96,), 64: (64, 96), 128: (32, 64, 96)}  # default, by image size
 

@@ -34,8 +34,9 @@ from runs import load_checkpoint, pick_device  # noqa: E402
 CHECKPOINTS = {"ddim": "ddim", "ddpm": "ddim", "ldm": "ldm"}  # script: file in pretrained/
 WALKS = {"ddim": (10, 15, 20, 30, 50), "dpm++": (8, 10, 12, 15, 20, 30)}  # solver: steps
 GUIDANCES = {"ddim": (1.3, 1.6, 2.0, 2.5), "ldm": (1.5, 2.0, 2.5, 3.0)}
-INTERVALS = ((0, 1), (0, 0.8), (0, 0.7), (0.25, 0.8), (0.25, 0.7))
+INTERVALS = ([0, 1], [0, 0.8], [0, 0.7], [0.25, 0.8], [0.25, 0.7])
 GUIDED = {"solver": "dpm++", "steps": 15}  # where guidance is tried
+OLDER = {"ddim": 1.6, "ddpm": 1.6, "ldm": 2.5}  # guidance where walks are tried, below 0.8 T
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 BATCH = 2500
 
@@ -50,10 +51,8 @@ def plan(name):
 
 
 def full(name, setting):
-    """A setting with the script's defaults, as it is kept."""
-    script = importlib.import_module(name)
-    defaults = {"guidance": script.GUIDANCE, "guidance_interval": script.GUIDANCE_INTERVAL}
-    return {"name": name, **defaults, **setting}
+    """A setting with the guidance that walks are tried with, as it is kept."""
+    return {"name": name, "guidance": OLDER[name], "guidance_interval": [0, 0.8], **setting}
 
 
 def evaluations(row):
@@ -121,6 +120,24 @@ def table(rows):
     return text + report.as_table([name.replace("_", " ") for name in head], cells)
 
 
+def write_diagram(rows, path):
+    """F-FID against the number of network evaluations: both solvers."""
+    curves = {}
+    for row in rows:
+        name = row["name"]
+        walk = {"guidance": OLDER.get(name), "guidance_interval": [0, 0.8], "seed": 0}
+        if "solver" in row and walk.items() <= row.items():
+            point = (evaluations(row), row["scores"]["ffid"], f"{row['steps']} steps")
+            curves.setdefault(f"{name}, {row['solver']}", []).append(point)
+    floor = np.mean([row["scores"]["ffid"] for row in rows if row["name"] == "real images"])
+    report.plot_curves(path, "network evaluations per image", curves, floor)
+
+
+def write(rows, folder):
+    report.write_text(table(rows), folder / "settings.md")
+    write_diagram(rows, folder / "settings.png")
+
+
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -142,7 +159,7 @@ def main():
     file = args.output / "settings.json"
     kept = {key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
     if args.table:
-        report.write_text(table([*kept.values()]), args.output / "settings.md")
+        write([*kept.values()], args.output)
         return
     device = pick_device("auto")
     reference, train = make_reference(args)
@@ -173,13 +190,12 @@ def main():
             for name in args.names or CHECKPOINTS:
                 for setting in plan(name):
                     row = full(name, setting) | {"seed": seed}
-                    row["guidance_interval"] = list(row["guidance_interval"])
                     if key(row) not in kept:
                         images = draw(name, setting, seed, args.num_samples, device)
                         jobs.append(pool.submit(score, row, images))
         for job in jobs:
             job.result()
-    report.write_text(table([*kept.values()]), args.output / "settings.md")
+    write([*kept.values()], args.output)
 
 
 if __name__ == "__main__":
