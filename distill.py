@@ -304,7 +304,7 @@ def build_parser():
         help=f"number of sampling steps, 1 to 1000, of one network evaluation each ({STEPS})")
     add("--guidance", type=number(float, 0),
         help="guidance weight of the teacher: 0 ignores the class, 1 is conditional, above 1 "
-             f"guided ({ddim.GUIDANCE})")
+             f"guided ({ddim.GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,

@@ -43,7 +43,7 @@ from infer_onnx import METADATA_FORMAT, METADATA_KEY
 from runs import find_checkpoint, load_checkpoint, written_whole
 
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
-SAMPLERS = ("ddim", "ldm")  # models for --sampler, which walk by ddim_sample or dpm_sample
+SAMPLERS = ("ddim", "ldm", "distill")  # for --sampler: they walk by ddim_sample or dpm_sample
 # Every onnxruntime since 1.17 loads these; for later opsets it lacks kernels of GroupNorm.
 OPSET = 18
 IR_VERSION = 8
@@ -581,7 +581,7 @@ def compare_sampler(script, checkpoint, network, path):
 def export(name, checkpoint_path, output, weights, whole_sampler=False):
     """Export one model, or its sampler as one graph; returns the path of the .onnx file."""
     if whole_sampler and name not in SAMPLERS:
-        raise InputError(f"--sampler is for {' and '.join(SAMPLERS)}, not for {name}")
+        raise InputError(f"--sampler is for {', '.join(SAMPLERS)}, not for {name}")
     script = importlib.import_module(name)
     path = find_checkpoint((name,), checkpoint_path, script.SAMPLES_FROM)
     if weights and weights.exists() and weights.samefile(path):

@@ -373,6 +373,18 @@ def test_the_card_says_what_was_distilled_and_names_no_folder(exported, student,
             infer_onnx.sample(model, [0], **options)
 
 
+def test_the_sampler_as_one_graph_draws_what_the_student_does(exported, student, in_tmp, capsys):
+    flags = ["--checkpoint", str(student), "--output", "one.onnx"]
+    assert export.main(["distill", "--sampler", *flags]) == 0
+    one, parts = (infer_onnx.load_model(path, "cpu") for path in ("one.onnx", exported))
+    assert [given.name for given in one.session.get_inputs()] == ["noise", "labels"]
+    pair = [infer_onnx.sample(model, [3, 8], seed=5).astype(int) for model in (one, parts)]
+    assert np.abs(pair[0] - pair[1]).max() <= 1
+    with pytest.raises(SystemExit, match="2"):
+        infer_onnx.main(["--model", "one.onnx", "--class", "0", "--steps", "8"])
+    assert "this model was trained for --steps 4 only" in capsys.readouterr().err
+
+
 def test_small_weights_have_no_teacher_in_them(student, in_tmp):
     flags = ["--checkpoint", str(student), "--output", "x.onnx", "--weights", "x.pt"]
     assert export.main(["distill", *flags]) == 0

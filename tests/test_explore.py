@@ -916,10 +916,10 @@ def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
 def test_the_help_of_a_model_has_its_true_defaults(capsys):
     text = help_of(capsys, "invert", "ddim")
     assert "number of training timesteps (100)" in text and "misses the image (1)" in text
-    assert "(20)" not in text and "(1.6)" not in text
-    assert "(20)" in help_of(capsys, "interpolate", "ddim")
+    assert "(15)" not in text and "guided (2)" not in text
+    assert "(15)" in help_of(capsys, "interpolate", "ddim")
     assert "(250)" in help_of(capsys, "filmstrip", "ddpm")
-    assert "above 1 guided (2.5)" in help_of(capsys, "gif", "ldm")
+    assert "above 1 guided (3)" in help_of(capsys, "gif", "ldm")
     assert "samples of each class, 1 to 10,000 (10)" in help_of(capsys, "gif", "gan")
     assert "samples of each class, 1 to 10,000 (1)" in help_of(capsys, "gif", "ddim")
 

@@ -108,7 +108,7 @@ def test_the_metadata_says_all(loaded, tiny_run):
     assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000).tolist()
     assert card["prediction"] == "v"
     assert card["training"]["step"] == 18
-    assert card["steps"] == 20
+    assert card["steps"] == ddim.STEPS
     assert card["guidance"] == ddim.GUIDANCE
     assert card["guidance_interval"] == list(ddim.GUIDANCE_INTERVAL)
     assert card["solver"] == ddim.SOLVER and card["format"] == 5
@@ -164,7 +164,7 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, interv
         ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0)}, 5),
         ({"steps": 5, "guidance": 1}, 5),
         ({"steps": 5, "guidance": 0.5, "guidance_interval": (0, 0)}, 10),
-        ({}, 36),
+        ({"steps": 20, "guidance": 1.6, "guidance_interval": (0, 0.8)}, 36),
         ({"steps": 3, "guidance": 0}, 3),
     ],
 )
@@ -363,12 +363,13 @@ def test_the_sampler_of_a_few_step_model_takes_noise_and_labels_alone(exports, i
     """Its steps and guidance are fixed; what is drawn is as where they are typed."""
     model = infer_onnx.load_model(exports("ddim"), "cpu")
     card = {**model.card, "kind": "sampler", "steps_fixed": True, "steps": 4, "guidance": 1.0}
+    card |= {"solver": "ddim"}
     proto = export.sampler_graph(onnx.load(exports("ddim")).graph, None, card)
     assert [given.name for given in proto.graph.input] == ["noise", "labels"]
     onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
     save_sealed(proto, "few.onnx")
     few = infer_onnx.load_model("few.onnx", "cpu")
-    expected = infer_onnx.sample(model, [3, 8], steps=4, guidance=1.0)
+    expected = infer_onnx.sample(model, [3, 8], steps=4, guidance=1.0, solver="ddim")
     assert np.abs(infer_onnx.sample(few, [3, 8]).astype(int) - expected).max() <= 1
 
 
@@ -378,7 +379,7 @@ def test_the_sampler_as_one_graph_on_the_command_line(samplers, in_tmp, capsys):
     assert "an image within 0 grey" in capsys.readouterr().out
     assert infer_onnx.main([*model, "--class", "su", "--output", "x.png"]) == 0
     assert Image.open("x.png").text["model"] == "ddim"
-    code, error = main_code([*model, "--eta", "0.5"], capsys)
+    code, error = main_code([*model, "--solver", "ddim", "--eta", "0.5"], capsys)
     assert code == 2 and "--eta is not for a sampler" in error
     proto = onnx.load(samplers("ddim"))
     card = json.loads(proto.metadata_props[0].value)
@@ -821,7 +822,7 @@ def test_the_shipped_model_samples_a_sneaker_without_torch(tmp_path):
     picture = Image.open(tmp_path / "sneaker.png")
     assert picture.text["class"] == "Sneaker"
     assert picture.text["seed"] == "0"
-    assert picture.text["steps"] == "20"
+    assert picture.text["steps"] == str(ddim.STEPS)
     assert picture.text["model_sha256"] == infer_onnx.load_model(SHIPPED, "cpu").sha256
     pixels = np.array(picture)[::8, ::8].astype(int)  # 32x32
     rows = pixels[4:28, 4:28].mean(axis=1)
@@ -1294,7 +1295,7 @@ def test_weights_changed_on_purpose_are_sealed_and_said(exported, in_tmp, capsys
         (["seal"], "seal with FILE"),
         (["ddim", "x.onnx"], "FILE goes with seal"),
         (["seal", "x.onnx", "--sampler"], "seal takes FILE"),
-        (["ddpm", "--sampler"], "--sampler is for ddim and ldm, not for ddpm"),
+        (["ddpm", "--sampler"], "--sampler is for ddim, ldm, distill, not for ddpm"),
         (["seal", "x.onnx", "--weights", "x.pt"], "seal takes FILE"),
         (["seal", "none.onnx"], "none.onnx cannot be read"),
         (["seal", "x.onnx"], "x.onnx is not an ONNX file"),
