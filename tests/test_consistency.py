@@ -29,8 +29,8 @@ INTERFACE = {
 WITHOUT_TORCH = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
 # Flags whose default may differ from script to script.
 OWN_DEFAULTS = {
-    "steps", "guidance", "guidance_interval", "batch_size", "lr", "model", "widths", "depths", "latent_dim",
-    "kl_weight", "emb_channels",
+    "steps", "guidance", "guidance_interval", "batch_size", "lr", "model", "widths", "depths",
+    "latent_dim", "kl_weight", "emb_channels",
 }  # fmt: skip
 
 
