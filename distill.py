@@ -276,8 +276,8 @@ def train(args, checkpoint=None):
 # What a student has from its teacher, the flags that make the run what it is, and those that may
 # change when it is resumed.
 TAUGHT = (
-    "data", "data_dir", "hold_out", "image_size", "channels", "num_timesteps", "schedule",
-    "prediction", "label_dropout",
+    "data", "data_dir", "hold_out", "background", "image_size", "channels", "num_timesteps",
+    "schedule", "prediction", "label_dropout",
 )  # fmt: skip
 FIXED = (
     "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",
