@@ -782,7 +782,8 @@ def test_settings_follow_the_flags(workplace, capsys):
     settings = evaluate.find_settings(args, CLASSES)
     found = [(s.options["guidance_interval"], s.evaluations()) for s in settings]
     assert found == [((0, 1), 10), ((0.3, 0.7), 7)]
-    assert settings[1].title() == "ddim, steps 5, guidance 2, guidance interval 0.3:0.7"
+    title = "ddim, steps 5, guidance 2, guidance interval 0.3:0.7, solver dpm++"
+    assert settings[1].title() == title
     flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-interval", "0:0.8,0:1"]
     args = evaluate.build_parser().parse_args(flags)
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
