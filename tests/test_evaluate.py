@@ -784,7 +784,7 @@ def test_settings_follow_the_flags(workplace, capsys):
     assert found == [((0, 1), 10), ((0.3, 0.7), 7)]
     title = "ddim, steps 5, guidance 2, guidance interval 0.3:0.7, solver dpm++"
     assert settings[1].title() == title
-    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-interval", "0:0.8,0:1"]
+    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-interval", "0.25:0.8,0:1"]
     args = evaluate.build_parser().parse_args(flags)
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
     found = [(o["guidance"], o.get("guidance_interval")) for o in options]
