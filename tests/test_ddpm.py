@@ -69,7 +69,8 @@ def test_the_same_as_ddim_with_eta_1(tiny_run, steps):
     options = {
         "model": ddim.ema_network(checkpoint, torch.device("cpu")),
         "config": {**checkpoint["config"], "num_timesteps": 100},
-        "labels": torch.arange(3), "steps": steps, "guidance": 1.5, "seed": 2,
+        "labels": torch.arange(3), "steps": steps, "seed": 2,
+        "guidance": 1.5, "guidance_interval": (0, 0.8),
     }  # fmt: skip
     with_noise = ddim.sample(**options, solver="ddim", eta=1.0)
     assert (ddpm.sample(**options) - with_noise).abs().max() < 1e-3

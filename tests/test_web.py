@@ -193,7 +193,7 @@ def with_card(name, folder, **changes):
     proto = onnx.load(shipped(name))
     kept = [entry for entry in proto.metadata_props if entry.key == infer_onnx.METADATA_KEY]
     card = json.loads(kept[0].value) | changes
-    card = {key: value for key, value in card.items() if value is not None}
+    card = {key: value for key, value in card.items() if changes.get(key, 0) is not None}
     del proto.metadata_props[:]
     proto.metadata_props.add(key=infer_onnx.METADATA_KEY, value=json.dumps(card))
     path = folder / f"{name}.onnx"
