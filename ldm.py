@@ -826,7 +826,7 @@ def sampling_flags(parser):
     # fmt: off
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0),
-        help=f"guidance weight: 0 ignores the class, 1 is conditional, above 1 guided "
+        help="guidance weight: 0 ignores the class, 1 is conditional, above 1 guided "
              f"({GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),

@@ -1,7 +1,6 @@
 """Choose how to sample: the scores of many settings of the shipped models, by held-out images.
 
-    python benchmarks/settings.py --output results/settings        all of them; a GPU does it in
-                                                                    minutes, two cores in days
+    python benchmarks/settings.py --output results/settings        all of them: for a GPU
     python benchmarks/settings.py ddim --output results/settings   of these models
     python benchmarks/settings.py --table --output results/settings    only write the table
 
