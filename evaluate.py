@@ -899,15 +899,19 @@ def build_parser():
     return parser
 
 
-def machine(args, model):
-    """What results.json says of the machine."""
+def processor():
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+        return platform.processor() or platform.machine()
+
+
+def machine(args, model):
+    """What results.json says of the machine."""
     return {
-        "processor": name, "cores": os.cpu_count(), "threads": args.threads,
+        "processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
         "provider": model.provider, "python": platform.python_version(),
         "numpy": np.__version__, "onnxruntime": infer_onnx.ort.__version__,
     }  # fmt: skip
