@@ -775,7 +775,8 @@ def noise_streams(seed, indices):
     Image i starts from the same noise whatever the batch, the device or the runtime (torch or
     ONNX Runtime).
     """
-    return [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+    keys = [np.array([seed, i], np.uint64) for i in indices]  # a list of large ones turns to floats
+    return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
 
 def next_noise(streams, shape):

@@ -214,6 +214,21 @@ def test_a_student_learns_its_teacher(tiny_run, in_tmp):
 # --- Runs -----------------------------------------------------------------------------------------
 
 
+def test_each_walk_of_a_run_has_its_own_noise(tiny_run, in_tmp, monkeypatch):
+    """A student of the same few noises learns those by heart."""
+    seen = []
+    walk = distill.teacher_walk
+
+    def spy(denoise, x_T, *rest):
+        seen.extend(x_T.flatten(1))
+        return walk(denoise, x_T, *rest)
+
+    monkeypatch.setattr(distill, "teacher_walk", spy)
+    assert distill.main([*FLAGS, "--teacher", str(tiny_run)]) == 0
+    assert len(seen) == 2 * 3 * 4  # twelve steps, each walk used twice; batches of four
+    assert len({tuple(x.tolist()) for x in seen}) == len(seen)
+
+
 def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
     checkpoint = torch.load(student / "distill.pt", weights_only=True)
     taught = torch.load(tiny_run / "ddim.pt", weights_only=True)

@@ -29,6 +29,7 @@ LEVELS = 1  # grey levels by which processors, threads and runtimes may differ
 NOISE = {  # SHA-256 of the first noise of (seed, image), float32 (1, 32, 32) in little endian
     (0, 0): "31527326babc552f9a3299fef218545c8ba84a174149a1016f9e1fc9d7f32fe6",
     (0, 7): "7cd99186c743141a24041d6aa0bcbcaf76ca9c3241bcb0cbf03860487caaf4ce",
+    (0, 2**63 + 1): "51809e8a8ec4d40f13dd18ba4f2de7144a0b1c3b144b0a0af53d2b866105f2c6",
     (2**63 - 1, 999_999): "7edf3a1c155b95079acdd9ebb7216f3e4d753b09542730139f9430f47f73ee4a",
 }
 
