@@ -40,7 +40,7 @@ NAME = "distill"
 SAMPLES_FROM = ("distill",)
 TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
 STEPS = 4  # default number of sampling steps
-TEACHER_STEPS = 12  # default, or the next multiple of --steps
+TEACHER_STEPS = 20  # default, or the next multiple of --steps
 WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
 FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
 
@@ -322,7 +322,7 @@ def build_parser():
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
     # fmt: on
-    optimisation_flags(parser, lr=1e-3)
+    optimisation_flags(parser, lr=3e-3)
     return parser
 
 
