@@ -89,8 +89,10 @@ def probes(path):
             "labels": np.array([probe["y"]]), "steps": np.array(card["steps"]),
             "guidance": np.array(card["guidance"], np.float32),
             "guidance_interval": np.array(card["guidance_interval"], np.float32),
-            "second_order": np.array(card["solver"] == "dpm++"),
+            "second_order": np.array(card.get("solver") == "dpm++"),
         }  # fmt: skip
+        given = {given.name for given in session.get_inputs()}  # a student's: the first two
+        inputs = {name: array for name, array in inputs.items() if name in given}
     else:
         shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
         inputs = infer_onnx.part_inputs(shapes, card["probe"], len(card["class_names"]))
@@ -150,8 +152,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    names = "ddim ddpm gan ldm ldm_decoder vae vae_encoder"
-    files = [ROOT / "pretrained" / f"{name}.onnx" for name in names.split()]
+    files = sorted((ROOT / "pretrained").glob("*.onnx"))
+    files = [path for path in files if not path.stem.startswith("extractor")]
     files += [path.resolve() for path in sorted(Path().glob("*_sampler.onnx"))]
     rows = {}
     for path in files:

@@ -573,6 +573,8 @@ def test_samples_of_a_range_of_indices_are_those_of_the_whole(exports):
         whole = infer_onnx.sample(model, labels, seed=2, **options).astype(int)
         part = infer_onnx.sample(model, labels[4:7], seed=2, first=4, **options)
         assert np.abs(whole[4:7] - part).max() <= 1
+    with pytest.raises(infer_onnx.InputError, match=f"first {2**63} is not a whole number"):
+        infer_onnx.sample(model, labels, first=2**63)
 
 
 @pytest.mark.parametrize(("name", "part"), [("vae", "encoder"), ("ldm", "decoder")])
