@@ -73,15 +73,22 @@ def as_table(head, lines):
 
 
 def overview(*several):
-    """README's table: the first floor and the rows of several results.json; times at batch 1."""
+    """README's table: the first floor and the rows of several results.json; times at batch 1.
+
+    A model that an earlier file has is left out of a later one.
+    """
     head = ["model", "F-FID", "recall", "label accuracy", "network evaluations", "ms / image"]
+    rows = [several[0]["floor"]]
+    for results in several:
+        earlier = {row["file"] for row in rows[1:]}
+        rows += [row for row in results["rows"] if row["file"] not in earlier]
     lines = []
-    for row in (several[0]["floor"], *(row for results in several for row in results["rows"])):
+    for row in rows:
         ffid, recall, accuracy = (
             row["scores"][name]["mean"] for name in ("ffid", "recall", "label_accuracy")
         )
         cells = [row["title"], f"{ffid:.3g}", f"{recall:.3f}", f"{accuracy:.3f}"]
-        if row is several[0]["floor"]:
+        if row is rows[0]:
             cells += ["–", "–", "–"]
         else:
             times = row["latency"]

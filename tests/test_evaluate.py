@@ -564,6 +564,7 @@ def test_a_page_gets_its_tables(in_tmp):
         "<!-- overview of results results/ddpm -->\n<!-- end -->\n<!-- other -->\n"
     )
     scores, overview = report.scores_of(several[0]), report.overview(*several)
+    assert report.overview(several[0], *several) == overview  # each model once
     assert report.filled(page, ROOT) == (
         f"one\n<!-- scores of results -->\n{scores}<!-- end -->\ntwo\n"
         f"<!-- overview of results results/ddpm -->\n{overview}<!-- end -->\n<!-- other -->\n"
