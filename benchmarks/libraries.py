@@ -1,18 +1,24 @@
 """Our default network beside small class-conditional UNets of two libraries, in paired runs.
 
     pip install diffusers denoising-diffusion-pytorch
-    python benchmarks/libraries.py
+    python benchmarks/libraries.py          speed
+    python benchmarks/libraries.py train    quality after equal time: takes hours
 
 Speed, memory and start-up are measured, each time in a fresh process: it imports what it needs,
 builds the network, takes training steps in float32 (forward, mean squared error, backward,
 clipping, AdamW) and evaluates the network, on the same 32x32 images of 10 classes.  The three take
 turns.  Printed are the medians over the rounds and, in brackets, the medians of the ratios to ours
 within a round.  The libraries' networks are the smallest sensible ones; they are larger than ours,
-which was designed for two cores.  The quality of samples is not measured here.
+which was designed for two cores.
+
+`train` trains each library's network and that of ddim.py at once, scores samples of both, and
+writes results/libraries/; benchmarks/peers.py says how.  A stopped run resumes, and what is in
+results/libraries/ is not done again: another setting, as in `train --lr 3e-4`, adds rows.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,7 +26,9 @@ import sys
 import time
 from pathlib import Path
 
-SUBJECTS = ("this repository", "diffusers", "denoising-diffusion-pytorch")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SUBJECTS = OURS, *LIBRARIES = ("this repository", "diffusers", "denoising-diffusion-pytorch")
 BATCH, SECONDS = 64, 6.0
 UNIT = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB, in MiB
 FIGURES = {  # name: (heading, format)
@@ -31,13 +39,13 @@ FIGURES = {  # name: (heading, format)
 }  # fmt: skip
 
 
-def build(subject):
-    """predict(x_t, t, y) and the network behind it."""
+def build(subject, width=32):
+    """predict(x_t, t, y) and the network behind it; width: channels of a library's first level."""
     if subject == "diffusers":
         from diffusers import UNet2DModel
 
         network = UNet2DModel(
-            32, 1, 1, block_out_channels=(32, 64, 64), layers_per_block=1,
+            32, 1, 1, block_out_channels=(width, 2 * width, 2 * width), layers_per_block=1,
             norm_num_groups=8, num_class_embeds=11,
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -46,11 +54,10 @@ def build(subject):
     if subject == "denoising-diffusion-pytorch":
         from denoising_diffusion_pytorch.classifier_free_guidance import Unet
 
-        network = Unet(32, num_classes=10, dim_mults=(1, 2, 2), channels=1, cond_drop_prob=0.1)
+        network = Unet(width, num_classes=10, dim_mults=(1, 2, 2), channels=1, cond_drop_prob=0.1)
         return lambda x_t, t, y: network(x_t, t, y), network
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from common import UNet
 
     network = UNet().to(memory_format=torch.channels_last)
@@ -100,17 +107,10 @@ def measure(subject):
     return figures
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds of the three (3)")
-    parser.add_argument("--subject", choices=SUBJECTS, help="only measure this one, and print JSON")
-    args = parser.parse_args()
-    if args.subject:
-        print(json.dumps(measure(args.subject)))
-        return
-    rounds = []
-    for i in range(args.rounds):
+def compare_speed(rounds):
+    """Print the medians over rounds in which the subjects take turns."""
+    turns = []
+    for i in range(rounds):
         turn = {}
         for subject in (*SUBJECTS[i % 3 :], *SUBJECTS[: i % 3]):
             command = [sys.executable, __file__, "--subject", subject]
@@ -118,20 +118,66 @@ def main():
             if done.returncode:
                 sys.exit(f"{subject} failed: pip install diffusers denoising-diffusion-pytorch")
             turn[subject] = json.loads(done.stdout.splitlines()[-1])
-        rounds.append(turn)
+        turns.append(turn)
     import torch
 
     machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"medians of {args.rounds} rounds, in brackets over ours; ", end="")
+    print(f"medians of {rounds} rounds, in brackets over ours; ", end="")
     print(f"{machine}, torch {torch.__version__}")
     for name, (heading, digits) in FIGURES.items():
         line = f"{heading:28s}"
         for subject in SUBJECTS:
-            value = statistics.median(turn[subject][name] for turn in rounds)
-            ratios = [turn[subject][name] / turn[SUBJECTS[0]][name] for turn in rounds]
-            ratio = f" ({statistics.median(ratios):.2f})" if subject != SUBJECTS[0] else ""
+            value = statistics.median(turn[subject][name] for turn in turns)
+            ratios = [turn[subject][name] / turn[OURS][name] for turn in turns]
+            ratio = f" ({statistics.median(ratios):.2f})" if subject != OURS else ""
             line += f"{subject}: {value:{digits}}{ratio}   "
         print(line)
+
+
+def build_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    # fmt: off
+    add = parser.add_argument
+    add("what", nargs="?", choices=("speed", "train"), default="speed",
+        help="what is compared: speed, or quality after equal time (speed)")
+    add("--rounds", type=int, default=3, help="of speed: number of rounds of the three (3)")
+    add("--subject", choices=SUBJECTS, help="only measure this one, and print JSON")
+    add("--job", type=json.loads, help=argparse.SUPPRESS)  # of train, in a process of its own
+    add = parser.add_argument_group("train").add_argument
+    add("--library", choices=LIBRARIES, help="only this one (both)")
+    add("--minutes", type=float, default=20.0, help="minutes that each network trains (20)")
+    add("--num-samples", type=int, default=10_000, help="samples of each, 100 or more (10000)")
+    add("--width", type=int, help="channels of the library's network at its first level (32)")
+    add("--batch-size", type=int, help="images in a step of the library (64)")
+    add("--lr", type=float, help="the library's learning rate after the warm-up (1e-3)")
+    add("--steps", type=int, help="steps of the library's sampler (15, 20)")
+    add("--output", type=Path, default=ROOT / "results/libraries",
+        help="folder of libraries.json and libraries.md (results/libraries)")
+    add("--data-dir", type=os.path.abspath, metavar="FOLDER",
+        help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    add("--table", action="store_true", help="only write the table of libraries.json (off)")
+    # fmt: on
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.subject:
+        print(json.dumps(measure(args.subject)))
+    elif args.job:
+        from benchmarks import peers
+
+        peers.work(*args.job)
+    elif args.what == "speed":
+        compare_speed(args.rounds)
+    else:
+        from benchmarks import peers
+
+        stopped = "stopped; the same command resumes"
+        return peers.infer_onnx.run_command(parser, peers.train_all, argv, stopped)
+    return 0
 
 
 if __name__ == "__main__":

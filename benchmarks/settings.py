@@ -75,7 +75,7 @@ def make_reference(args):
     sessions = [evaluate.load_extractor(file, "fashion-mnist", test, 1)[0] for file in files]
     features = [evaluate.extract(session, real[0])[0] for session in sessions]
     radii = evaluate.neighbour_radii(features[0])
-    reference = evaluate.Reference(sessions, features, radii, None, None, None, None)
+    reference = evaluate.Reference(sessions, features, radii, None, real[0], None, None)
     return reference, train[0]
 
 
