@@ -428,8 +428,9 @@ def assert_draws(page, path, label=SNEAKER, **options):
     assert text(page, "error") == ""
     found = canvas(page)
     image = expected(path, [label], **options)[0].transpose(1, 2, 0)
-    assert found.shape == (32, 32, 4) and np.all(found[:, :, 3] == 255)
-    count, levels = difference(found[:, :, :3], np.broadcast_to(image, (32, 32, 3)))
+    height, width, _ = image.shape
+    assert found.shape == (height, width, 4) and np.all(found[:, :, 3] == 255)
+    count, levels = difference(found[:, :, :3], np.broadcast_to(image, (height, width, 3)))
     print(f"{count} values of the canvas differ, by {levels}")
     assert levels <= LEVELS
 
@@ -543,9 +544,9 @@ def test_wrong_links(page, address, settings, message):
 
 
 def tiny_colour_model(path):
-    """A network for `gan` with three channels and other classes, random weights."""
+    """A network for `gan`: colour images of 64x64, other classes, random weights."""
     rng = np.random.default_rng(0)
-    weights = rng.normal(size=(4 + 2, 3 * 32 * 32)).astype(np.float32)
+    weights = rng.normal(size=(4 + 2, 3 * 64 * 64)).astype(np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("Concat", ["z", "classes"], ["input"], axis=1),
@@ -558,16 +559,16 @@ def tiny_colour_model(path):
             helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", 4]),
             helper.make_tensor_value_info("classes", TensorProto.FLOAT, ["batch", 2]),
         ],
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 64, 64])],
         [
             onnx.numpy_helper.from_array(weights, "weights"),
-            onnx.numpy_helper.from_array(np.array([-1, 3, 32, 32]), "shape"),
+            onnx.numpy_helper.from_array(np.array([-1, 3, 64, 64]), "shape"),
         ],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     card = {
         "format": infer_onnx.METADATA_FORMAT, "kind": "codes", "model": "gan",
-        "class_names": ["red & <b>blue</b>", "ÄÖ"], "image_shape": [3, 32, 32], "parts": {},
+        "class_names": ["red & <b>blue</b>", "ÄÖ"], "image_shape": [3, 64, 64], "parts": {},
         "probe": {}, "latent_dim": 4, "prior": None,
     }  # fmt: skip
     proto.metadata_props.add(key=infer_onnx.METADATA_KEY, value=json.dumps(card))
