@@ -718,7 +718,7 @@ RANGES = {
     "eta": (Real, 0, 1),
     "truncation": (Real, 0.1, math.inf),
     "seed": (Integral, 0, 2**63 - 1),
-    "first": (Integral, 0, math.inf),
+    "first": (Integral, 0, 2**63 - 1),
     "batch_size": (Integral, 1, math.inf),
 }
 CHOICES = {
