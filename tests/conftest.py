@@ -4,11 +4,16 @@ import gzip
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
+import re
+import socket
 import struct
 import sys
+import threading
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +28,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import common  # noqa: E402
 import ddim  # noqa: E402
+import ddpm  # noqa: E402
+import export  # noqa: E402
 import infer_onnx  # noqa: E402
+import ldm  # noqa: E402
+from faulty import in_fork  # noqa: E402
+
+# Sampling steps of the grids that a run saves, twice or more, and of the images that are compared
+# after an export: here most runs and samples are of a few steps themselves.
+ddim.GRID_STEPS = ddpm.GRID_STEPS = ldm.GRID_STEPS = 2
+export.COMPARE_STEPS = 5
 
 # Flags of a network and a run so small that a step takes milliseconds; kmnist has no published
 # checksums, so that any files will do.
@@ -38,6 +52,8 @@ TINY_FLAGS = {
     "gan": split(f"{SHARED} --widths 8,16 --widths-d 8,16 --latent-dim 4"),
     "ldm": split(f"{SHARED} {LDM}"),
 }
+# Scripts with a train loop of their own: ddpm.py's is ddim.py's (test_consistency.py).
+LOOPS = ["vae", "gan", "ddim", "ldm"]
 TINY_NETWORK = {"widths": (8, 16), "depths": (1, 2), "emb_channels": 16}
 
 
@@ -118,6 +134,67 @@ def save_sealed(proto, path):
     Path(path).write_bytes(infer_onnx.sealed(proto.SerializeToString()))
 
 
+def refused(main, argv, capsys, code=2, alone=True):
+    """The error of a main that must end with this exit code, and say no more than one line.
+
+    alone: False where other lines, such as those of a bar, may stand before it.
+    """
+    capsys.readouterr()  # drop the output of fixtures
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, argv)])
+    said = capsys.readouterr().err
+    error = said.splitlines()[-1]
+    assert stop.value.code == code and re.match(r"\w+\.py: error: ", error), said
+    assert "Traceback" not in said and (said.count("\n") == 1 or not alone), said
+    return error
+
+
+# --- Other processes ------------------------------------------------------------------------------
+
+# They fork from one that has imported what scripts do, which would take each of them seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed", "torchvision.datasets", "sklearn.mixture"]
+)
+
+
+def forked(fault, name, *flags, ranks=1, together=True):
+    """A script with a fault injected (faulty.py), in processes that one fork server starts.
+
+    ranks: more than one are processes as torchrun starts them, or (together=False) as many runs.
+    Returns returncode, stdout and stderr, as subprocess.run does; of several ranks, lists of them.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(ranks):
+        said, errors = (FORKS.Pipe(duplex=False) for _ in range(2))
+        is_rank = ranks > 1 and together
+        given = {**world, "RANK": rank, "LOCAL_RANK": rank} if is_rank else {}
+        args = [fault, name, *map(str, flags)], given, said[1], errors[1]
+        process = FORKS.Process(target=in_fork, args=args, daemon=True)
+        process.start()
+        late = threading.Timer(120, process.kill)
+        late.start()
+        for _, end in (said, errors):
+            end.close()
+        started.append((process, late, said[0], errors[0]))
+    done = SimpleNamespace(returncode=[], stdout=[], stderr=[])
+    for process, late, *readers in started:
+        for texts, reader in zip((done.stdout, done.stderr), readers, strict=True):
+            with os.fdopen(os.dup(reader.fileno())) as stream:
+                texts.append(stream.read())
+        process.join()
+        late.cancel()
+        done.returncode.append(process.exitcode)
+    if ranks == 1:
+        done = SimpleNamespace(**{key: value for key, [value] in vars(done).items()})
+    return done
+
+
 @pytest.fixture(autouse=True)
 def fixed():
     torch.manual_seed(0)
@@ -139,15 +216,6 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, data_dir):
-    """The folder of a finished run of ddim.py with the tiny network, six epochs of three steps."""
-    run_dir = tmp_path_factory.mktemp("tiny") / "run"
-    flags = [*split("--train --epochs 6 --warmup 2"), *TINY]
-    assert ddim.main([*flags, "--data-dir", data_dir, "--run-dir", str(run_dir)]) == 0
-    return run_dir
-
-
-@pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory, data_dir):
     """A function: the folder of a finished run of a script with its tiny network.
 
@@ -164,6 +232,28 @@ def tiny_runs(tmp_path_factory, data_dir):
         return made[name]
 
     return run_of
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_runs):
+    """The folder of a finished run of ddim.py with the tiny network, six epochs of three steps."""
+    return tiny_runs("ddim")
+
+
+@pytest.fixture(scope="session")
+def exports(tiny_runs):
+    """A function: the .onnx file of a script's tiny run, in its folder.
+
+    It is exported at the first call.
+    """
+
+    def export_of(name):
+        made = tiny_runs(name) / f"{name}.onnx"
+        if not made.is_file():
+            assert export.main([name, "--checkpoint", str(tiny_runs(name))]) == 0
+        return made
+
+    return export_of
 
 
 @pytest.fixture

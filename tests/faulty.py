@@ -1,6 +1,7 @@
 """Run a script in this process with a fault injected.
 
     python tests/faulty.py FAULT NAME FLAGS...            also under torchrun
+    forked(FAULT, NAME, *FLAGS)                           of conftest.py: without an import
 
 FAULT: none, KIND:STEP or KIND:STEP:RANK; steps are counted over all stages, the default rank is 0:
     kill    SIGKILL after the step, before it is saved
@@ -8,6 +9,7 @@ FAULT: none, KIND:STEP or KIND:STEP:RANK; steps are counted over all stages, the
     hup     SIGHUP after the step, as from a terminal that is closed
     half    SIGKILL while the checkpoint that follows the step is written
     full    after the step no file can grow beyond 20,000 bytes, as on a full disk
+    small   from the start no file can grow beyond 1,000 bytes
     gone    the run's folder is deleted after the step
     wait    SIGTERM to a process that waits for rank 0, which sleeps
 Checkpoint and log are written after every second step, samples take two steps, and the indices
@@ -33,8 +35,19 @@ import runs
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP}
 
 
-def main():
-    fault, name, *argv = sys.argv[1:]
+def in_fork(argv, environment, *streams):
+    """main() in a process that was forked for it; streams: where stdout and stderr go."""
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    sys.dont_write_bytecode = True  # a full disk would truncate it too
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(streams[number - 1].fileno(), number)
+        streams[number - 1].close()
+        setattr(sys, name, os.fdopen(number, "w", closefd=False))  # the server's was no pipe
+    main(argv)
+
+
+def main(argv):
+    fault, name, *argv = argv
     kind, at, rank = ([*fault.split(":"), "0", "0"])[:3]
     here, steps = rank == os.environ.get("RANK", "0"), []
     script = importlib.import_module(name)
@@ -43,6 +56,8 @@ def main():
     show = runs.Run._show
     shard = runs.Run.shard
     save = torch.save
+    if kind == "small":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     def show_and_fail(self):
         show(self)
@@ -81,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

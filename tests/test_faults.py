@@ -12,26 +12,15 @@ from shlex import split
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
+from conftest import LOOPS, ROOT, TINY_FLAGS, forked, refused
 
 import evaluate
 import export
 import infer_onnx
 import runs
 
-NAMES = [*TINY_FLAGS]
 # Without bytecode: a limit on the size of files would truncate it too.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def refused(main, argv, capsys, code=2):
-    """The error of a main that must end with this exit code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*map(str, argv)])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == code and ".py: error: " in error and "Traceback" not in error, error
-    return error
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -60,6 +49,8 @@ def flip_a_weight(path):
 FAULTS = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-500]),
     "empty": lambda path: path.write_bytes(b""),
+    "random": lambda path: path.write_bytes(b"random bytes"),
+    "a zip's first bytes": lambda path: path.write_bytes(b"PK"),
     "a flipped bit": flip_a_weight,
     "code instead": lambda path: path.write_bytes(pickle.dumps(Code())),
     "code inside": lambda path: torch.save({"format": 1, "model": "ddim", "config": Code()}, path),
@@ -71,8 +62,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", NAMES)
+# One function reads them for all scripts: each fault once, and three in each script.
+CASES = [*(("ddim", fault) for fault in FAULTS),
+         *((name, fault) for name in ("vae", "gan", "ldm")
+           for fault in ("truncated", "no network", "no weights"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fault"), CASES)
 def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
     name, fault, tiny_runs, in_tmp, capsys
 ):
@@ -87,12 +83,12 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
         (script.main, ["--resume", "--run-dir", "run", "--epochs", "9"]),
         (export.main, [name, "--checkpoint", "run"]),
     ):
-        assert f"{name}.pt" in refused(main, argv, capsys)
+        assert f"{name}.pt" in refused(main, argv, capsys, alone=False)
     assert path.read_bytes() == before and {p.name for p in in_tmp.iterdir()} == {"run"}
     assert not list(Path("run").glob("*.onnx"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_another_network_size_cannot_be_resumed(name, tiny_runs, capsys):
     script = importlib.import_module(name)
     flags = ["--resume", "--run-dir", tiny_runs(name), "--epochs", "9", "--emb-channels", "32"]
@@ -105,7 +101,7 @@ def test_another_network_size_cannot_be_resumed(name, tiny_runs, capsys):
 
 
 @pytest.mark.parametrize("folder", ["/proc/run", "file/run"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_a_folder_that_cannot_be_written_to(name, folder, in_tmp, data_dir, capsys):
     (in_tmp / "file").write_text("")
     script = importlib.import_module(name)
@@ -130,27 +126,19 @@ def test_outputs_that_cannot_be_written(tiny_runs, in_tmp, capsys):
 
 
 @pytest.mark.parametrize("command", ["export", "infer_onnx", "gan"])
-def test_a_full_disk_leaves_the_old_file(command, tiny_runs, in_tmp):
-    """No file can grow beyond 1,000 bytes, as on a full disk."""
+def test_a_full_disk_leaves_the_old_file(command, tiny_runs, exports, in_tmp):
     run_dir = tiny_runs("gan")
-    assert export.main(["gan", "--checkpoint", str(run_dir), "--output", "model.onnx"]) == 0
     flags, old, exit_code = {
         "export": (["gan", "--checkpoint", run_dir], "x.onnx", 5),
-        "infer_onnx": (["--model", "model.onnx", "--num-samples", "9"], "x.npz", 5),
+        "infer_onnx": (["--model", exports("gan"), "--num-samples", "9"], "x.npz", 5),
         "gan": (["--checkpoint", run_dir, "--num-samples", "9"], "x.png", 2),
     }[command]
     Path(old).write_bytes(b"old")
-    code = f"""
-import resource, {command}
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-{command}.main()
-"""
-    argv = [sys.executable, "-c", code, *map(str, flags), "--output", old]
-    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
+    done = forked("small", command, *flags, "--output", old)
     assert done.returncode == exit_code and "Traceback" not in done.stderr, done.stderr
     assert "error: " in done.stderr.splitlines()[-1]
     assert Path(old).read_bytes() == b"old"
-    assert {p.name for p in in_tmp.iterdir()} == {"model.onnx", old}
+    assert {p.name for p in in_tmp.iterdir()} == {old}
 
 
 # --- Other runs -----------------------------------------------------------------------------------
@@ -190,17 +178,15 @@ def test_a_file_system_without_locks_is_trained_on(in_tmp, data_dir, monkeypatch
 
 def test_three_runs_that_start_at_once_take_three_folders(in_tmp, data_dir):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["gan"]]
-    command = [sys.executable, str(ROOT / "gan.py"), *flags]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    processes = [subprocess.Popen(command, **quiet) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    done = forked("none", "gan", *flags, ranks=3, together=False)
+    assert done.returncode == [0, 0, 0], done.stderr
     assert {p.parent.name for p in Path("runs").glob("*/gan.pt")} == {"gan", "gan-2", "gan-3"}
 
 
 # --- Memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, capsys, monkeypatch):
     script = importlib.import_module(name)
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS[name]]
@@ -213,7 +199,7 @@ def test_too_little_memory_says_which_flag_to_lower(name, in_tmp, data_dir, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", too_much)
-        said = refused(script.main, flags, capsys)
+        said = refused(script.main, flags, capsys, alone=False)
         assert "lower --batch-size, with --resume too" in said
     assert script.main(["--resume", "--run-dir", "run", "--batch-size", "10"]) == 0
 

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, train what one process does."""
+"""Several processes train what one process does: started by torchrun, or as torchrun does."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
+from conftest import LOOPS, ROOT, TINY_FLAGS, forked
 
 import ddim
 
@@ -19,14 +19,14 @@ STEPS = 21
 # In float32: in bfloat16 the rounding of a shard differs from that of a whole batch.
 FLAGS = {
     name: ["--train", "--epochs", "7", "--warmup", "2", "--no-bf16", *TINY_FLAGS[name]]
-    for name in TINY_FLAGS
+    for name in LOOPS
 }
 # Adam without momentum takes full steps where a gradient is nothing but rounding errors.
 FLAGS["gan"] += ["--lr", "1e-4"]
 
 
 def torchrun(*command, processes=2, timeout=180):
-    """Start processes as torchrun does, on a free port of this machine."""
+    """Start processes on a free port of this machine."""
     flags = split(f"-m torch.distributed.run --standalone --nproc-per-node {processes}")
     argv = [sys.executable, *flags, *map(str, command)]
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout)
@@ -46,21 +46,20 @@ def losses(run_dir):
     return found
 
 
-@pytest.mark.parametrize("name", [*TINY_FLAGS])
+@pytest.mark.parametrize("name", LOOPS)
 def test_two_processes_train_what_one_does_and_resume_each_other(
     name, in_tmp, data_dir, monkeypatch
 ):
-    script, faulty = importlib.import_module(name), ROOT / "tests/faulty.py"
+    script = importlib.import_module(name)
     monkeypatch.setattr(script, "LOG_EVERY", 2)  # while the interruptions are after odd steps
-    monkeypatch.setattr(script, "GRID_STEPS", 2, raising=False)
     flags = [*FLAGS[name], "--data-dir", data_dir]
     assert script.main([*flags, "--run-dir", "one"]) == 0
 
     # SIGTERM to rank 1 alone
-    done = torchrun(faulty, "term:7:1", name, *flags, "--run-dir", "two")
-    # one traceback, that of torchrun
-    assert "exitcode  : 130" in done.stderr and done.stderr.count("Traceback") == 1, done.stderr
-    assert f"torchrun --nproc-per-node 2 {name}.py --resume --run-dir two" in done.stdout
+    done = forked("term:7:1", name, *flags, "--run-dir", "two", ranks=2)
+    assert done.returncode == [130, 130], done.stderr
+    assert f"torchrun --nproc-per-node 2 {name}.py --resume --run-dir two" in done.stdout[0]
+    assert done.stdout[1] == "" and not any("Traceback" in error for error in done.stderr)
     # one process resumes, for six steps
     counter = iter(range(7))
     is_over = script.Run._is_over
@@ -74,8 +73,8 @@ def test_two_processes_train_what_one_does_and_resume_each_other(
         patch.setattr(script.Run, "_is_over", over_after_six)
         assert script.main(["--resume", "--run-dir", "two"]) == 130
     # and two processes finish the run
-    done = torchrun(faulty, "none", name, "--resume", "--run-dir", "two")
-    assert done.returncode == 0, done.stderr
+    done = forked("none", name, "--resume", "--run-dir", "two", ranks=2)
+    assert done.returncode == [0, 0], done.stderr
     one, two = losses("one"), losses("two")
     assert one.keys() == two.keys() and len(one) >= STEPS // 2 - 1
     for key, values in one.items():
@@ -111,7 +110,7 @@ def test_an_error_in_rank_0_is_one_line_without_tracebacks_of_the_others(in_tmp)
     assert done.stderr.count("Traceback") == 1, done.stderr  # that of torchrun
 
 
-def test_the_torchrun_command_of_the_readme_and_a_batch_that_cannot_be_divided(in_tmp, data_dir):
+def test_the_torchrun_command_of_the_readme(in_tmp, data_dir):
     command = ["torchrun", "--nproc-per-node", "2", str(ROOT / "ddim.py")]
     command += [*FLAGS["ddim"], "--data-dir", data_dir]
     path = str(Path(sys.executable).parent)
@@ -119,10 +118,17 @@ def test_the_torchrun_command_of_the_readme_and_a_batch_that_cannot_be_divided(i
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run runs/ddim on cpu") == 1 and Path("runs/ddim/ddim.pt").is_file()
-    done = torchrun(ROOT / "ddim.py", *FLAGS["ddim"], "--data-dir", data_dir, "--batch-size", "21")
-    assert "--batch-size 21 is not a multiple of the 2 processes" in done.stderr
-    done = torchrun(ROOT / "ddim.py", "--class", "ki")
-    assert "torchrun is for --train and --resume" in done.stderr and not list(Path().glob("*.png"))
+
+
+def test_what_several_processes_cannot_do_is_refused(in_tmp, data_dir):
+    for flags, message in (
+        ([*FLAGS["ddim"], "--data-dir", data_dir, "--batch-size", "21"],
+         "--batch-size 21 is not a multiple of the 2 processes"),
+        (["--class", "ki"], "torchrun is for --train and --resume"),
+    ):  # fmt: skip
+        done = forked("none", "ddim", *flags, ranks=2)
+        assert done.returncode == [2, 2] and all(message in error for error in done.stderr)
+        assert not list(in_tmp.iterdir())
 
 
 def test_a_killed_process_ends_the_others_with_a_message(in_tmp, data_dir):

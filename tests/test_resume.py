@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,28 +10,23 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, equal, state
+from conftest import LOOPS, ROOT, TINY_FLAGS, equal, forked, state
 
 import ddim
 import runs
 
 # 12 steps, 3 in an epoch
-FLAGS = {name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in TINY_FLAGS}
+FLAGS = {name: ["--train", "--epochs", "4", *TINY_FLAGS[name]] for name in LOOPS}
 
 
-def faulty(fault, name, *flags):
-    command = [sys.executable, str(ROOT / "tests/faulty.py"), fault, name, *flags]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a full disk would truncate it too
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """As in faulty.py, a line of the log at every second step."""
+    for name in LOOPS:
+        monkeypatch.setattr(importlib.import_module(name), "LOG_EVERY", 2)
 
 
-def quick(script, patch):
-    """As faulty.py: log every second step, sample in two steps."""
-    patch.setattr(script, "LOG_EVERY", 2)
-    patch.setattr(script, "GRID_STEPS", 2, raising=False)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data_dir):
     """A function: what a script leaves after its twelve steps without a fault."""
     made = {}
@@ -40,26 +34,23 @@ def unbroken(tmp_path_factory, data_dir):
     def state_of(name):
         if name not in made:
             run_dir = tmp_path_factory.mktemp(name) / "whole"
-            script = importlib.import_module(name)
             flags = ["--data-dir", data_dir, "--run-dir", str(run_dir)]
-            with pytest.MonkeyPatch.context() as patch:
-                quick(script, patch)
-                assert script.main([*FLAGS[name], *flags]) == 0
+            assert importlib.import_module(name).main([*FLAGS[name], *flags]) == 0
             made[name] = state(run_dir)
         return made[name]
 
     return state_of
 
 
-FAULTS = [(name, fault) for name in TINY_FLAGS for fault in ("kill:8", "half:6", "full:8")]
+FAULTS = [(name, fault) for name in LOOPS for fault in ("kill:8", "half:6", "full:8")]
 FAULTS += [("ldm", "kill:2"), ("ldm", "full:2")]  # in the first stage
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS)
 def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(
-    name, fault, unbroken, in_tmp, data_dir, monkeypatch
+    name, fault, unbroken, in_tmp, data_dir
 ):
-    done = faulty(fault, name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
+    done = forked(fault, name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
     assert done.returncode == (2 if fault.startswith("full") else -signal.SIGKILL), done.stderr
     if done.returncode == 2:
         error = done.stderr.splitlines()[-1]
@@ -69,58 +60,50 @@ def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(
     newest = max((in_tmp / "broken").glob("*.pt"), key=lambda path: path.stat().st_mtime)
     kept = torch.load(newest, weights_only=True)
     assert kept["step"] < 12
-    script = importlib.import_module(name)
-    quick(script, monkeypatch)
-    assert script.main(["--resume", "--run-dir", "broken"]) == 0
+    assert importlib.import_module(name).main(["--resume", "--run-dir", "broken"]) == 0
     whole, broken = unbroken(name), state(in_tmp / "broken")
     assert whole.keys() == broken.keys()
     for key in whole:
         assert equal(whole[key], broken[key]), key
 
 
-@pytest.mark.parametrize("name", [*TINY_FLAGS])
-def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(
-    name, unbroken, in_tmp, data_dir, monkeypatch
-):
-    done = faulty("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
+@pytest.mark.parametrize("name", LOOPS)
+def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(name, unbroken, in_tmp, data_dir):
+    done = forked("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
     assert done.returncode == 130, done.stderr
     said = f"python {name}.py --resume --run-dir broken"
     assert done.stdout.splitlines()[-1].strip() == said and "Traceback" not in done.stderr
-    script = importlib.import_module(name)
     assert torch.load(f"broken/{name}.pt", weights_only=True)["step"] == {"ldm": 4}.get(name, 7)
-    quick(script, monkeypatch)
-    assert script.main(said.split()[2:]) == 0
+    assert importlib.import_module(name).main(said.split()[2:]) == 0
     whole, broken = unbroken(name), state(in_tmp / "broken")
     assert all(equal(whole[key], broken[key]) for key in whole)
 
 
-def test_a_closed_terminal_saves_as_sigterm_does(in_tmp, data_dir):
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, too
-    done = faulty("hup:7", "gan", *FLAGS["gan"], "--data-dir", data_dir, "--run-dir", "run")
-    signal.signal(signal.SIGHUP, before)
-    assert done.returncode == 130, done.stderr
-    assert torch.load("run/gan.pt", weights_only=True)["step"] == 7
-
-
-def test_under_nohup_a_closed_terminal_is_ignored(in_tmp, data_dir):
-    command = ["nohup", sys.executable, str(ROOT / "tests/faulty.py"), "hup:7", "gan"]
+@pytest.mark.parametrize(
+    ("before", "code", "step"), [([], 130, 7), (["nohup"], 0, 12)], ids=["terminal", "nohup"]
+)
+def test_a_closed_terminal_saves_as_sigterm_does_but_under_nohup(
+    before, code, step, in_tmp, data_dir
+):
+    command = [*before, sys.executable, str(ROOT / "tests/faulty.py"), "hup:7", "gan"]
     command += [*FLAGS["gan"], "--data-dir", data_dir, "--run-dir", "run"]
+    was = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, too
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert torch.load("run/gan.pt", weights_only=True)["step"] == 12
+    signal.signal(signal.SIGHUP, was)
+    assert done.returncode == code, done.stderr
+    assert torch.load("run/gan.pt", weights_only=True)["step"] == step
 
 
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data_dir):
-    done = faulty("gone:8", "ddim", *FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run")
+    done = forked("gone:8", "ddim", *FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run")
     assert done.returncode == 0, done.stderr
     found, whole = state(in_tmp / "run"), unbroken("ddim")
     assert all(equal(whole[key], found[key]) for key in ("ddim.pt", "grid"))
 
 
-@pytest.mark.parametrize("name", [*TINY_FLAGS])
+@pytest.mark.parametrize("name", LOOPS)
 def test_deterministic_changes_nothing_on_a_cpu(name, unbroken, in_tmp, data_dir, monkeypatch):
     script = importlib.import_module(name)
-    quick(script, monkeypatch)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     flags = [*FLAGS[name], "--data-dir", data_dir, "--run-dir", "run"]
     try:
