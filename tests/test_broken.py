@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
+from conftest import LOOPS, ROOT, TINY_FLAGS
 
 import common
 import ddim
@@ -147,12 +147,6 @@ def test_diversity_is_that_of_each_class(data_dir):
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def short_grids(monkeypatch):
-    for name in ("ddpm", "ddim", "ldm"):
-        monkeypatch.setattr(importlib.import_module(name), "GRID_STEPS", 2)
-
-
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -161,7 +155,7 @@ def flags_of(name, data_dir, *flags):
     return ["--train", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", "run", *flags]
 
 
-@pytest.mark.parametrize("name", [*TINY_FLAGS])
+@pytest.mark.parametrize("name", LOOPS)
 def test_each_script_says_once_that_its_samples_have_collapsed(
     name, in_tmp, data_dir, monkeypatch, capsys
 ):

@@ -9,7 +9,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_FLAGS, equal, idx_bytes, log_of, state
+from conftest import LOOPS, TINY, TINY_FLAGS, equal, idx_bytes, log_of, refused, state
 from PIL import Image, ImageDraw, ImageOps
 from torchvision import datasets
 
@@ -20,12 +20,6 @@ import infer_onnx
 from common import InputError, load_data, load_image
 
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def short_grids(monkeypatch):
-    for name in ("ddpm", "ddim", "ldm"):
-        monkeypatch.setattr(importlib.import_module(name), "GRID_STEPS", 2)
 
 
 def picture(path, level=0, mode="L", **options):
@@ -391,13 +385,8 @@ def resume(name, *flags):
     return importlib.import_module(name).main(["--resume", "--run-dir", "run", *flags])
 
 
-def refused(capsys, function, *args):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1, error
-    return error
+def not_resumed(capsys, *flags):
+    return refused(ddim.main, ["--resume", "--run-dir", "run", *flags], capsys)
 
 
 @pytest.fixture
@@ -417,7 +406,7 @@ def test_data_may_move_between_sessions(own_run, monkeypatch, capsys):
     expected = state(own_run / "other/run")["ddim.pt"]
     monkeypatch.chdir(own_run)
     (own_run / "pets").rename("animals")
-    assert "pets, is not there: say where it is with --data" in refused(capsys, resume, "ddim")
+    assert "pets, is not there: say where it is with --data" in not_resumed(capsys)
     for place in ("animals", "./animals/", str(own_run / "animals")):
         (own_run / "run/ddim.pt").write_bytes(whole)
         assert resume("ddim", "--data", place, "--epochs", "3") == 0
@@ -428,13 +417,13 @@ def test_other_data_are_refused_in_a_line(own_run, capsys):
     before = (own_run / "run/ddim.pt").read_bytes()
     pixel = (own_run / "pets/cat/0.png").read_bytes()
     noise(own_run / "pets/cat/0.png")
-    assert "other images or labels" in refused(capsys, resume, "ddim", "--epochs", "3")
+    assert "other images or labels" in not_resumed(capsys, "--epochs", "3")
     (own_run / "pets/cat/0.png").write_bytes(pixel)
     noise(own_run / "pets/dog/new.png")
-    assert "pets has 13 images, not 12" in refused(capsys, resume, "ddim", "--epochs", "3")
+    assert "pets has 13 images, not 12" in not_resumed(capsys, "--epochs", "3")
     (own_run / "pets/dog/new.png").unlink()
     (own_run / "pets/cat").rename("pets/eel")
-    error = refused(capsys, resume, "ddim", "--epochs", "3")
+    error = not_resumed(capsys, "--epochs", "3")
     assert "other classes (eel is new, cat is missing)" in error
     assert (own_run / "run/ddim.pt").read_bytes() == before
 
@@ -453,9 +442,9 @@ def test_a_run_from_before_the_sums_resumes(own_run, capsys):
 
 
 def test_what_a_picture_stands_on_stays_as_it_was(own_run, capsys):
-    error = refused(capsys, resume, "ddim", "--background", "black")
+    error = not_resumed(capsys, "--background", "black")
     assert "--background is white and cannot change" in error
-    assert "not a colour" in refused(capsys, ddim.main, ["--train", "--background", "#fff8"])
+    assert "not a colour" in refused(ddim.main, ["--train", "--background", "#fff8"], capsys)
 
 
 def test_explore_reads_the_data_where_they_are_now(own_run):
@@ -491,7 +480,7 @@ def test_flip_shows_every_image_and_its_mirror_image_in_an_epoch(in_tmp, monkeyp
     assert bytes_of(common.to_uint8(torch.cat(shown))) == bytes_of(expected)
     assert "pets, each image also mirrored: 24 images" in capsys.readouterr().out
     assert resume("ddim", "--epochs", "2") == 0
-    assert "--flip is True and cannot change" in refused(capsys, resume, "ddim", "--no-flip")
+    assert "--flip is True and cannot change" in not_resumed(capsys, "--no-flip")
 
 
 @pytest.mark.parametrize("name", ["ddim", "ldm", "vae", "gan"])
@@ -506,9 +495,8 @@ def test_pictures_without_classes_are_one_class_without_guidance(name, in_tmp, c
     assert script.main(draw) == 0
     if name in ("ddim", "ldm"):
         assert "guidance is off" in said
-        assert "leaves only --guidance 1" in refused(
-            capsys, script.main, [*draw, "--guidance", "2"]
-        )
+        error = refused(script.main, [*draw, "--guidance", "2"], capsys)
+        assert "leaves only --guidance 1" in error
     assert resume(name, "--epochs", "3") == 0
 
 
@@ -545,7 +533,7 @@ def test_arrays_without_labels_are_one_class(in_tmp):
 # --- Batches of another size ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*TINY_FLAGS])
+@pytest.mark.parametrize("name", LOOPS)
 def test_a_run_resumes_with_batches_of_another_size(name, in_tmp, data_dir):
     flags = ["--train", "--epochs", "4", *TINY_FLAGS[name], "--data-dir", data_dir]
     assert importlib.import_module(name).main([*flags, "--run-dir", "run"]) == 0

@@ -210,13 +210,12 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(ddim, "GRID_STEPS", 2)
         draw_shapes(folder / "shapes")
         flags = split("--data shapes --channels 3 --image-size 64")
         tiny = [*TINY[2:], *split("--depths 1,1 --num-timesteps 20 --epochs 1 --run-dir runs/ddim")]
         assert ddim.main(["--train", *tiny, *flags, "--hold-out"]) == 0
         assert export.main(["ddim", "--checkpoint", "runs/ddim"]) == 0
-        assert extractor.main([*flags, "--epochs", "4", "--output", "judges"]) == 0
+        assert extractor.main([*flags, "--epochs", "2", "--output", "judges"]) == 0
     return folder
 
 

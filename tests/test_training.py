@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, equal
+from conftest import LOOPS, TINY_FLAGS, equal
 
 import common
 import gan
@@ -19,7 +19,7 @@ import ldm
 import runs
 import vae
 
-DIFFUSION = ["ddpm", "ddim", "ldm"]
+DIFFUSION = ["ddim", "ldm"]
 
 
 def flags_of(name, data_dir, *flags):
@@ -35,12 +35,6 @@ def class_of_bar(images):
 def is_real(images):
     """Whether each image has the grey levels 0 to 255 only, unlike outputs of a network."""
     return (common.to_float(common.to_uint8(images)) == images).flatten(1).all(dim=1)
-
-
-@pytest.fixture(autouse=True)
-def short_grids(monkeypatch):
-    for name in DIFFUSION:
-        monkeypatch.setattr(importlib.import_module(name), "GRID_STEPS", 2)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -217,7 +211,7 @@ def test_a_flag_changes_what_is_learned(name, flags, averaged):
     assert not equal(averaged(name), averaged(name, flags))
 
 
-@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
+@pytest.mark.parametrize("name", LOOPS)
 def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
     script, key = importlib.import_module(name), {"vae": "kl", "gan": "loss_g"}.get(name, "loss")
     logs = []
@@ -270,7 +264,7 @@ def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):
     assert [torch.load(file, weights_only=True)["step"] for file in files] == [6, 18]
 
 
-@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim"])
+@pytest.mark.parametrize("name", ["vae", "gan", "ddim"])
 def test_grids_are_saved_as_often_as_asked_for(name, clock, in_tmp, data_dir):
     argv = ["--train", "--minutes", "0.2", "--save-every", "0.05", "--data-dir", data_dir]
     argv += [*TINY_FLAGS[name], "--run-dir", "run"]
