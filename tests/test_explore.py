@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, refused
 from PIL import Image, ImageSequence
 
 import common
@@ -585,12 +585,12 @@ def test_a_walk_is_for_two_latent_numbers_and_a_map_for_two_or_more(
     assert vae.main([*flags, "--latent-dim", latent_dim]) == 0
     if latent_dim == "1":
         message = "walk needs a VAE with --latent-dim 2; this one has 1"
-        assert message in refused(["walk", "vae", "--class", "o"], capsys)
+        assert message in refused(explore.main, ["walk", "vae", "--class", "o"], capsys)
         message = "map needs a VAE with --latent-dim 2 or more; this one has 1"
-        assert message in refused(["map", "vae"], capsys)
+        assert message in refused(explore.main, ["map", "vae"], capsys)
         return
     message = "walk needs a single --class"
-    assert message in refused(["walk", "vae", "--class", "o,ki"], capsys)
+    assert message in refused(explore.main, ["walk", "vae", "--class", "o,ki"], capsys)
     assert explore.main(["walk", "vae", "--class", "o"]) == 0
     assert pixels("vae_walk.png").shape == (16 * CELL + 2, 16 * CELL + 2)
     assert explore.main(["walk", "vae", "--class", "o", "--num-samples", "5",
@@ -658,16 +658,6 @@ def test_a_gif_of_a_gan_has_ten_samples(draw):
 
 
 # --- Command line ---------------------------------------------------------------------------------
-
-
-def refused(argv, capsys):
-    """Run with bad input; returns the message after checking its one line and the exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        explore.main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("explore.py"), error
-    return error
 
 
 @pytest.mark.parametrize(
@@ -744,13 +734,13 @@ def test_bad_input_is_one_line_and_writes_nothing(argv, message, tiny_runs, in_t
     before = {path: path.read_bytes() for path in in_tmp.iterdir()}
     if len(argv) > 1 and argv[1] in COMMANDS.get(argv[0], ()) and "--checkpoint" not in argv:
         argv += ["--checkpoint", str(tiny_runs(argv[1]))]
-    assert message in refused(argv, capsys)
+    assert message in refused(explore.main, argv, capsys)
     assert {path: path.read_bytes() for path in in_tmp.iterdir()} == before
 
 
 def test_a_map_without_matplotlib_says_what_to_install(tiny_runs, in_tmp, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    error = refused(["map", "vae", "--checkpoint", str(tiny_runs("vae"))], capsys)
+    error = refused(explore.main, ["map", "vae", "--checkpoint", str(tiny_runs("vae"))], capsys)
     assert "a map needs matplotlib: pip install matplotlib" in error
 
 
@@ -761,7 +751,7 @@ def test_images_that_are_not_finite_are_refused(command, tiny_run, in_tmp, capsy
     torch.save(checkpoint, "broken.pt")
     image = ["3"] if command == "invert" else ["--class", "o"]
     flags = ["--checkpoint", "broken.pt", "--steps", "2"]
-    assert "not finite" in refused([command, "ddim", *image, *flags], capsys)
+    assert "not finite" in refused(explore.main, [command, "ddim", *image, *flags], capsys)
     assert [path.name for path in in_tmp.iterdir()] == ["broken.pt"]
 
 
@@ -833,10 +823,11 @@ def test_a_log_that_cannot_be_drawn_is_one_line(tiny_run, in_tmp, capsys, monkey
         (["new.jsonl"], "new.jsonl has fewer than two lines with a loss"),
         (["new.jsonl", "--output", "x.gif"], "must end in .png"),
     ):
-        assert message in refused(["log", *argv], capsys)
+        assert message in refused(explore.main, ["log", *argv], capsys)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     file = str(ROOT / "pretrained/gan.log.jsonl")
-    assert "log needs matplotlib: pip install matplotlib" in refused(["log", file], capsys)
+    error = refused(explore.main, ["log", file], capsys)
+    assert "log needs matplotlib: pip install matplotlib" in error
     assert not Path("log.png").exists()
 
 
@@ -846,7 +837,7 @@ def test_without_dropped_labels_guidance_is_fixed(in_tmp, data_dir, capsys):
     assert explore.main(["invert", "ddim", "3"]) == 0  # unconditional, in 30 steps
     assert "30 steps each way" in capsys.readouterr().out
     message = "the label dropout of the training leaves only --guidance 0.0"
-    assert message in refused(["invert", "ddim", "3", "--guidance", "1"], capsys)
+    assert message in refused(explore.main, ["invert", "ddim", "3", "--guidance", "1"], capsys)
 
 
 def test_help_has_an_example_of_each_command_that_parses(capsys):
@@ -930,7 +921,7 @@ def test_a_data_set_with_other_classes_is_refused(argv, tiny_runs, in_tmp, capsy
     checkpoint = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)
     checkpoint["class_names"][3] = "another"
     torch.save(checkpoint, "other.pt")
-    error = refused([*argv.split(), "--checkpoint", "other.pt"], capsys)
+    error = refused(explore.main, [*argv.split(), "--checkpoint", "other.pt"], capsys)
     assert "the data set no longer has the classes of the training" in error
 
 

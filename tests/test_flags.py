@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, refused
 
 COMMANDS = [*TINY_FLAGS, "distill", "export", "infer_onnx", "evaluate"]
 REQUIRED = {"export": ["ddim"]}  # arguments without which nothing is parsed
@@ -52,26 +52,23 @@ def wrong_numbers(parse):
     return values + ([] if high == math.inf else [str(high + 1), str(high * 10 + 10)])
 
 
-CASES = [
-    (command, action.option_strings[0], value)
-    for command in COMMANDS
-    for action in actions(command)[1]
-    for value in wrong_values(action)
-]
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "export"])
+def test_a_value_out_of_range_is_refused_in_a_line(command, capsys):
+    parser, flags = actions(command)
+    cases = [(action.option_strings[0], wrong_values(action)) for action in flags]
+    assert sum(len(values) for _, values in cases) > 40
+    for flag, values in cases:
+        for value in values:
+            refuse(command, parser, [f"{flag}={value}"], capsys, flag)
 
 
-@pytest.mark.parametrize(("command", "flag", "value"), CASES)
-def test_a_value_out_of_range_is_refused_in_a_line(command, flag, value, capsys):
-    refuse(command, [f"{flag}={value}"], capsys, flag)
-
-
-def refuse(command, argv, capsys, said):
-    parser, _ = actions(command)
+def refuse(command, parser, argv, capsys, said):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args([*REQUIRED.get(command, []), *argv])
+        pytest.fail(f"{command}.py accepts {argv}")
     output = capsys.readouterr()
-    assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1
-    assert output.err.startswith(f"{command}.py: error: ") and said in output.err
+    assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1, argv
+    assert output.err.startswith(f"{command}.py: error: ") and said in output.err, argv
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -80,7 +77,7 @@ def test_the_ends_of_every_range_are_accepted_and_values_are_needed(command, cap
     for action in flags:
         flag = action.option_strings[0]
         if action.nargs != 0:
-            refuse(command, [flag], capsys, flag)
+            refuse(command, parser, [flag], capsys, flag)
         if getattr(action.type, "__qualname__", "").startswith("number"):
             limits = range_of(action.type)
             ends = [limits["low"] + (1e-9 if limits["above"] else 0), limits["high"]]
@@ -89,7 +86,7 @@ def test_the_ends_of_every_range_are_accepted_and_values_are_needed(command, cap
                 argv = [flag, *[str(value)] * action.nargs] if pair else [f"{flag}={value}"]
                 args = parser.parse_args([*REQUIRED.get(command, []), *argv])
                 assert getattr(args, action.dest) == ([value] * action.nargs if pair else value)
-    refuse(command, ["--no-such-flag"], capsys, "--no-such-flag")
+    refuse(command, parser, ["--no-such-flag"], capsys, "--no-such-flag")
 
 
 # What does not go together, or is not there: (commands, flags, a part of the line).
@@ -110,6 +107,7 @@ COMBINATIONS = [
     (SCRIPTS, ["--train", "--batch-size", "61"], "--batch-size 61 is not in 1..60"),
     (SCRIPTS, ["--train", "--resume", "--checkpoint", "x"], "--checkpoint is to sample from"),
     (SCRIPTS, ["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
+    (SCRIPTS, ["--resume"], "train first"),
     (DIFFUSION, ["--steps", "1001"], "--steps 1001 is more than the 1000"),
     (DIFFUSION, ["--train", "--widths", "16,16,16,16,16"], "--widths"),
     (
@@ -136,11 +134,8 @@ def test_what_does_not_go_together_is_refused_in_a_line(
         flags = [*TINY_FLAGS[name], "--data-dir", data_dir, *flags]
     elif "--resume" not in flags:
         flags = ["--checkpoint", str(tiny_runs(name)), *flags]
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(name).main(flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
+    error = refused(importlib.import_module(name).main, flags, capsys)
+    assert error.startswith(f"{name}.py: error: ") and message in error
     assert not list(in_tmp.glob("*.p*")) and not list(in_tmp.rglob("*.pt"))
 
 
@@ -156,16 +151,12 @@ def test_steps_and_guidance_are_those_that_the_help_says(name, tiny_runs, in_tmp
     assert said["steps"].endswith(f"({seen[0]['steps']})") and seen[0]["steps"] == script.STEPS
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("name", ["ddim", "ldm"])
 def test_guidance_and_classes_that_were_never_learned_are_refused(name, in_tmp, data_dir, capsys):
     script = importlib.import_module(name)
     for dropout, guidance, only in (("0", "1.5", "1.0"), ("1", "1", "0.0")):
         flags = ["--train", "--epochs", "0.3", "--data-dir", data_dir, *TINY_FLAGS[name]]
         assert script.main([*flags, "--label-dropout", dropout]) == 0
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            script.main(["--guidance", guidance])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2
-        assert error.count("\n") == 1
+        assert script.main(["--steps", "1"]) == 0
+        error = refused(script.main, ["--guidance", guidance], capsys)
         assert f"leaves only --guidance {only}" in error

@@ -9,7 +9,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, refused
 from torch import distributions
 
 import common
@@ -87,7 +87,7 @@ def two_lumps(count=4000):
     return codes, torch.arange(2).repeat_interleave(count)
 
 
-def codes_of(prior, label, count=20_000, dim=2):
+def codes_of(prior, label, count=10_000, dim=2):
     arrays = prior and vae.by_class({key: value.numpy() for key, value in prior.items()})
     return vae.sample_codes(arrays, [label] * count, common.noise_streams(3, range(count)), dim)
 
@@ -244,13 +244,8 @@ def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monk
         (["--between", "0", "1"], "python explore.py between vae"),
         (["--map", "pca"], "python explore.py map vae"),
         (["--walk"], "python explore.py walk vae"),
-        (["--truncation", "0"], "from 0.1"),
     ],
 )
 def test_bad_input_is_one_line(tiny_runs, in_tmp, capsys, flags, message):
-    tiny_runs("vae")
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        vae.main(["--checkpoint", str(tiny_runs("vae")), *flags])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error and list(in_tmp.iterdir()) == []
+    flags = ["--checkpoint", tiny_runs("vae"), *flags]
+    assert message in refused(vae.main, flags, capsys) and list(in_tmp.iterdir()) == []
