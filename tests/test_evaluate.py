@@ -23,7 +23,6 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageFilter
 
 import evaluate
-import export
 import infer_onnx
 from benchmarks import extractor, report
 
@@ -383,20 +382,12 @@ def test_an_extractor_that_is_not_what_it_says_is_refused(sets, tmp_path):
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def models(tiny_runs, tmp_path_factory):
-    """A folder with ddim.onnx and gan.onnx of tiny runs."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("ddim", "gan"):
-        at = ["--checkpoint", str(tiny_runs(name)), "--output", str(folder / f"{name}.onnx")]
-        assert export.main([name, *at]) == 0
-    return folder
-
-
 @pytest.fixture
-def workplace(models, extractors, data_dir, in_tmp, monkeypatch):
+def workplace(exports, extractors, data_dir, in_tmp, monkeypatch):
     """A current folder that has the tiny models in runs/; returns flags of a short run there."""
-    shutil.copytree(models, in_tmp / "runs/tiny")
+    (in_tmp / "runs/tiny").mkdir(parents=True)
+    for name in ("ddim", "gan"):
+        shutil.copy(exports(name), "runs/tiny")
     monkeypatch.setattr(evaluate, "CHUNK", 20)
     monkeypatch.setattr(evaluate, "BATCH", 10)
     shared = ["--data", "kmnist", "--data-dir", data_dir, "--extractors", str(extractors)]
