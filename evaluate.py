@@ -67,8 +67,8 @@ FEW = 2000  # with fewer samples than this, a table marks its scores, as benchma
 CHUNK = 1000  # images in a file of the cache
 BATCH = 100  # images generated at a time
 TIMED_BATCHES = (1, 4, 16, 64, 100)
-TIMED_REPEATS = 5  # at most, at each batch size
-TIMED_SECONDS = 3.0  # no repeat starts later
+TIMED_REPEATS = 9  # at most, at each batch size
+TIMED_SECONDS = 3.0  # of each setting: no repeat starts later
 CAS_EPOCHS = 3
 CARD_KEY = "extractor_card"  # where an extractor's .onnx file holds the JSON that describes it
 CARD_FORMAT = 1
@@ -790,23 +790,30 @@ def show(bar, text):
         bar.set_description(text, refresh=sys.stderr.isatty())
 
 
-def latency(setting):
-    """Median ms per image, from labels to bytes: {"batch": {size: ms}, "best": size}."""
-    warm_up = dict(setting.options)
-    if warm_up and not setting.model.card.get("steps_fixed"):
-        warm_up |= {"steps": 1, "guidance_interval": (0, 1)}  # a single step, guided if any is
-    times = {}
+def latencies(settings):
+    """Median ms per image, from labels to bytes, of each setting: {"batch": {size: ms}, "best"}.
+
+    best: the size of the shortest time.  The settings take turns: what else the machine does slows
+    all of them.
+    """
+    found = [{} for _ in settings]
     for batch in TIMED_BATCHES:
-        labels = balanced_labels(0, batch, setting.cycle)
-        infer_onnx.sample(setting.model, labels, **warm_up)
-        measured = []
-        end = time.perf_counter() + TIMED_SECONDS
-        while not measured or (len(measured) < TIMED_REPEATS and time.perf_counter() < end):
-            start = time.perf_counter()
-            infer_onnx.sample(setting.model, labels, **setting.options)
-            measured.append(1e3 * (time.perf_counter() - start) / batch)
-        times[str(batch)] = float(np.median(measured))
-    return {"batch": times, "best": min(times, key=times.get)}
+        measured = [[] for _ in settings]
+        for setting in settings:
+            warm_up = dict(setting.options)
+            if warm_up and not setting.model.card.get("steps_fixed"):
+                warm_up |= {"steps": 1, "guidance_interval": (0, 1)}  # guided if any step is
+            infer_onnx.sample(setting.model, balanced_labels(0, batch, setting.cycle), **warm_up)
+        end = time.perf_counter() + TIMED_SECONDS * len(settings)
+        while not measured[0] or (len(measured[0]) < TIMED_REPEATS and time.perf_counter() < end):
+            for setting, times in zip(settings, measured, strict=True):
+                labels = balanced_labels(0, batch, setting.cycle)
+                start = time.perf_counter()
+                infer_onnx.sample(setting.model, labels, **setting.options)
+                times.append(1e3 * (time.perf_counter() - start) / batch)
+        for medians, times in zip(found, measured, strict=True):
+            medians[str(batch)] = float(np.median(times))
+    return [{"batch": medians, "best": min(medians, key=medians.get)} for medians in found]
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -985,7 +992,7 @@ def score_setting(setting, reference, sets, test, args):
         "parameters": card["parameters"],
         "bytes": sum(file.stat().st_size for file in (setting.path, *parts)),
         "training_minutes": card["training"]["seconds"] / 60,
-        "latency": latency(setting) if args.timing else None,
+        "latency": None,
     }
 
 
@@ -1083,6 +1090,10 @@ def score_models(args):
             show(bar, f"{setting.title()}, scoring")
             results["rows"].append(score_setting(setting, reference, sets, test, args))
             setting.shown = sets[0][: min(n, 1000)]
+    if args.timing:
+        print("measuring times", flush=True)
+        for row, times in zip(results["rows"], latencies(settings), strict=True):
+            row["latency"] = times
     write_results(args, results, settings, reference, train[0])
 
 

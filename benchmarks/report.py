@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +76,22 @@ def as_table(head, lines):
 def overview(*several):
     """README's table: the first floor and the rows of several results.json; times at batch 1.
 
-    A model that an earlier file has is left out of a later one.
+    A model that an earlier file has is left out of a later one; one with a single row has no
+    settings beside its name.
     """
     head = ["model", "F-FID", "recall", "label accuracy", "network evaluations", "ms / image"]
     rows = [several[0]["floor"]]
     for results in several:
         earlier = {row["file"] for row in rows[1:]}
         rows += [row for row in results["rows"] if row["file"] not in earlier]
+    counts = Counter(row.get("model") for row in rows)
     lines = []
     for row in rows:
         ffid, recall, accuracy = (
             row["scores"][name]["mean"] for name in ("ffid", "recall", "label_accuracy")
         )
-        cells = [row["title"], f"{ffid:.3g}", f"{recall:.3f}", f"{accuracy:.3f}"]
+        name = row["title"] if row is rows[0] or counts[row["model"]] > 1 else row["model"]
+        cells = [name, f"{ffid:.3g}", f"{recall:.3f}", f"{accuracy:.3f}"]
         if row is rows[0]:
             cells += ["–", "–", "–"]
         else:

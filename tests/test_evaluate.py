@@ -402,6 +402,26 @@ def failure(argv, capsys):
     return caught.value.code, error.splitlines()[-1]
 
 
+def test_models_take_turns_where_their_times_are_measured(monkeypatch):
+    """Medians of seconds that are worked out by hand, for images of a clock that moves as told."""
+    clock, drawn = [0.0], []
+    seconds = {"a": [9, 1, 5, 2], "b": [9, 4, 30, 6]}  # the first of each warms up
+
+    def sample(model, labels, **options):
+        drawn.append((model, len(labels)))
+        clock[0] += seconds[model][sum(name == model for name, _ in drawn) - 1]
+
+    monkeypatch.setattr(infer_onnx, "sample", sample)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(evaluate, "TIMED_BATCHES", (2,))
+    monkeypatch.setattr(evaluate, "TIMED_REPEATS", 3)
+    monkeypatch.setattr(evaluate, "TIMED_SECONDS", 100)
+    settings = [evaluate.Setting(name, Path(name), name, {}) for name in seconds]
+    found = evaluate.latencies(settings)
+    assert drawn == [("a", 2), ("b", 2)] * 4
+    assert found == [{"batch": {"2": 1000.0}, "best": "2"}, {"batch": {"2": 3000.0}, "best": "2"}]
+
+
 def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp):
     """Without tqdm and matplotlib, too; report.py adds the diagrams that are missing."""
     (in_tmp / "results").mkdir()

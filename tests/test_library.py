@@ -12,7 +12,7 @@ import common
 import ddpm
 import infer_onnx
 
-NAMES = ["vae", "gan", "ddpm", "ddim", "ldm"]
+NAMES = ["vae", "gan", "ddpm", "ddim", "ldm", "distill"]
 SNEAKER, BAG = 7, 8
 FEW = {"steps": 3}  # of the diffusion models
 
@@ -112,6 +112,7 @@ WRONG_OPTIONS = {
     "ddpm": [*NUMBERS, *WALKS, ({"variance": 1}, "variance 1 is not one of small, large")],
     "ddim": [*NUMBERS, *WALKS, *SOLVERS],
     "ldm": [*NUMBERS, *WALKS, *SOLVERS],
+    "distill": NUMBERS,
 }
 
 

@@ -271,3 +271,18 @@ def test_the_shipped_models_are_runs_of_the_defaults_as_its_table_says(module):
     ).groups()
     last = log_of(f"pretrained/{name}.log.jsonl")[-1]
     assert float(minutes) == config["minutes"] and epochs == f"{last['epoch']:.1f}"
+
+
+@pytest.mark.parametrize("name", ["distill", "distill2"])
+def test_the_shipped_students_are_runs_of_the_commands_of_its_table(name):
+    """Their cards and logs; flags that the command leaves out are the defaults."""
+    command, epochs = re.search(rf"\| `{name}` \| `python (.+)` \| ([\d.]+) \|", RESULTS).groups()
+    args = vars(distill.build_parser().parse_args(command.split()[1:]))
+    training = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu").card["training"]
+    of_teacher = {"teacher", "guidance", "teacher_steps"}  # where they are not given
+    kept = {*distill.FIXED, *distill.FREE} - {*runs.RUN_FLAGS, "bf16", "compile", *of_teacher}
+    assert {key: training[key] for key in kept} == {key: args[key] for key in kept}
+    assert training["guidance"] == ddim.GUIDANCE
+    assert training["teacher_steps"] == distill.TEACHER_STEPS
+    assert training["minutes"] == args["minutes"]
+    assert epochs == f"{log_of(f'pretrained/{name}.log.jsonl')[-1]['epoch']:.1f}"

@@ -28,7 +28,7 @@ import export
 import infer_onnx
 import vae
 
-NAMES = ["ddim", "ddpm", "ldm", "gan", "vae"]
+NAMES = ["ddim", "distill", "ddpm", "ldm", "gan", "vae"]
 SNEAKER = 7
 LEVELS = 1  # grey levels by which a browser and onnxruntime may differ
 RUNTIME = ROOT / "web/node_modules/onnxruntime-web"
@@ -152,6 +152,13 @@ def test_classes_are_those_of_infer_onnx():
     assert shown == ["all"]
 
 
+def test_the_page_offers_all_included_models():
+    [listed] = re.findall(r"const SHIPPED = (\[.*?\]);", (ROOT / "web/index.html").read_text())
+    models = {path.stem for path in (ROOT / "pretrained").glob("*.onnx")}
+    parts = {"ldm_decoder", "vae_encoder", "extractor", "extractor2"}
+    assert {*json.loads(listed)} == models - parts
+
+
 @needs_node
 @needs_runtime
 @pytest.mark.parametrize("name", NAMES)
@@ -165,6 +172,7 @@ SETTINGS = {
         {"guidance": 3, "guidance_interval": [0.25, 0.6]}, {"solver": "dpm++", "steps": 8},
         {"steps": 1},
     ],
+    "distill": [{}, {"steps": 4, "seed": 9}],
     "ddpm": [{"steps": 20}, {"steps": 10, "guidance": 3, "seed": 5}],
     "ldm": [{}, {"solver": "dpm++", "steps": 10, "seed": 9}],
     "gan": [{}, {"seed": 2**62 + 3}],
