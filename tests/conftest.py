@@ -144,7 +144,7 @@ def refused(main, argv, capsys, code=2, alone=True):
         main([*map(str, argv)])
     said = capsys.readouterr().err
     error = said.splitlines()[-1]
-    assert stop.value.code == code and re.match(r"\w+\.py: error: ", error), said
+    assert stop.value.code == code and re.match(r"\w+\.py( \w+)*: error: ", error), said
     assert "Traceback" not in said and (said.count("\n") == 1 or not alone), said
     return error
 

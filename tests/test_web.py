@@ -532,7 +532,7 @@ def test_the_png_is_that_of_infer_onnx(page, address):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "flow"}, "no model flow: ddim, ddpm, ldm, gan, vae"),
+        ({"model": "flow"}, "no model flow: ddim, distill, distill2, ddpm, ldm, gan, vae"),
         ({"model": "file"}, "no model file: open the file of this link again"),
         ({"class": "S"}, "class S is ambiguous, give an index: 5 (Sandal), 6 (Shirt), 7 (Sneaker)"),
         ({"class": "Hat"}, "no class Hat: choose one of T-shirt/top, Trouser"),
