@@ -457,6 +457,11 @@ def test_the_page_draws_a_sneaker(page, address, name):
         shown = page.evaluate("document.querySelectorAll('#strip button[title]').length")
         assert shown == min(card["steps"], 20) + 1
     assert page.evaluate("document.querySelectorAll('#class input').length") == 10
+    # The command that it shows is one that infer_onnx.py takes for this model.
+    args = infer_onnx.build_parser().parse_args(text(page, "command").split()[2:])
+    options = infer_onnx.sampling_options(args, card)
+    assert (args.model, args.class_, args.seed) == (name, "sneaker", 0)
+    assert options.get("steps") == card.get("steps")
 
 
 @needs_chromium
