@@ -85,13 +85,14 @@ def table(results):
     text += "`python benchmarks/start.py --output results/start`, each on a core of an "
     text += f"{results['processor']}; one run\neach, N = {SAMPLES:,}.  Copies are of the "
     text += f"{PICTURES} pictures.\n\n"
-    head = ["run", "minutes", "images seen", "F-FID", *SCORES[1:]]
+    headings = {name: heading for name, heading, _ in report.SCORES}
+    head = ["run", "minutes", "images seen", *(headings[name] for name in SCORES)]
     rows = []
     for row in results["rows"]:
         figures = [f"{row['scores'][name]:.3f}" for name in SCORES]
         images = f"{row['images']:,}" if row["images"] else ""
         rows.append([row["name"], str(row["minutes"] or ""), images, *figures])
-    return text + report.as_table([cell.replace("_", " ") for cell in head], rows)
+    return text + report.as_table(head, rows)
 
 
 def main():
