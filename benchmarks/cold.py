@@ -29,7 +29,7 @@ ROUNDS = 6
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    argparse.ArgumentParser(prog="cold.py", description=__doc__, formatter_class=raw).parse_args()
     script = Path(__file__).resolve().parent.parent / "infer_onnx.py"
     flags = ["--class", "Sneaker", "--steps", "20"]
     commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), *flags]}

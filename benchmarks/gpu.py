@@ -299,7 +299,7 @@ def as_text(report):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
     add("--output", type=Path, required=True, help="folder of the report")

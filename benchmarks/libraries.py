@@ -136,7 +136,7 @@ def compare_speed(rounds):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="libraries.py", description=__doc__, formatter_class=raw)
     # fmt: off
     add = parser.add_argument
     add("what", nargs="?", choices=("speed", "train"), default="speed",

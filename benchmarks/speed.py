@@ -105,7 +105,7 @@ def macs_of(model, image_size):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="speed.py", description=__doc__, formatter_class=raw)
     parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, default=32)
     image_size = parser.parse_args().image_size
     work, model = measured_functions(image_size)

@@ -97,7 +97,7 @@ def table(results):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="start.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of start.json and start.md")
     add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")

@@ -302,7 +302,7 @@ def table(trials):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="trials.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME",
