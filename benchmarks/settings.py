@@ -2,6 +2,7 @@
 
     python benchmarks/settings.py --output results/settings        all of them: for a GPU
     python benchmarks/settings.py ddim --output results/settings   of these models
+    python benchmarks/settings.py ddim --only "dpm++ 15 2.0 0.25:0.8" --output results/settings
     python benchmarks/settings.py --table --output results/settings    only write the table
 
 ddim.py, ddpm.py and ldm.py draw 10,000 samples for each setting and seed, on the GPU if there is
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,6 +64,12 @@ def evaluations(row):
     return len(times) + sum(start <= t < stop for t in times) * (row["guidance"] != 1)
 
 
+def words(row):
+    """A setting as --only has it: solver, steps, guidance, its interval."""
+    low, high = row["guidance_interval"]
+    return f"{row.get('solver', '')} {row['steps']} {row['guidance']} {low:g}:{high:g}".strip()
+
+
 def key(row):
     return json.dumps({part: row[part] for part in row if part not in ("scores", "device", "n")})
 
@@ -79,8 +87,10 @@ def make_reference(args):
     return reference, train[0]
 
 
-def draw(name, setting, seed, count, device):
+def draw(row, seed, count, device):
     """uint8 images (count, 1, 32, 32), the classes in turn, as those that evaluate.py scores."""
+    setting = dict(row)
+    name = setting.pop("name")
     script = importlib.import_module(name)
     path = ROOT / "pretrained" / f"{CHECKPOINTS[name]}.pt"
     model = script.ema_network(load_checkpoint(path, (CHECKPOINTS[name],)), device)
@@ -96,7 +106,9 @@ def table(rows):
         groups.setdefault(key(named), []).append(row)
     floor = next(group for group in groups.values() if group[0]["name"] == "real images")
     text = "# How to sample, chosen by held-out images\n\n"
-    text += f"`python benchmarks/settings.py --output results/settings` on {rows[-1]['device']}.\n"
+    counts = Counter(row["device"] for row in rows)
+    devices = " and ".join(f"{device} ({count} rows)" for device, count in counts.items())
+    text += f"`python benchmarks/settings.py --output results/settings` on {devices}.\n"
     text += f"N = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every sixth "
     text += "training image, which the\nmodels have seen: they are the shipped ones.\n\n"
     head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
@@ -145,6 +157,8 @@ def build_parser():
     add("names", nargs="*", metavar="NAME", help="ddim, ddpm or ldm (all)")
     add("--output", type=Path, required=True, help="folder of settings.json and settings.md")
     add("--num-samples", type=int, default=10_000, help="samples of each setting and seed (10000)")
+    add("--only", nargs="+", metavar="SETTING",
+        help="only these, each in quotes: solver, steps, guidance, LOW:HIGH (all)")
     add("--seeds", type=int, default=3, help="sampling seeds of each setting (3)")
     add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
     add("--table", action="store_true", help="only write the table of settings.json (off)")
@@ -153,7 +167,12 @@ def build_parser():
 
 
 def main():
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    rows = [full(name, setting) for name in args.names or CHECKPOINTS for setting in plan(name)]
+    for setting in set(args.only or ()) - {words(row) for row in rows}:
+        parser.error(f"--only {setting!r}: right is one of {', '.join(map(words, rows))}")
+    wanted = [row for row in rows if words(row) in (args.only or [words(row)])]
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "settings.json"
     kept = {key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
@@ -186,12 +205,11 @@ def main():
             if key(row) not in kept:
                 jobs.append(pool.submit(score, row, images))
         for seed in range(args.seeds):
-            for name in args.names or CHECKPOINTS:
-                for setting in plan(name):
-                    row = full(name, setting) | {"seed": seed}
-                    if key(row) not in kept:
-                        images = draw(name, setting, seed, args.num_samples, device)
-                        jobs.append(pool.submit(score, row, images))
+            for setting in wanted:
+                row = setting | {"seed": seed}
+                if key(row) not in kept:
+                    images = draw(setting, seed, args.num_samples, device)
+                    jobs.append(pool.submit(score, row, images))
         for job in jobs:
             job.result()
     write([*kept.values()], args.output)

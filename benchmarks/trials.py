@@ -50,7 +50,7 @@ TRIALS = {
 }
 EPOCHS = {"ddim": 6, "ldm": 7, "gan": 4, "vae": 9}  # of the runs for the spread: ten minutes
 SEEDS = (0, 1, 2)  # of their training
-SEEDED = {"gan": ["--loss hinge"]}  # changes that need as many seeds to be seen
+SEEDED = {"ddim": ["--prediction eps"], "gan": ["--loss hinge"]}  # changes tried with the seeds
 # How samples are made for the scores.
 DRAWN = dict.fromkeys(("gan", "vae"), "--hold-out --num-samples 10000")
 WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10"
@@ -193,39 +193,47 @@ def spacing_table(trials):
     return text + report.as_table(head, rows)
 
 
-def seeded_runs(trials, name, flags):
-    """The runs of a script with these flags, one for each seed of training; [] if one misses."""
-    runs = {t["flags"]: t for t in trials if is_of(t, "spread") and t["name"] == name}
-    wanted = [f"{flags} --seed {seed}".strip() for seed in SEEDS]
-    return [runs[flags] for flags in wanted] if runs.keys() >= {*wanted} else []
+def seeded_runs(trials):
+    """{(script, flags): its runs that differ in the seed of training alone, by the seed}."""
+    runs = {(t["name"], t["flags"]): t for t in trials if is_of(t, "spread")}
+    found = {}
+    for name in TRIALS:
+        for flags in ("", *SEEDED.get(name, ())):
+            names = {seed: (name, f"{flags} --seed {seed}".strip()) for seed in SEEDS}
+            found[name, flags] = {seed: runs[names[seed]] for seed in SEEDS if names[seed] in runs}
+    return {key: group for key, group in found.items() if group}
 
 
 def training_spreads(trials):
     """{(script, flags): (mean F-FID of its runs with other seeds, their spread over that mean)}."""
     found = {}
-    for name in TRIALS:
-        for flags in ("", *SEEDED.get(name, ())):
-            if runs := [run["scores"]["ffid"] for run in seeded_runs(trials, name, flags)]:
-                mean, spread = np.mean(runs), np.std(runs, ddof=1)
-                found[name, flags] = float(mean), float(spread / mean)
+    for which, runs in seeded_runs(trials).items():
+        if len(runs) == len(SEEDS):
+            ffids = [run["scores"]["ffid"] for run in runs.values()]
+            mean, spread = np.mean(ffids), np.std(ffids, ddof=1)
+            found[which] = float(mean), float(spread / mean)
     return found
 
 
 def spread_table(trials):
     """F-FID of runs that differ in the seed of training alone, and the spreads, as Markdown."""
     text = "## Spread over training seeds\n\n"
-    text += "Runs that differ in `--seed` alone.  Over sampling seeds: two of each run, "
-    text += "the mean of the runs.\n\n"
+    text += "Runs that differ in `--seed` alone.  Over sampling seeds: two of each run; "
+    text += "this and the label\naccuracy are means of the runs.\n\n"
     head = ["script", "flags", *(f"F-FID, seed {seed}" for seed in SEEDS)]
-    head += ["mean", "spread over training seeds", "over sampling seeds"]
+    head += ["mean", "spread over training seeds", "over sampling seeds", "label accuracy"]
     rows = []
-    for (name, flags), (mean, spread) in training_spreads(trials).items():
-        runs = seeded_runs(trials, name, flags)
-        base = f"{runs[0]['base']} {flags}".strip()
-        cells = [f"{name}.py", f"`{base}`, N = {runs[0]['n']:,}"]
-        cells += [f"{trial['scores']['ffid']:.3f}" for trial in runs]
-        sampling = np.mean([trial["spread"] / trial["scores"]["ffid"] for trial in runs])
-        rows.append([*cells, f"{mean:.3f}", f"{spread:.1%}", f"{sampling:.1%}"])
+    spreads = training_spreads(trials)
+    for (name, flags), runs in seeded_runs(trials).items():
+        first, *_ = runs.values()
+        base = f"{first['base']} {flags}".strip()
+        cells = [f"{name}.py", f"`{base}`, N = {first['n']:,}"]
+        cells += [f"{runs[s]['scores']['ffid']:.3f}" if s in runs else "–" for s in SEEDS]
+        mean, spread = spreads.get((name, flags), (None, None))
+        cells += [f"{mean:.3f}", f"{spread:.1%}"] if mean else ["–", "–"]
+        sampling = np.mean([run["spread"] / run["scores"]["ffid"] for run in runs.values()])
+        accuracy = np.mean([run["scores"]["label_accuracy"] for run in runs.values()])
+        rows.append([*cells, f"{sampling:.1%}", f"{accuracy:.3f}"])
     return text + report.as_table(head, rows)
 
 
