@@ -192,7 +192,7 @@ def load_data(
     else:
         named = ", ".join(NAMED_SETS)
         raise InputError(
-            f"no data set {name!r}: give one of {named}, a folder of class folders, or an .npz"
+            f"no data set {name!r}: give one of {named}, a folder of pictures, or an .npz"
         )
     if images.shape[1] != channels:  # grey becomes three equal channels; colour its luminance
         from torchvision.transforms.functional import rgb_to_grayscale
@@ -890,7 +890,7 @@ class SelfAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser of ddpm.py, ddim.py and ldm.py: UNet(x_t, t, y) -> like x_t.
+    """The denoiser of ddpm.py, ddim.py, ldm.py and distill.py: UNet(x_t, t, y) -> like x_t.
 
     channels      image (or latent) channels
     num_classes   labels are 0..num_classes-1, or NULL_LABEL

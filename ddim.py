@@ -3,8 +3,8 @@
 Jiaming Song, Chenlin Meng, Stefano Ermon, "Denoising Diffusion Implicit Models", 2020
 (arXiv:2010.02502).  Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the
 sampler, which skips steps: here uneven ones from t = T-1 on (Lin et al. 2023, arXiv:2305.08891).
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside it.  The paper writes alpha_bar as
-plain alpha.
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside it.  The DDIM paper writes
+alpha_bar as plain alpha.
 
     predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)  DDIM (9)
     ddim_step            x_prev = sqrt(alpha_bar_prev) * x_0_hat
@@ -17,7 +17,7 @@ plain alpha.
     python ddim.py --class Sneaker         sample a Sneaker with the newest weights
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022,
-arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
+arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
 v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t, an EMA over a fraction of the
 run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat
 limited to [-1, 1] (--no-clip), and a smaller network.
@@ -536,7 +536,8 @@ def sampling_flags(parser):
     add("--solver", choices=("ddim", "dpm++"), default=SOLVER,
         help=f"sampler: ddim, or dpm++, of second order, for few steps ({SOLVER})")
     add("--eta", type=number(float, 0, 1), default=0.0,
-        help="noise added in each step, from 0, deterministic, to 1, as in DDPM (0)")
+        help="noise added in each step of --solver ddim, from 0, deterministic, to 1, as in DDPM "
+             "(0)")
     add("--clip", action=argparse.BooleanOptionalAction, default=True,
         help="limit x_0_hat to [-1, 1] (on)")
     # fmt: on

@@ -17,7 +17,7 @@ arXiv:2102.09672).
     python ddpm.py --class Sneaker         sample a Sneaker with the newest weights
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022,
-arXiv:2207.12598) at low t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
+arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
 v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t, an EMA over a fraction of the
 run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat
 limited to [-1, 1] (--no-clip), and a smaller network.

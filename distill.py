@@ -13,7 +13,7 @@ evaluation (Meng et al. 2022, arXiv:2210.03142).
     with alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar)
 
     python distill.py --train --minutes 60    learn from the newest run of ddim.py or ddpm.py, else
-                                              from the shipped weights; needs no data set
+                                              from the included weights; needs no data set
     python distill.py --train --minutes 1     see it run
     python distill.py --class Sneaker         sample a Sneaker with the newest weights
 
@@ -299,7 +299,7 @@ def build_parser():
     add = parser.add_argument_group("method").add_argument
     add("--teacher",
         help="a .pt file or a run's folder of ddim.py or ddpm.py to learn from (newest run, else "
-             "the shipped weights)")
+             "the included weights)")
     add("--steps", type=number(int, 1, 1000), default=STEPS,
         help=f"number of sampling steps, 1 to 1000, of one network evaluation each ({STEPS})")
     add("--guidance", type=number(float, 0),

@@ -1,6 +1,6 @@
 """Score exported models against real images, without torch.
 
-    python evaluate.py                                     the newest of each, else the shipped one;
+    python evaluate.py                                     the newest of each, or the included one;
                                                            ddpm takes an hour on two cores
     python evaluate.py ddim gan --steps 10,20 --seeds 3    these, at several numbers of steps
     python evaluate.py ddim --guidance 1,1.5,2             at several strengths of guidance
@@ -18,7 +18,7 @@ models does not depend on the first.  benchmarks/extractor.py trains both.
 What is chosen by its score, a setting or a recipe, is chosen with --hold-out: by a sixth of the
 training images, so that the test images judge only what was chosen.
 
-Of your own data, size, channels and background are those of the model, and samples have classes as
+For your own data, size, channels and background are those of the model, and samples have classes as
 often as the training images.  The test images are those of a folder test (or val) beside --data
 .../train, or of the .npz; else every sixth image, which training with --hold-out leaves out.
 

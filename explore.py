@@ -15,7 +15,7 @@
     python explore.py log runs/ddim runs/ddim-2                 losses and speed of trainings
 
 IMAGE is the index of a test image, or a file, whose class --class names.  A command takes the
-newest run of its model, else the shipped weights; `python explore.py COMMAND --help` lists the
+newest run of its model, else the included weights; `python explore.py COMMAND --help` lists the
 models of a command, `python explore.py COMMAND MODEL --help` the flags of both.
 """
 
@@ -775,7 +775,8 @@ def add_flags(parser, command, name):
             help="what changes from frame to frame (class if two are given, else noise)")
     if (command, name) == ("interpolate", "ddim"):
         add("--mix-at", type=number(float, 0, 1, above=True), default=1.0,
-            help="fraction of T at which the two ends are mixed, above 0 to 1, their noise (1.0)")
+            help="fraction of T at which the two ends are mixed, above 0 to 1; at 1 "
+                 "their noise is mixed (1)")
     if command == "inpaint":
         add("--hole", type=box, metavar="LEFT,TOP,RIGHT,BOTTOM",
             help="what is filled in, in pixels from 0 to the image's size (its lower half)")
@@ -800,7 +801,7 @@ def add_flags(parser, command, name):
         add("--num-samples", type=number(int, 1, 10_000), default=count,
             help=f"samples of each class, 1 to 10,000 ({count})")
     add("--checkpoint", type=file_path,
-        help="a .pt file or a run's folder (newest run, else the shipped weights)")
+        help="a .pt file or a run's folder (newest run, else the included weights)")
     _, _, suffixes = COMMANDS[command]
     kinds = {".npz": ".npz of arrays", "": "a folder of PNGs, as in out/"}
     listed = ", ".join(kinds.get(suffix, suffix) for suffix in suffixes)

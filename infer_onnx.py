@@ -14,7 +14,7 @@
 
     python infer_onnx.py --class Sneaker                 one Sneaker
     python infer_onnx.py --class all --num-samples 10    ten images of each class
-    python infer_onnx.py --model vae --class Bag         gan, ddpm, ddim, ldm, distill, or a file
+    python infer_onnx.py --model vae --class Bag         gan, ddpm, ddim, ldm, distill, a file
     python infer_onnx.py --info                          what the model file says about itself
     python infer_onnx.py --list-classes                  the names of its classes and their indices
 
@@ -1426,7 +1426,7 @@ def add_model_flags(parser):
         help="sampler: ddim, or dpm++, of second order, for few steps; "
              "ddim and ldm only (the model's default)")
     add("--eta", type=number(float, 0, 1),
-        help="noise added in each step, from 0, deterministic, to 1, as in DDPM; "
+        help="noise added in each step of --solver ddim, from 0, deterministic, to 1, as in DDPM; "
              "ddim and ldm only (0)")
     add("--variance", choices=("small", "large"),
         help="variance of the noise: small is the posterior's, large is beta_t; "
@@ -1464,8 +1464,8 @@ def build_parser():
         help="seed of the noise, 0 or more (0)")
     add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
     add("--output", type=output_path,
-        help="a .png (grid), an .npz, or a folder for PNGs, as in out/ (CLASS.png, of several "
-             "classes samples.png, both after MODEL_ unless that is ddim; MODEL_between.png, ...)")
+        help="a .png (grid), an .npz, or a folder for PNGs, as in out/ (sneaker.png, of several "
+             "classes samples.png; of other models than ddim vae_sneaker.png, vae_between.png)")
     add("--names", action=argparse.BooleanOptionalAction, default=True,
         help="class names beside the rows of a .png grid (on)")
     add("--shard", type=shard, metavar="I/N",
@@ -1605,7 +1605,8 @@ def run(args):
         count = len(images)
     there = f" ({found} were there)" if found else ""
     said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
-    print(f"wrote {output}: {count} images{there} in {seconds:.2f} s, {said}, model {path}")
+    what = f"{count} image{'s' * (count != 1)}{there}"
+    print(f"wrote {output}: {what} in {seconds:.2f} s, {said}, model {path}")
 
 
 def one_line(error):

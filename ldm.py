@@ -840,7 +840,8 @@ def sampling_flags(parser):
     add("--solver", choices=("ddim", "dpm++"), default=SOLVER,
         help=f"sampler: ddim, or dpm++, of second order, for few steps ({SOLVER})")
     add("--eta", type=number(float, 0, 1), default=0.0,
-        help="noise added in each step, from 0, deterministic, to 1, as in DDPM (0)")
+        help="noise added in each step of --solver ddim, from 0, deterministic, to 1, as in DDPM "
+             "(0)")
     # fmt: on
 
 

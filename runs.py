@@ -168,8 +168,8 @@ def run_parser(name, doc, batch_size=64, data=True):
         add("--data-dir", type=os.path.expanduser,
             help="folder with the files of a named set (data/, Debian's folder, else a download)")
         add("--image-size", type=int, choices=IMAGE_SIZES, default=32,
-            help="height and width of the images: 28x28 gets a frame, others are resized, after "
-                 "the middle square was cut out (32)")
+            help="height and width of the images, of which the middle square is resized; 28x28 "
+                 "gets a frame first (32)")
         add("--channels", type=int, choices=(1, 3), default=1,
             help="channels of the images, 1 for grey or 3 for colour (1)")
         add("--background", type=colour, default="white",
@@ -189,7 +189,7 @@ def run_parser(name, doc, batch_size=64, data=True):
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
         help="number of images of each class, 1 to 1,000,000 (1)")
     add("--checkpoint", type=file_path,
-        help="a .pt file or a run's folder to sample from (newest run, else the shipped weights)")
+        help="a .pt file or a run's folder to sample from (newest run, else the included weights)")
     add("--output", type=output_path,
         help="a .png grid, an .npz of arrays, or a folder for PNGs, as in out/ (NAME_CLASS.png)")
     add("--names", action=on_off, default=True,
@@ -261,7 +261,7 @@ def parse_run(parser, argv, names, fixed, free):
             "--checkpoint is to sample from; to train on, give --resume --run-dir FOLDER"
         )
     if args.resume and getattr(args, "start", None):
-        raise InputError("--start begins a new run, --resume goes on with one: give one of them")
+        raise InputError("--start begins a new run, --resume continues one: give one of them")
     shared = {"train", "resume", "seed", "batch_size", "device"}
     to_train = {*fixed, *free, "run_dir"}
     typed = [key for key in typed_flags(parser, argv) if key not in shared]

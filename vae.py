@@ -160,7 +160,8 @@ def reconstruction_loss(logits, x, kind, sigma_squared=None):
     l1     Laplace of scale 1: |x - x_hat|
     sigma  Gaussian of scale sigma: (x - x_hat)^2 / (2 sigma^2) + log sigma
     bce    Bernoulli with the mean (x_hat + 1) / 2, for values (x + 1) / 2
-    logits, x: (B, C, H, W), x in [-1, 1];  sigma_squared: a number; None: that of this batch.
+    logits, x: (B, C, H, W), x in [-1, 1];  sigma_squared: a tensor of one number, or None: that of
+    this batch.
     """
     if kind == "bce":  # (tanh(h) + 1) / 2 = sigmoid(2h)
         losses = F.binary_cross_entropy_with_logits(2 * logits, (x + 1) / 2, reduction="none")

@@ -1,4 +1,6 @@
-"""What one cold `python infer_onnx.py --class Sneaker --steps 20` costs: wall time and peak memory.
+"""What a cold `python infer_onnx.py --class Sneaker` costs: wall time and peak memory.
+
+It draws with the included ddim.
 
     python benchmarks/cold.py
 
@@ -30,9 +32,9 @@ ROUNDS = 6
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(prog="cold.py", description=__doc__, formatter_class=raw).parse_args()
-    script = Path(__file__).resolve().parent.parent / "infer_onnx.py"
-    flags = ["--class", "Sneaker", "--steps", "20"]
-    commands = {"infer_onnx.py, one Sneaker, 20 steps": [str(script), *flags]}
+    root = Path(__file__).resolve().parent.parent
+    flags = ["--class", "Sneaker", "--model", str(root / "pretrained/ddim.onnx")]
+    commands = {"infer_onnx.py --class Sneaker": [str(root / "infer_onnx.py"), *flags]}
     if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
         commands["import torch, and nothing else"] = ["-c", "import torch"]
     results = {name: [] for name in commands}

@@ -6,7 +6,7 @@
     compile    the same with --compile
     resume     --deterministic twice, and once stopped by Ctrl-C and resumed: are the weights equal?
     torchrun   one process on nccl against none
-    samples    the shipped checkpoints, sampled on the CPU and on the card
+    samples    the included checkpoints, sampled on the CPU and on the card
     memory     a batch that cannot fit: one line, exit code 2
     speed      one at a time: images/s, and of ddim.py the fraction of the matrix-product rate
 

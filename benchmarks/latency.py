@@ -41,7 +41,7 @@ def measure(args):
         evaluate = partial(infer_onnx.run_session, model.session, **inputs)
         sample = partial(infer_onnx.sample, model, labels, batch_size=batch, **options)
         ms = 1e3 * statistics.median([seconds(evaluate) for _ in range(12)][2:])
-        rate = batch / seconds(sample)
+        rate = batch / statistics.median([seconds(sample) for _ in range(4)][1:])
         print(f"{batch:5d}  {ms:17.2f}  {ms / batch:27.2f}  {rate:8.1f}")
 
 

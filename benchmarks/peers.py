@@ -9,8 +9,9 @@ evaluate.py score both beside the test images: what counts is the ratio within a
 ddim.py has its defaults.  A library has what ddim.py has, where it offers it: classes with a tenth
 of the labels dropped, cosine schedule, v, clipped gradients, bfloat16 in training where the CPU
 computes in it, the same annealing of the rate, an EMA, which is its own; and RECIPES.  The guidance
-of each library is chosen after its training, by F-FID on the images left out, among a small weight,
-a middle one and its default.  That of ddim.py is not.
+of each library is chosen after its training, by F-FID on the images left out, among none, a middle
+one and its default.  That of ddim.py is not.  Runs stay in runs/libraries, and count as done: after
+a change of this file or of ddim.py, delete them and results/libraries.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +40,8 @@ RUNS = ROOT / "runs/libraries"
 # From diffusers' train_unconditional.py and DiTPipeline, and the other's Trainer and Unet, but for
 # what suits a short run: the learning rate of the tutorials on MNIST (the course on diffusion
 # models of Hugging Face) and Fashion-MNIST ("The Annotated Diffusion Model"), fewer steps of
-# warm-up, and an EMA that follows each step, not each tenth.  The last guidance is the default.
+# warm-up, and an EMA that follows each step, not each tenth.  The last guidance is the default;
+# 1.0001 is none, since the sampler fails at 1.
 WARMUP = 100  # steps
 RECIPES = {
     "diffusers": {
@@ -48,7 +51,7 @@ RECIPES = {
         "sampler": {"thresholding": True, "lambda_min_clipped": -5.1},
     },
     "denoising-diffusion-pytorch": {
-        "width": 32, "batch_size": 64, "lr": 1e-3, "steps": 20, "guidance": [1.5, 3.0, 6.0],
+        "width": 32, "batch_size": 64, "lr": 1e-3, "steps": 20, "guidance": [1.0001, 1.5, 6.0],
         "adamw": {"betas": [0.9, 0.99], "weight_decay": 0.0},
         "ema": {"beta": 0.995, "update_every": 1},
         "sampler": {"ddim_sampling_eta": 0.0},
@@ -118,14 +121,13 @@ class DenoisingDiffusion:
     """Unet and GaussianDiffusion of classifier_free_guidance.py, and the EMA of ema_pytorch."""
 
     def __init__(self, recipe):
-        import torch
         from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion
         from ema_pytorch import EMA
 
         unet = build("denoising-diffusion-pytorch", recipe["width"])[1]
-        unet = unet.to(memory_format=torch.channels_last)  # faster, as diffusers' network is not
         how = {"objective": "pred_v", "sampling_timesteps": recipe["steps"], **recipe["sampler"]}
         self.network = GaussianDiffusion(unet, image_size=32, **how)
+        self.network.loss_weight.fill_(1.0)  # else alpha_bar_t: no loss at the times of noise
         self.ema = EMA(self.network, **recipe["ema"])
 
     def loss(self, x_0, y, precision):
@@ -139,7 +141,7 @@ class DenoisingDiffusion:
         return self.ema.ema_model.state_dict()
 
     def draw(self, y, guidance):
-        """Images in [-1, 1] by its DDIM; at guidance 1 its sampler fails."""
+        """Images in [-1, 1] by its DDIM, of two evaluations a step with any guidance."""
         return self.network.sample(y, cond_scale=guidance) * 2 - 1
 
 
@@ -256,6 +258,7 @@ def train_commands(run, folder, data_dir):
     minutes = run["minutes"]
     ours = [sys.executable, str(ROOT / "ddim.py"), "--train", "--hold-out"]
     ours += ["--minutes", str(minutes), "--run-dir", str(folder / "ddim")]
+    ours += ["--save-every", "1000"]  # minutes: a library saves once, at its end
     ours += ["--data-dir", data_dir] * (data_dir is not None)
     job = {"library": run["library"], "recipe": run["recipe"], "minutes": minutes}
     return [ours, job_command("train", job | {"folder": str(folder), "data_dir": data_dir})]
@@ -432,6 +435,7 @@ def planned(args):
 
 def train_all(args):
     """Compare the pairs that are not in libraries.json yet, and write its table."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainings end, too
     file = args.output / "libraries.json"
     rows = json.loads(file.read_text()) if file.is_file() else []
     kept = {key(row) for row in rows}

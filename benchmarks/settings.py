@@ -1,4 +1,4 @@
-"""Choose how to sample: the scores of many settings of the shipped models, by held-out images.
+"""Choose how to sample: the scores of many settings of the included models, by held-out images.
 
     python benchmarks/settings.py --output results/settings        all of them: for a GPU
     python benchmarks/settings.py ddim --output results/settings   of these models
@@ -6,11 +6,12 @@
     python benchmarks/settings.py --table --output results/settings    only write the table
 
 ddim.py, ddpm.py and ldm.py draw 10,000 samples for each setting and seed, on the GPU if there is
-one; evaluate.py scores them beside every sixth training image.  The shipped models were trained on
+one; evaluate.py scores them beside every sixth training image.  The included models were trained on
 these, too: they serve to choose a setting, not to judge a model.  A stopped run resumes.
 """
 
 import argparse
+import hashlib
 import importlib
 import itertools
 import json
@@ -51,14 +52,20 @@ def plan(name):
     return walks + [{**GUIDED, "guidance": w, "guidance_interval": pair} for w, pair in pairs]
 
 
-def full(name, setting):
-    """A setting with the guidance that walks are tried with, as it is kept."""
-    return {"name": name, "guidance": OLDER[name], "guidance_interval": [0, 0.8], **setting}
+def checkpoint_of(name):
+    return ROOT / "pretrained" / f"{CHECKPOINTS[name]}.pt"
+
+
+def full(name, setting, count):
+    """A setting as it is kept: with the guidance that walks are tried with, and its weights."""
+    weights = hashlib.sha256(checkpoint_of(name).read_bytes()).hexdigest()
+    row = {"name": name, "guidance": OLDER[name], "guidance_interval": [0, 0.8], **setting}
+    return row | {"weights": weights, "n": count}
 
 
 def evaluations(row):
     """Network evaluations of an image: two for each step that is guided."""
-    length = 1000  # timesteps of a walk of the shipped models
+    length = 1000  # timesteps of a walk of the included models
     start, stop = infer_onnx.guided_times(row["guidance_interval"], length)
     times = [t for t, _ in infer_onnx.time_pairs(length, row["steps"])]
     return len(times) + sum(start <= t < stop for t in times) * (row["guidance"] != 1)
@@ -71,7 +78,7 @@ def words(row):
 
 
 def key(row):
-    return json.dumps({part: row[part] for part in row if part not in ("scores", "device", "n")})
+    return json.dumps({part: row[part] for part in row if part not in ("scores", "device")})
 
 
 def make_reference(args):
@@ -87,19 +94,21 @@ def make_reference(args):
     return reference, train[0]
 
 
-def draw(row, seed, count, device):
-    """uint8 images (count, 1, 32, 32), the classes in turn, as those that evaluate.py scores."""
-    setting = dict(row)
-    name = setting.pop("name")
+def draw(row, device):
+    """uint8 images (n, 1, 32, 32), the classes in turn, as those that evaluate.py scores."""
+    name = row["name"]
+    options = {part: row[part] for part in row if part not in ("name", "weights", "n")}
     script = importlib.import_module(name)
-    path = ROOT / "pretrained" / f"{CHECKPOINTS[name]}.pt"
-    model = script.ema_network(load_checkpoint(path, (CHECKPOINTS[name],)), device)
-    labels = evaluate.balanced_labels(0, count)
-    return to_uint8(script.sample(model, labels, seed=seed, batch_size=BATCH, **setting)).numpy()
+    checkpoint = load_checkpoint(checkpoint_of(name), (CHECKPOINTS[name],))
+    model = script.ema_network(checkpoint, device)
+    labels = evaluate.balanced_labels(0, row["n"])
+    return to_uint8(script.sample(model, labels, batch_size=BATCH, **options)).numpy()
 
 
 def table(rows):
-    """All scores as Markdown: means over the seeds."""
+    """All scores as Markdown: means over the seeds, of the newest weights and as many samples."""
+    newest = {row["name"]: (row.get("weights"), rows[-1]["n"]) for row in rows}
+    rows = [row for row in rows if (row.get("weights"), row["n"]) == newest[row["name"]]]
     groups = {}
     for row in rows:
         named = {k: v for k, v in row.items() if k != "seed"}
@@ -110,7 +119,7 @@ def table(rows):
     devices = " and ".join(f"{device} ({count} rows)" for device, count in counts.items())
     text += f"`python benchmarks/settings.py --output results/settings` on {devices}.\n"
     text += f"N = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every sixth "
-    text += "training image, which the\nmodels have seen: they are the shipped ones.\n\n"
+    text += "training image, which the\nmodels have seen: they are the included ones.\n\n"
     head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
     head += ["F-FID", *SCORES[1:]]
     cells = []
@@ -169,7 +178,9 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    rows = [full(name, setting) for name in args.names or CHECKPOINTS for setting in plan(name)]
+    count = args.num_samples
+    names = args.names or CHECKPOINTS
+    rows = [full(name, setting, count) for name in names for setting in plan(name)]
     for setting in set(args.only or ()) - {words(row) for row in rows}:
         parser.error(f"--only {setting!r}: right is one of {', '.join(map(words, rows))}")
     wanted = [row for row in rows if words(row) in (args.only or [words(row)])]
@@ -182,7 +193,7 @@ def main():
     device = pick_device("auto")
     reference, train = make_reference(args)
     what = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-    about = {"device": f"{what}, torch {torch.__version__}", "n": args.num_samples}
+    about = {"device": f"{what}, torch {torch.__version__}"}
 
     lock = threading.Lock()
 
@@ -199,17 +210,16 @@ def main():
     # The device draws while other cores score what it has drawn.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         jobs = []
-        for part in range(min(len(train) // args.num_samples, 5)):
-            row = {"name": "real images", "seed": part}
-            images = train[part * args.num_samples : (part + 1) * args.num_samples]
+        for part in range(min(len(train) // count, 5)):
+            row = {"name": "real images", "seed": part, "n": count}
+            images = train[part * count : (part + 1) * count]
             if key(row) not in kept:
                 jobs.append(pool.submit(score, row, images))
         for seed in range(args.seeds):
             for setting in wanted:
                 row = setting | {"seed": seed}
                 if key(row) not in kept:
-                    images = draw(setting, seed, args.num_samples, device)
-                    jobs.append(pool.submit(score, row, images))
+                    jobs.append(pool.submit(score, row, draw(row, device)))
         for job in jobs:
             job.result()
     write([*kept.values()], args.output)

@@ -6,7 +6,7 @@ Nine classes of Fashion-MNIST are learned first, for 20 minutes on one core.  Th
 the tenth, ankle boots, are learned for 5 minutes, from these weights (--start) and from nothing,
 and for 30 minutes from nothing.  1,000 samples of each are compared with the 1,000 test images of
 the class, beside as many other training images of it.  Nothing was chosen by these.  Runs stay in
-runs/start/: a stopped one resumes.
+runs/start/, and a stopped one resumes: delete it to begin anew after a change of ddim.py.
 """
 
 import argparse
@@ -95,13 +95,21 @@ def table(results):
     return text + report.as_table(head, rows)
 
 
-def main():
+def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="start.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of start.json and start.md")
     add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    return parser
+
+
+def main():
+    parser = build_parser()
     args = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < len(LINES):
+        parser.error("it needs two cores, one for each line of runs")
     args.output.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
 
@@ -113,8 +121,7 @@ def main():
     sessions = [session for session, _ in loaded]
     reference = evaluate.make_reference(sessions, boots[:PICTURES], of_class)
 
-    cores = sorted(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(min(len(LINES), len(cores))) as pool:
+    with ThreadPoolExecutor(len(LINES)) as pool:
         jobs = [pool.submit(train_line, *job) for job in zip(LINES, cores, strict=False)]
         for job in jobs:
             job.result()

@@ -51,10 +51,11 @@ TRIALS = {
 EPOCHS = {"ddim": 6, "ldm": 7, "gan": 4, "vae": 9}  # of the runs for the spread: ten minutes
 SEEDS = (0, 1, 2)  # of their training
 SEEDED = {"ddim": ["--prediction eps"], "gan": ["--loss hinge"]}  # changes tried with the seeds
-# How samples are made for the scores.
+# How samples are made for the scores.  Guidance is named, so that rows can be compared when the
+# defaults of the scripts change.
 DRAWN = dict.fromkeys(("gan", "vae"), "--hold-out --num-samples 10000")
-WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10"
-DRAWN |= dict.fromkeys(("ddim", "ldm"), WALK)
+WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10 --guidance-interval 0:0.8"
+DRAWN |= {"ddim": f"{WALK} --guidance 1.6", "ldm": f"{WALK} --guidance 2.5"}
 EXPONENTS = (1.0, 1.3, 2.0)  # of the spacing of steps
 WALKS = (("ddim", 20), ("dpm++", 10))  # solver, steps
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
@@ -154,7 +155,7 @@ def run_trial(trial, cores):
 
 
 def try_spacing(trial, count=1000):
-    """F-FID of the shipped ddim with steps at t + 1 = T * (i / steps)^exponent, seed 0."""
+    """F-FID of the included ddim with steps at t + 1 = T * (i / steps)^exponent, seed 0."""
     solver, steps, exponent = trial["flags"].split()
     steps, exponent = int(steps), float(exponent)
 
@@ -178,6 +179,7 @@ def try_spacing(trial, count=1000):
 
 def spacing_table(trials):
     """The F-FID of each spacing of the steps, as Markdown."""
+    trials = [trial for trial in trials if trial["model"] == trials[-1]["model"]]
     spaced = {trial["flags"]: trial for trial in trials}
     rows = []
     for solver, steps in WALKS:
@@ -187,7 +189,7 @@ def spacing_table(trials):
             cells.append(f"{trial['ffid']:.3f}" if trial else "–")
         rows.append(cells)
     text = "## Spacing of the steps\n\n"
-    text += "F-FID of the shipped ddim with steps at t + 1 = T (i / steps)^exponent; "
+    text += "F-FID of the included ddim with steps at t + 1 = T (i / steps)^exponent; "
     text += f"N = {trials[0]['n']:,}, seed 0: compare within this table only.\n\n"
     head = ["", *(f"exponent {exponent:g}" for exponent in EXPONENTS)]
     return text + report.as_table(head, rows)
@@ -220,14 +222,14 @@ def spread_table(trials):
     text = "## Spread over training seeds\n\n"
     text += "Runs that differ in `--seed` alone.  Over sampling seeds: two of each run; "
     text += "this and the label\naccuracy are means of the runs.\n\n"
-    head = ["script", "flags", *(f"F-FID, seed {seed}" for seed in SEEDS)]
+    head = ["script", "training", "samples", *(f"F-FID, seed {seed}" for seed in SEEDS)]
     head += ["mean", "spread over training seeds", "over sampling seeds", "label accuracy"]
     rows = []
     spreads = training_spreads(trials)
     for (name, flags), runs in seeded_runs(trials).items():
         first, *_ = runs.values()
         base = f"{first['base']} {flags}".strip()
-        cells = [f"{name}.py", f"`{base}`, N = {first['n']:,}"]
+        cells = [f"{name}.py", f"`{base}`", f"`{first['drawn']}`"]
         cells += [f"{runs[s]['scores']['ffid']:.3f}" if s in runs else "–" for s in SEEDS]
         mean, spread = spreads.get((name, flags), (None, None))
         cells += [f"{mean:.3f}", f"{spread:.1%}"] if mean else ["–", "–"]
@@ -308,7 +310,7 @@ def table(trials):
     return text + "".join(tables) + LEGEND
 
 
-def main():
+def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="trials.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -320,13 +322,23 @@ def main():
         help="only the trials with these flags, those of each in quotes (all)")
     add("--table", action="store_true", help="only write the table of the trials so far (off)")
     # fmt: on
+    return parser
+
+
+def main():
+    parser = build_parser()
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
     kept = read_kept()
     names = args.names or [*TRIALS, "steps"]
+    flags = args.flags or [trial["flags"] for trial in trials]
+    for name in {*names} - {*TRIALS, "steps", "spread"}:
+        parser.error(f"no trials {name!r}: right is one of {', '.join(TRIALS)}, steps, spread")
+    for given in {*flags} - {trial["flags"] for trial in trials}:
+        parser.error(f"--flags {given!r} are those of no trial")
     wanted = [t for t in trials if key(t) not in kept and any(is_of(t, name) for name in names)]
-    wanted = [] if args.table else [t for t in wanted if t["flags"] in (args.flags or [t["flags"]])]
+    wanted = [] if args.table else [trial for trial in wanted if trial["flags"] in flags]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)

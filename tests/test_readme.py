@@ -25,7 +25,7 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import report
+from benchmarks import report, start
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -253,6 +253,17 @@ def test_the_gpu_section_says_what_the_report_says():
         assert row["images"] == 40 and row["largest difference in grey levels"] <= 1
     assert "ends with one line and exit code 2" in section
     assert [row["exit code"] for row in parts["memory"]] == [2]
+
+
+def test_few_pictures_were_learned_as_the_page_says():
+    section = one_line(RESULTS.split("<!-- start -->")[1].split("<!-- end -->")[0])
+    for row in json.loads((ROOT / "results/start/start.json").read_text())["rows"]:
+        ffid, copies = f"{row['scores']['ffid']:.2f}", f"{100 * row['scores']['copies']:.0f} %"
+        if row["images"]:
+            passes = f"{row['minutes']} minutes, {row['images'] / start.PICTURES:,.0f} passes"
+            assert f"{passes}: F-FID {ffid}, {copies} of the samples are copies" in section
+        else:
+            assert f"Real images: {ffid}, {copies}" in section
 
 
 @pytest.mark.parametrize("module", [vae, gan, ddim, ldm])

@@ -451,7 +451,10 @@ export function checkedOptions(card, labels, options = {}) {
   if (!labels.length || !labels.every((y) => Number.isInteger(y) && y >= 0 && y < classes)) {
     throw new InputError(`labels ${labels} must be one or more of 0..${classes - 1}`);
   }
-  if (typeof seed !== "bigint" || seed < 0n || seed > MAX_SEED) {
+  if (typeof seed !== "bigint") {
+    throw new InputError(`seed ${seed} must be a BigInt, as 5n is`);
+  }
+  if (seed < 0n || seed > MAX_SEED) {
     throw new InputError(`seed ${seed} is not a whole number from 0 to ${MAX_SEED}`);
   }
   if (card.kind === "codes") return {};
