@@ -40,7 +40,7 @@ INTERVALS = ([0, 1], [0, 0.8], [0, 0.7], [0.25, 0.8], [0.25, 0.7])
 GUIDED = {"solver": "dpm++", "steps": 15}  # where guidance is tried
 OLDER = {"ddim": 1.6, "ddpm": 1.6, "ldm": 2.5}  # guidance where walks are tried, below 0.8 T
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
-BATCH = 2500
+GPU_BATCH = 2500
 
 
 def plan(name):
@@ -102,7 +102,8 @@ def draw(row, device):
     checkpoint = load_checkpoint(checkpoint_of(name), (CHECKPOINTS[name],))
     model = script.ema_network(checkpoint, device)
     labels = evaluate.balanced_labels(0, row["n"])
-    return to_uint8(script.sample(model, labels, batch_size=BATCH, **options)).numpy()
+    options["batch_size"] = 200 if device.type == "cpu" else GPU_BATCH
+    return to_uint8(script.sample(model, labels, **options)).numpy()
 
 
 def table(rows):
