@@ -519,11 +519,17 @@ class Reference:
 
 
 def make_reference(sessions, train, test, classes=10):
-    """sessions: of the extractors;  train, test: uint8 images (N, C, H, W)."""
+    """sessions: of the extractors;  train, test: uint8 images (N, C, H, W).
+
+    train: None if copy_scores are not wanted.
+    """
     count = min(QUERIES, len(test) // 5)
-    held_out, coarse, others = test[:count], coarse_pixels(train), coarse_pixels(test[count:])
+    held_out = test[:count]
+    coarse = others = limit = None
+    if train is not None:
+        coarse, others = coarse_pixels(train), coarse_pixels(test[count:])
+        limit = float(np.quantile(copy_ratios(held_out, coarse, others), 0.01))
     features = [extract(session, test)[0] for session in sessions]
-    limit = float(np.quantile(copy_ratios(held_out, coarse, others), 0.01))
     radii = neighbour_radii(features[0])
     limits = (int(test.min()), int(test.max()))
     return Reference(sessions, features, radii, coarse, held_out, others, limit, limits, classes)

@@ -32,7 +32,7 @@ import numpy as np
 
 import evaluate
 import infer_onnx
-from benchmarks import report
+from benchmarks import pinned, report
 from benchmarks.libraries import LIBRARIES, OURS, ROOT, build
 from infer_onnx import InputError, written_whole
 
@@ -291,8 +291,6 @@ def run_at_once(commands, cores, log):
 
     Raises RunError, which names the log.
     """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, "1"), "CUDA_VISIBLE_DEVICES": ""}
     waiting, running, count = [*commands], {}, len(commands)
     start = said = time.monotonic()
     try:
@@ -300,9 +298,8 @@ def run_at_once(commands, cores, log):
             for core in [core for core in cores if core not in running][: len(waiting)]:
                 with log.open("a") as out:
                     running[core] = subprocess.Popen(
-                        waiting.pop(0), cwd=ROOT, env=environment, stdout=out, stderr=out,
-                        preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
-                    )  # fmt: skip
+                        waiting.pop(0), stdout=out, stderr=out, **pinned(core)
+                    )
             time.sleep(0.1)
             for core in [core for core, process in running.items() if process.poll() is not None]:
                 if code := running.pop(core).returncode:
@@ -367,9 +364,7 @@ def make_judges(data_dir):
     test, left_out = data.parts()[1][0], data.parts(hold_out=True)[1][0]
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
     sessions = [evaluate.load_extractor(file, data.name, data.parts()[1], 1)[0] for file in files]
-    features = [evaluate.extract(session, test)[0] for session in sessions]
-    radii = evaluate.neighbour_radii(features[0])
-    reference = evaluate.Reference(sessions, features, radii, None, test, None, None)
+    reference = evaluate.make_reference(sessions, None, test)
 
     def moments(images):
         return evaluate.moments(evaluate.extract(sessions[0], images)[0])

@@ -88,10 +88,7 @@ def make_reference(args):
     test = data.parts()[1]
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
     sessions = [evaluate.load_extractor(file, "fashion-mnist", test, 1)[0] for file in files]
-    features = [evaluate.extract(session, real[0])[0] for session in sessions]
-    radii = evaluate.neighbour_radii(features[0])
-    reference = evaluate.Reference(sessions, features, radii, None, real[0], None, None)
-    return reference, train[0]
+    return evaluate.make_reference(sessions, None, real[0]), train[0]
 
 
 def draw(row, device):

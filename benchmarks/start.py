@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-from benchmarks import report  # noqa: E402
+from benchmarks import pinned, report  # noqa: E402
 
 RUNS = ROOT / "runs/start"
 TENTH = 9  # ankle boots
@@ -41,16 +41,12 @@ def file_of(name, minutes):
 
 def train_line(line, core):
     """Train the runs of a line after each other on one core, and draw samples of each."""
-    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     minutes_of = {name: minutes for name, minutes, _ in line}
 
     def ddim(*words):
         with (RUNS / f"core{core}.out").open("a") as log:
-            subprocess.run(
-                [sys.executable, "ddim.py", *map(str, words)], cwd=ROOT, env=environment,
-                stdout=log, stderr=log, check=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-            )  # fmt: skip
+            command = [sys.executable, "ddim.py", *map(str, words)]
+            subprocess.run(command, stdout=log, stderr=log, check=True, **pinned(core))
 
     for name, minutes, start in line:
         run = RUNS / file_of(name, minutes)

@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
-from benchmarks import report
+from benchmarks import pinned, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
@@ -121,16 +121,11 @@ def run_trial(trial, cores):
         recipe += f" --minutes {trial['minutes']:g}"
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     place = RUNS / "-".join([name, digest, *(flag.lstrip("-").replace(",", ".") for flag in flags)])
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
 
     def command(*words):
         with (RUNS / f"{place.name}.out").open("a") as log:
-            subprocess.run(
-                [sys.executable, *map(str, words)], cwd=ROOT, env=environment,
-                stdout=log, stderr=log, check=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-            )  # fmt: skip
+            command = [sys.executable, *map(str, words)]
+            subprocess.run(command, stdout=log, stderr=log, check=True, **pinned(core))
 
     try:
         onnx = place / f"{name}.onnx"
