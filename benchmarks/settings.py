@@ -115,9 +115,9 @@ def table(rows):
     text = "# How to sample, chosen by held-out images\n\n"
     counts = Counter(row["device"] for row in rows)
     devices = " and ".join(f"{device} ({count} rows)" for device, count in counts.items())
-    text += f"`python benchmarks/settings.py --output results/settings` on {devices}.\n"
-    text += f"N = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every sixth "
-    text += "training image, which the\nmodels have seen: they are the included ones.\n\n"
+    text += "`python benchmarks/settings.py --output results/settings`, on "
+    text += f"{devices}.\nN = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every "
+    text += "sixth training image, which the\nmodels have seen: they are the included ones.\n\n"
     head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
     head += ["F-FID", *SCORES[1:]]
     cells = []
