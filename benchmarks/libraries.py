@@ -165,15 +165,13 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    of_speed = ("rounds", "subject")
-    ignored = [
-        key for key, value in vars(args).items()
-        if value != parser.get_default(key) and key not in ("what", "job")
-        and (key in of_speed) == (args.what == "train")
-    ]  # fmt: skip
-    if ignored:
-        flag = "--" + ignored[0].replace("_", "-")
-        parser.error(f"{flag} has no meaning for {args.what}: see --help")
+    of_speed = {"rounds", "subject"}
+    of_train = vars(args).keys() - of_speed - {"what", "job"}
+    for key in sorted(of_speed if args.what == "train" else of_train):
+        if getattr(args, key) != parser.get_default(key):
+            flag = "--" + key.replace("_", "-")
+            said = f"{flag} has no meaning for {args.what} (see --help)"
+            parser.exit(2, f"{parser.prog}: error: {said}\n")
     if args.subject:
         print(json.dumps(measure(args.subject)))
     elif args.job:

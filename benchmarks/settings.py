@@ -158,7 +158,7 @@ def write(rows, folder):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="settings.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="settings.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME", help="ddim, ddpm or ldm (all)")

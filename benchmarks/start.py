@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
+import infer_onnx  # noqa: E402
 from benchmarks import pinned, report  # noqa: E402
 
 RUNS = ROOT / "runs/start"
@@ -93,7 +94,7 @@ def table(results):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="start.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="start.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of start.json and start.md")
     add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")

@@ -307,7 +307,7 @@ def table(trials):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="trials.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="trials.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME",

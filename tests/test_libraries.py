@@ -202,7 +202,7 @@ def test_a_stopped_run_resumes(stubs, tmp_path):
 )
 def test_bad_flags_end_in_one_line(flags, said, tmp_path, capsys):
     argv = ["train", *flags, "--output", tmp_path / "results"]
-    assert said in refused(libraries.main, argv, capsys, alone=False)
+    assert said in refused(libraries.main, argv, capsys)
     assert not (tmp_path / "results").exists()
 
 
