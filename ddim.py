@@ -18,9 +18,10 @@ alpha_bar as plain alpha.
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
-v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified t, an EMA over a fraction of the
-run (Karras et al. 2024, arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat
-limited to [-1, 1] (--no-clip), and a smaller network.
+v-prediction (Salimans & Ho 2022, arXiv:2202.00512), log-normal noise levels (Karras et al. 2022,
+arXiv:2206.00364), an EMA over a fraction of the run (Karras et al. 2024, arXiv:2312.02696), Muon
+with an annealed rate, gradient clipping, x_0_hat limited to [-1, 1] (--no-clip), and a smaller
+network.
 """
 
 import argparse
@@ -130,12 +131,21 @@ def image_losses(output, target, loss):
     return function(output, target, reduction="none").flatten(1).mean(dim=1)
 
 
-def stratified_t(batch_size, num_timesteps, generator):
-    """One t from each of B equal slices of 0 ... T-1: uniform, with less variance. int64 (B,)."""
+def draw_t(batch_size, num_timesteps, noise_levels, generator):
+    """The timestep of each image of a batch: int64 (B,), of 0 ... T-1.
+
+    uniform    all t alike, DDPM algorithm 1
+    lognormal  ln sigma ~ N(-0.5, 1.2^2), Karras et al. 2022 (arXiv:2206.00364), table 1, with data
+               of variance 1: more t of little noise.  sigma^2 = (1 - alpha_bar_t) / alpha_bar_t; in
+               the cosine schedule sigma = tan(pi / 2 * t / T), which gives t for all schedules.
+    Each B-th part of the distribution gives one t: less variance than B independent ones.
+    """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
-    slices = torch.arange(batch_size, device=generator.device)
-    t = (slices + u) / batch_size * num_timesteps
-    return t.long().clamp(max=num_timesteps - 1)
+    u = (torch.arange(batch_size, device=generator.device) + u) / batch_size
+    if noise_levels == "lognormal":
+        normal = 2**0.5 * torch.erfinv(2 * u - 1)
+        u = torch.atan(torch.exp(1.2 * normal - 0.5)) * 2 / math.pi
+    return (u * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -456,7 +466,7 @@ def train(args, checkpoint=None):
             # Whatever is random depends on (seed, step) alone: a resumed run repeats it exactly.
             run.seed(generator)
             batch = run.batch().to(device)
-            t = stratified_t(len(batch), args.num_timesteps, generator)
+            t = draw_t(len(batch), args.num_timesteps, args.noise_levels, generator)
             eps = torch.randn(len(batch), *images.shape[1:], generator=generator, device=device)
             dropped = torch.rand(len(batch), generator=generator, device=device)
 
@@ -504,8 +514,8 @@ def train(args, checkpoint=None):
 # The flags that make a run what it is, and those that may change when it is resumed.
 FIXED = (
     "start", "hold_out", "flip", "background", "image_size", "channels", "widths", "depths",
-    "patch", "attention", "emb_channels", "num_timesteps", "schedule", "prediction", "loss",
-    "label_dropout", "optimizer", "weight_decay", "ema_length", "seed",
+    "patch", "attention", "emb_channels", "num_timesteps", "schedule", "prediction",
+    "noise_levels", "loss", "label_dropout", "optimizer", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (*RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile")
 # The flags that must be as in the run of --start.
@@ -567,6 +577,8 @@ def build_parser():
         help="noise schedule (cosine)")
     add("--prediction", choices=("eps", "v"), default="v",
         help="what the network predicts, the noise or v (v)")
+    add("--noise-levels", choices=("uniform", "lognormal"), default="lognormal",
+        help="which timesteps are trained: all alike, or more of little noise (lognormal)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1,

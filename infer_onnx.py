@@ -1336,7 +1336,10 @@ def rows_of_flags(args, class_names, labels, columns):
 
 
 def default_output(args, name, class_names, classes):
-    """A file name for each kind of picture, so that one command does not replace another's."""
+    """A file name for each kind of picture, so that one command does not replace another's.
+
+    name: of the model's file, without .onnx.
+    """
     kinds = ("interpolate", "reconstruct", "between")
     stem = file_stems(class_names)[classes[0]] if len(classes) == 1 else "samples"
     for kind in kinds:
@@ -1566,7 +1569,7 @@ def run(args):
     classes = parse_classes(args.class_, names, path)
     check_combination(args, classes)
     numbers = numbers_of_shard(args, len(classes) * args.num_samples)
-    output = args.output or default_output(args, card["model"], names, classes)
+    output = args.output or default_output(args, path.stem, names, classes)
     given = args.reconstruct or args.between or ()
     settings = {**options, "seed": args.seed}
     if "guidance_interval" in options:  # as it is typed

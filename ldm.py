@@ -19,9 +19,9 @@ DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside the sampler.
 Differs from the paper: no perceptual and no adversarial loss, class labels by an embedding in place
 of cross-attention, with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
 cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified t, an EMA over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696), Muon (in stage 1 AdamW) with an annealed rate, gradient clipping, latents
-standardised by channel, and a smaller network.
+arXiv:2202.00512), log-normal noise levels (Karras et al. 2022, arXiv:2206.00364), an EMA over a
+fraction of the run (Karras et al. 2024, arXiv:2312.02696), Muon (in stage 1 AdamW) with an annealed
+rate, gradient clipping, latents standardised by channel, and a smaller network.
 """
 
 import argparse
@@ -256,12 +256,21 @@ def image_losses(output, target, loss):
     return function(output, target, reduction="none").flatten(1).mean(dim=1)
 
 
-def stratified_t(batch_size, num_timesteps, generator):
-    """One t from each of B equal slices of 0 ... T-1: uniform, with less variance. int64 (B,)."""
+def draw_t(batch_size, num_timesteps, noise_levels, generator):
+    """The timestep of each image of a batch: int64 (B,), of 0 ... T-1.
+
+    uniform    all t alike, DDPM algorithm 1
+    lognormal  ln sigma ~ N(-0.5, 1.2^2), Karras et al. 2022 (arXiv:2206.00364), table 1, with data
+               of variance 1: more t of little noise.  sigma^2 = (1 - alpha_bar_t) / alpha_bar_t; in
+               the cosine schedule sigma = tan(pi / 2 * t / T), which gives t for all schedules.
+    Each B-th part of the distribution gives one t: less variance than B independent ones.
+    """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
-    slices = torch.arange(batch_size, device=generator.device)
-    t = (slices + u) / batch_size * num_timesteps
-    return t.long().clamp(max=num_timesteps - 1)
+    u = (torch.arange(batch_size, device=generator.device) + u) / batch_size
+    if noise_levels == "lognormal":
+        normal = 2**0.5 * torch.erfinv(2 * u - 1)
+        u = torch.atan(torch.exp(1.2 * normal - 0.5)) * 2 / math.pi
+    return (u * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -756,7 +765,7 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
             # Whatever is random depends on (seed, step) alone: a resumed run repeats it exactly.
             run.seed(generator)
             batch = run.batch().to(device)
-            t = stratified_t(len(batch), args.num_timesteps, generator)
+            t = draw_t(len(batch), args.num_timesteps, args.noise_levels, generator)
             eps = torch.randn(len(batch), *latents.shape[1:], generator=generator, device=device)
             dropped = torch.rand(len(batch), generator=generator, device=device)
 
@@ -805,8 +814,8 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
 FIXED = (
     "start", "hold_out", "flip", "background", "image_size", "channels", "latent_channels",
     "autoencoder_widths", "channel_attention", "kl_weight", "widths", "depths", "attention",
-    "emb_channels", "num_timesteps", "schedule", "prediction", "loss", "label_dropout",
-    "optimizer", "weight_decay", "ema_length", "seed",
+    "emb_channels", "num_timesteps", "schedule", "prediction", "noise_levels", "loss",
+    "label_dropout", "optimizer", "weight_decay", "ema_length", "seed",
 )  # fmt: skip
 FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",
@@ -881,6 +890,8 @@ def build_parser():
         help="noise schedule (cosine)")
     add("--prediction", choices=("eps", "v"), default="v",
         help="what the network predicts, the noise or v (v)")
+    add("--noise-levels", choices=("uniform", "lognormal"), default="lognormal",
+        help="which timesteps are trained: all alike, or more of little noise (lognormal)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1,

@@ -282,7 +282,7 @@ def parse_run(parser, argv, names, fixed, free):
     config = checkpoint["config"]
     if "optimizer" not in checkpoint:
         raise InputError(f"{path} has weights to sample with, but no training state to resume")
-    defaults = dict(config)
+    defaults = {"noise_levels": "uniform", **config}  # an older run lacks the flag
     new_length = bool(args.epochs or args.minutes)
     if new_length:  # it takes the place of the old one
         defaults |= {"epochs": None, "minutes": None}

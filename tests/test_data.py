@@ -428,17 +428,20 @@ def test_other_data_are_refused_in_a_line(own_run, capsys):
     assert (own_run / "run/ddim.pt").read_bytes() == before
 
 
-def test_a_run_from_before_the_sums_resumes(own_run, capsys):
+def test_a_run_from_before_the_sums_and_newer_flags_resumes(own_run, capsys):
     checkpoint = torch.load("run/ddim.pt", weights_only=True)
     for key in ("data", "position"):
         del checkpoint[key]
-    for key in ("background", "skip_broken", "flip", "hold_out"):
+    for key in ("background", "skip_broken", "flip", "hold_out", "noise_levels"):
         del checkpoint["config"][key]
     checkpoint["config"]["data"] = "pets"
     torch.save(checkpoint, "run/ddim.pt")
+    error = not_resumed(capsys, "--noise-levels", "lognormal")
+    assert "--noise-levels is uniform and cannot change" in error
     assert resume("ddim", "--epochs", "3") == 0
     assert "its class names alone were compared" in capsys.readouterr().out
-    assert torch.load("run/ddim.pt", weights_only=True)["position"] == 9
+    checkpoint = torch.load("run/ddim.pt", weights_only=True)
+    assert checkpoint["position"] == 9 and checkpoint["config"]["noise_levels"] == "uniform"
 
 
 def test_what_a_picture_stands_on_stays_as_it_was(own_run, capsys):

@@ -97,15 +97,35 @@ def test_image_losses_by_hand():
 
 
 @pytest.mark.parametrize(("batch_size", "num_timesteps"), [(10, 1000), (128, 1000), (7, 3), (1, 1)])
-def test_stratified_t_has_one_in_every_slice(batch_size, num_timesteps):
+def test_uniform_t_has_one_in_every_slice(batch_size, num_timesteps):
     generator = torch.Generator().manual_seed(0)
-    t = torch.stack([ddim.stratified_t(batch_size, num_timesteps, generator) for _ in range(300)])
+    args = batch_size, num_timesteps, "uniform", generator
+    t = torch.stack([ddim.draw_t(*args) for _ in range(300)])
     assert t.min() >= 0 and t.max() <= num_timesteps - 1 and t.dtype == torch.int64
     slices = torch.arange(batch_size)
     assert (t >= slices * num_timesteps // batch_size).all()
     assert (t <= ((slices + 1) * num_timesteps / batch_size).ceil()).all()
     mean = (num_timesteps - 1) / 2
     assert t.double().mean().item() == pytest.approx(mean, abs=0.02 * num_timesteps)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_lognormal_t_has_the_noise_levels_of_edm(batch_size):
+    """The sigma of the schedule at the t that were drawn, against NumPy's log-normal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    args = batch_size, 4000, "lognormal", generator
+    draws = [ddim.draw_t(*args) for _ in range(40_000 // batch_size)]
+    t = torch.cat(draws)
+    assert t.min() >= 0 and t.max() <= 3999 and t.dtype == torch.int64
+    alpha_bar_t = ddim.make_alpha_bars("cosine", 4000)[t]
+    log_sigma = ((1 - alpha_bar_t) / alpha_bar_t).log().numpy() / 2
+    expected = np.random.default_rng(0).normal(-1.2 - np.log(0.5), 1.2, 1_000_000)
+    for part in (5, 25, 50, 75, 95):  # s = 0.008 of the schedule adds up to 0.15 where t is small
+        found, right = np.percentile(log_sigma, part), np.percentile(expected, part)
+        assert found == pytest.approx(right, abs=0.18 if part == 5 else 0.08), part
+    means = torch.stack(draws).double().mean(dim=1)
+    if batch_size > 1:  # independent ones would vary sqrt(B) times more than this bound
+        assert means.std() < 2 * t.double().std() / batch_size
 
 
 # --- Sampling -------------------------------------------------------------------------------------

@@ -859,6 +859,8 @@ def test_each_kind_of_picture_has_a_name_of_its_own(in_tmp):
         (["--class", "Bag", "--steps", "2"], "bag.png"),
         (["--class", "Bag,Coat", "--steps", "2"], "samples.png"),
         (["--model", "ldm", "--class", "Bag", "--steps", "2"], "ldm_bag.png"),
+        (["--model", "distill", "--class", "Bag"], "distill_bag.png"),
+        (["--model", "distill2", "--class", "Bag"], "distill2_bag.png"),
         (["--model", "gan", "--class", "Bag,Coat"], "gan_samples.png"),
         (["--model", "gan", "--interpolate", "noise", "--num-samples", "2"], "gan_interpolate.png"),
         ([*vae, "--reconstruct", "given.png"], "vae_reconstruct.png"),
