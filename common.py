@@ -181,6 +181,8 @@ def load_data(
         images, labels, class_names, source = _load_idx(set_name, data_dir, train)
     elif set_name in TORCHVISION_SETS:
         images, labels, class_names, source = _load_torchvision(set_name, data_dir, train)
+    elif data_dir is not None and path.exists():
+        raise InputError(f"--data-dir is for named sets, and {name} is none: leave it out")
     elif path.is_dir():
         images, labels, class_names, notes = _load_folder(
             path, channels, train, background, skip_broken, image_size
@@ -244,9 +246,9 @@ def _to_image_size(images, image_size):
         framed = colour[..., None, None].repeat(1, 1, 32, 32)
         framed[..., 2:30, 2:30] = images
         images = framed
-    side = min(images.shape[-2:])
-    if images.shape[-2:] == (side, side) == (image_size, image_size):
+    if images.shape[-2:] == (image_size, image_size):
         return images
+    side = min(images.shape[-2:])
     from torchvision.transforms.functional import center_crop, resize
 
     return resize(center_crop(images, [side, side]), [image_size, image_size], antialias=True)
@@ -451,9 +453,9 @@ def _class_folders(path):
 def _test_folder(path):
     """The folder test, or else val, beside a folder train; None for other folders."""
     place = path.absolute()
-    beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
     if place.name.lower() != "train":
         return None
+    beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
     return beside.get("test") or beside.get("val")
 
 

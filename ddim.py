@@ -18,10 +18,10 @@ alpha_bar as plain alpha.
 
 Differs from the paper: class labels with classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
-v-prediction (Salimans & Ho 2022, arXiv:2202.00512), log-normal noise levels (Karras et al. 2022,
-arXiv:2206.00364), an EMA over a fraction of the run (Karras et al. 2024, arXiv:2312.02696), Muon
-with an annealed rate, gradient clipping, x_0_hat limited to [-1, 1] (--no-clip), and a smaller
-network.
+v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified log-normal noise levels (Karras et
+al. 2022, arXiv:2206.00364), an EMA over a fraction of the run (Karras et al. 2024,
+arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat limited to [-1, 1]
+(--no-clip), and a smaller network.
 """
 
 import argparse
@@ -135,9 +135,10 @@ def draw_t(batch_size, num_timesteps, noise_levels, generator):
     """The timestep of each image of a batch: int64 (B,), of 0 ... T-1.
 
     uniform    all t alike, DDPM algorithm 1
-    lognormal  ln sigma ~ N(-0.5, 1.2^2), Karras et al. 2022 (arXiv:2206.00364), table 1, with data
-               of variance 1: more t of little noise.  sigma^2 = (1 - alpha_bar_t) / alpha_bar_t; in
-               the cosine schedule sigma = tan(pi / 2 * t / T), which gives t for all schedules.
+    lognormal  t / T = 2 / pi * atan(sigma), ln sigma ~ N(-0.5, 1.2^2): fewer t of much noise and
+               of next to none.  Karras et al. 2022 (arXiv:2206.00364), table 1, N(-1.2, 1.2^2) for
+               data of std 0.5, which is this for std 1.  In the cosine schedule of 32 pixels
+               sigma^2 is nearly (1 - alpha_bar_t) / alpha_bar_t; in others it is not.
     Each B-th part of the distribution gives one t: less variance than B independent ones.
     """
     u = torch.rand(batch_size, generator=generator, device=generator.device)

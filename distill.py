@@ -75,11 +75,11 @@ def teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, teacher_pairs, sol
     denoise: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs, teacher_pairs: from time_pairs,
     the second finer.
     """
-    times = [t for t, _ in pairs]
+    times = {-1, *(t for t, _ in pairs)}
     sampler = {"ddim": ddim_sample, "dpm++": dpm_sample}[solver]
     trace = []
     sampler(denoise, x_T, alpha_bars, teacher_pairs, prediction, trace=trace)
-    return [x_t for t, x_t, _ in trace if t in (*times, -1)]
+    return [x_t for t, x_t, _ in trace if t in times]
 
 
 def step_losses(model, states, y, alpha_bars, prediction, pairs, loss, own_states):
@@ -283,7 +283,7 @@ FIXED = (
     "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",
     "passes", "own_states", "loss", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")  # each walk belongs to its batch
+OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")  # no data; a walk is of its batch
 FREE = (
     *(key for key in RUN_FLAGS if key not in OF_DATA), "lr", "warmup", "grad_clip", "bf16",
     "compile",

@@ -23,7 +23,7 @@ often as the training images.  The test images are those of a folder test (or va
 .../train, or of the .npz; else every sixth image, which training with --hold-out leaves out.
 
 results.json goes to results/, and benchmarks/report.py adds its table, diagrams and pictures of
-samples: they replace those of the previous run.  Samples are cached in results/cache under all that
+samples: they replace those of the same names.  Samples are cached in results/cache under all that
 they depend on: a stopped run resumes, and only new samples are generated.  Needs the packages of
 infer_onnx.py; matplotlib for diagrams, scikit-learn too for --tsne, requirements.txt for --cas.
 
@@ -40,6 +40,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 import zlib
@@ -180,6 +181,8 @@ def named_set(data, data_dir):
     if (name := data.removeprefix("set:")) in IDX_SETS:
         return name
     if path.is_dir() or (path.suffix.lower() == ".npz" and path.is_file()):
+        if data_dir is not None:
+            raise InputError(f"--data-dir is for named sets, and {data} is none: leave it out")
         return None
     named = ", ".join(IDX_SETS)
     raise InputError(f"no data set {data!r}: give one of {named}, a folder, or an .npz")
@@ -281,7 +284,11 @@ def extract(session, images):
     parts = []
     for first in range(0, len(images), 250):
         x = images[first : first + 250, :, 2:-2, 2:-2].astype(np.float32) / 127.5 - 1
-        parts.append(session.run(["features", "logits"], {"x": x}))
+        try:
+            parts.append(session.run(["features", "logits"], {"x": x}))
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            reason = infer_onnx.one_line(error)
+            raise infer_onnx.RunError(f"the extractor failed: {reason}") from error
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
@@ -315,12 +322,13 @@ def load_extractor(path, data, test, threads, command=""):
     Raises InputError unless it is an extractor of this data set that classifies the test images,
     (images, labels), as well as its card says.
     """
+    command = command or f"python benchmarks/extractor.py --data {data}"
+    remedy = f"{command} --output {shlex.quote(str(path.parent))} trains it"
     if not path.is_file():
-        command = command or f"python benchmarks/extractor.py --data {data}"
-        raise InputError(f"no extractor {path}: {command} --output {path.parent} trains it")
-    content = infer_onnx.read_model(path)
+        raise InputError(f"no extractor {path}: {remedy}")
+    content = path.read_bytes()
     if not infer_onnx.has_seal(content):
-        raise infer_onnx.damaged(path)
+        raise infer_onnx.ModelError(f"{path} is damaged, or no extractor: {remedy} again")
     session = infer_onnx.open_session(path, content, threads)
     try:
         card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
@@ -541,19 +549,20 @@ def score_images(reference, images, labels):
     labels: the requested classes, None if there are none.  Raises InputError.
     """
     check_images(images, reference.held_out.shape[1:], reference.limits)
-    scores = {}
-    names = ("ffid", "ffid2")[: len(reference.sessions)]
-    for name, session, real in zip(names, reference.sessions, reference.features, strict=True):
-        features, logits = extract(session, images)
-        scores[name] = frechet_distance(*moments(real), *moments(features))
-        if name == "ffid":
-            if len(images) >= SPLITS * LEAST_PART:
-                scores["ffid_infinity"] = ffid_at_infinity(moments(real), features)
-            scores |= manifold_scores(real, reference.radii, features)
-            predicted = logits.argmax(axis=1)
-            if reference.classes == 1:  # the extractor knows no classes
-                predicted, labels = np.zeros(len(images), int), None
-            scores |= class_scores(predicted, labels, reference.classes)
+    features, logits = extract(reference.sessions[0], images)
+    real = reference.features[0]
+    real_moments = moments(real)
+    scores = {"ffid": frechet_distance(*real_moments, *moments(features))}
+    if len(images) >= SPLITS * LEAST_PART:
+        scores["ffid_infinity"] = ffid_at_infinity(real_moments, features)
+    scores |= manifold_scores(real, reference.radii, features)
+    predicted = logits.argmax(axis=1)
+    if reference.classes == 1:  # the extractor knows no classes
+        predicted, labels = np.zeros(len(images), int), None
+    scores |= class_scores(predicted, labels, reference.classes)
+    if len(reference.sessions) > 1:
+        second, _ = extract(reference.sessions[1], images)
+        scores["ffid2"] = frechet_distance(*moments(reference.features[1]), *moments(second))
     return scores
 
 
@@ -628,7 +637,7 @@ def open_model(args, name):
 
 def reading_of(card):
     """How a model's training read its images: (image_shape, background)."""
-    return tuple(card["image_shape"]), card.get("training", {}).get("background", "white")
+    return tuple(card["image_shape"]), card["training"].get("background", "white")
 
 
 def find_settings(args, class_names, image_shape=(1, 32, 32), background=None, cycle=range(10)):
@@ -667,13 +676,12 @@ def find_settings(args, class_names, image_shape=(1, 32, 32), background=None, c
 
 def setting_options(args, name, card):
     """The options of each setting of a model; prints which flags it cannot follow."""
-    if card["kind"] == "codes":
-        return [{}]
-    if card.get("steps_fixed"):
+    if card["kind"] == "codes" or card.get("steps_fixed"):
         if args.steps or args.guidance or args.guidance_interval or args.solver:
+            how = f"in {card['steps']} steps only" if "steps" in card else "in one evaluation"
             flags = "--steps, --guidance, --guidance-interval and --solver are ignored"
-            print(f"{name} samples in {card['steps']} steps only: {flags}")
-        return [{"steps": card["steps"]}]
+            print(f"{name} samples {how}: {flags}")
+        return [{"steps": card["steps"]} if "steps" in card else {}]
     most = infer_onnx.steps_limit(card)
     if args.steps and max(args.steps) > most:
         excess = f"--steps {max(args.steps)} is more than the {most} timesteps of a walk"
@@ -951,7 +959,8 @@ def score_floor(reference, train, test, accuracy, args):
     images = train[0]
     n = min(args.num_samples, len(images))
     parts = min(len(images) // n, FLOOR_PARTS)
-    others = {**copy_scores(reference, reference.held_out), "label_accuracy": accuracy}
+    known = accuracy if reference.classes > 1 else None  # of one class it is that of quarter turns
+    others = {**copy_scores(reference, reference.held_out), "label_accuracy": known}
     scores = [
         {**score_images(reference, images[i * n : (i + 1) * n], None), **others}
         for i in range(parts)
@@ -1007,7 +1016,9 @@ def load_extractors(args, real, image_shape, background):
     files = [extractor_file(args.extractors, real.name, which, image_shape) for which in (1, 2)]
     if not files[1].is_file():
         print(f"no {files.pop().name}: no second extractor checks the order of the models")
-    command = f"python benchmarks/extractor.py --data {args.data}"
+    command = f"python benchmarks/extractor.py --data {shlex.quote(args.data)}"
+    if args.data_dir is not None:
+        command += f" --data-dir {shlex.quote(str(args.data_dir))}"
     command += f" --channels {image_shape[0]}" * (image_shape[0] != 1)
     command += f" --image-size {image_shape[1]}" * (image_shape[1] != 32)
     command += f" --background {background!r}" * (background != "white")
@@ -1038,29 +1049,35 @@ def score_models(args):
     is_named = named_set(args.data, args.data_dir) is not None
     if not (is_named or args.models):
         raise InputError(f"--data {args.data} needs the models to score, as in: evaluate.py ddim")
-    reading = (1, 32, 32), "white"
+    image_shape, background = (1, 32, 32), "white"
     if args.models:
-        shape, background = reading_of(open_model(args, args.models[0])[1].card)
-        reading = shape, "white" if is_named else background
+        image_shape, background = reading_of(open_model(args, args.models[0])[1].card)
+    if is_named:  # their pictures are nowhere transparent
+        background = "white"
     if is_named and (args.num_samples or 10) % 10:
         message = "is not a multiple of 10, the number of classes"
         raise InputError(f"--num-samples {args.num_samples} {message}")
-    real = load_real(args.data, args.data_dir, *reading, args.skip_broken)
+    real = load_real(args.data, args.data_dir, image_shape, background, args.skip_broken)
     train, test = real.parts(args.hold_out)
+    if not is_named and len(test[1]) < LEAST_TEST:
+        counts = f"{len(test[1])} held-out images"
+        raise InputError(f"--data {args.data} has {counts}: scores need {LEAST_TEST} to test")
     if args.export_real:
         return export_real(args.export_real, *test, real.class_names)
-    sessions, cards = zip(*load_extractors(args, real, *reading), strict=True)
+    extractors = load_extractors(args, real, image_shape, background)
+    sessions, cards = zip(*extractors, strict=True)
     n = args.num_samples or (10_000 if is_named else min(10_000, len(test[1])))
     args.num_samples = n
     class_names = cards[0]["class_names"]
     if args.cas and len(class_names) == 1:
         raise InputError("--cas needs classes, and the data have one")
-    background = None if is_named else reading[1]
+    behind = None if is_named else background
     cycle = range(10) if is_named else train[1].tolist()
-    settings = find_settings(args, class_names, reading[0], background, cycle)
-    if real.test is None or args.hold_out:
+    settings = find_settings(args, class_names, image_shape, behind, cycle)
+    held_out = args.hold_out or real.test is None
+    if held_out:
         for path, card in {setting.path: setting.model.card for setting in settings}.items():
-            if not card.get("training", {}).get("hold_out"):
+            if not card["training"].get("hold_out"):
                 said = "was not trained with --hold-out: it has seen what it is compared with"
                 print(f"warning: {path} {said}")
     cache = args.output / "cache"
@@ -1079,9 +1096,9 @@ def score_models(args):
     reference = make_reference([*sessions], train[0], test[0], len(class_names))
     results = {
         "protocol": {
-            "data": real.name, "hold_out": args.hold_out or real.test is None, "k": K,
+            "data": real.name, "hold_out": held_out, "k": K,
             "balanced": is_named, "has_test": real.test is not None,
-            "block": reading[0][1] // 16, "reference": len(test[0]),
+            "block": image_shape[1] // 16, "reference": len(test[0]),
             "train": len(train[0]), "queries": len(reference.held_out),
             "others": len(reference.others),
         },
@@ -1105,7 +1122,7 @@ def score_models(args):
 
 def export_real(folder, images, labels, class_names):
     """Write real images as PNGs, whose names have their classes."""
-    infer_onnx.check_output(folder, [""])
+    infer_onnx.check_output(folder, [""], flag="--export-real")
     names = class_names or [str(y) for y in range(10)]
     infer_onnx.write_images(images, labels.tolist(), names, folder, 10, {"Software": "evaluate.py"})
     print(f"wrote {folder}: {len(images):,} real images")

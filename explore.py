@@ -181,9 +181,9 @@ def filmstrip(trace, rows=None):
     return image_grid(cells.flatten(0, 2), len(moments), rows)
 
 
-def save_gif(frames, path, milliseconds=80):
+def save_gif(frames, path):
     """Write a list of PIL pictures as an endless GIF that rests on its last frame for a second."""
-    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    durations = [80] * (len(frames) - 1) + [1000]  # milliseconds
     first, *rest = frames
     with written_whole(path) as scratch:
         first.save(scratch, "gif", save_all=True, append_images=rest, duration=durations, loop=0)
@@ -231,7 +231,7 @@ def read_log(path):
     path = path / "log.jsonl" if path.is_dir() else path
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        lines = [line for line in lines if line.keys() & {*LOSSES}]
+        lines = [line for line in lines if line.keys() & {*LOSSES} and "step" in line]
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not the log of a training ({error})") from error
     if len(lines) < 2:
@@ -401,6 +401,11 @@ class Trained:
         mu, _ = vae.encode(self.network, images, labels)
         return mu
 
+    def start_of(self, images, labels):
+        """Where a walk from uint8 images begins: they in [-1, 1], or their latents."""
+        start = self.encode(images, labels) if self.latent else to_float(images)
+        return start.to(self.device)
+
     def one_hot(self, labels):
         """int64 (N,) -> float (N, num_classes)."""
         return vae.one_hot(labels, len(self.names))
@@ -568,10 +573,9 @@ def invert(args, model):
     """
     images, labels = model.given_images()
     x_0 = to_float(images)
-    start = model.encode(images, labels) if model.latent else x_0
     denoise = model.denoiser(labels)
     trace = []
-    x_T = ddim_invert(denoise, start.to(model.device), *model.schedule(), trace)
+    x_T = ddim_invert(denoise, model.start_of(images, labels), *model.schedule(), trace)
     steps = len(trace)
     model.solve(denoise, x_T, trace)
     trace = model.decode_trace(trace)
@@ -593,7 +597,7 @@ def inpaint(args, model):
     """
     images, labels = model.given_images()
     x_0 = to_float(images)
-    start = model.encode(images, labels).to(model.device) if model.latent else x_0.to(model.device)
+    start = model.start_of(images, labels)
     size = model.image_size
     left, top, right, bottom = args.hole
     if max(args.hole) > size:
@@ -622,7 +626,7 @@ def edit(args, model):
     """
     images, labels = model.given_images()
     x_0 = to_float(images)
-    start = model.encode(images, labels).to(model.device) if model.latent else x_0.to(model.device)
+    start = model.start_of(images, labels)
     y = model.target(labels).expand(args.num_samples)
     alpha_bars, pairs, prediction = model.schedule(args.strength)
     eps = model.noise(range(len(y)), start.shape[1:])()
@@ -886,7 +890,8 @@ def main(argv=None):
             print(f"wrote {args.output}")
             return 0
         draw, _, suffixes = COMMANDS[args.command]
-        check_output(args.output, suffixes, args.images)
+        files = [name for name in args.images if not name.isdecimal()]  # else test images
+        check_output(args.output, suffixes, files)
         model = Trained(args)
         draw(args, model)
         said = ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in model.settings.items())

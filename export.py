@@ -539,13 +539,13 @@ def sampler_settings(card):
     limit = infer_onnx.steps_limit(card)
     few, many = min(7, limit), min(COMPARE_STEPS, limit)
     settings = [
-        {"steps": many},
+        {"steps": many, "solver": "ddim"},
         {"steps": 1},
         {"steps": few, "solver": "dpm++"},
-        {"steps": few, "guidance": 0.0},
-        {"steps": few, "guidance": 0.5},
+        {"steps": few, "guidance": 0.0, "solver": "ddim"},
+        {"steps": few, "guidance": 0.5, "solver": "ddim"},
         {"steps": few, "guidance": 1.0, "solver": "dpm++"},
-        {"steps": many, "guidance": 3.0, "guidance_interval": (0.2, 0.7)},
+        {"steps": many, "guidance": 3.0, "guidance_interval": (0.2, 0.7), "solver": "ddim"},
         {"steps": few, "guidance": 3.0, "guidance_interval": (0, 1), "solver": "dpm++"},
     ]
     defaults = {key: card[key] for key in ("guidance", "guidance_interval", "solver")}
@@ -699,8 +699,12 @@ def seal(path):
     cards = [entry for entry in protos[""].metadata_props if entry.key == METADATA_KEY]
     if not cards:
         raise InputError(f"{path} has no model card: it is not a model that export.py wrote")
-    card = json.loads(cards[0].value)
-    files = {name: path.with_name(Path(part["file"]).name) for name, part in card["parts"].items()}
+    try:
+        card = json.loads(cards[0].value)
+        parts = card["parts"].items()
+        files = {name: path.with_name(Path(part["file"]).name) for name, part in parts}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} has a broken card: {infer_onnx.one_line(error)}") from error
     contents = {}
     for name, file in files.items():
         contents[file] = infer_onnx.sealed(read_proto(file).SerializeToString())
@@ -711,7 +715,7 @@ def seal(path):
     print(f"sealed {' and '.join(map(str, contents))}")
     try:
         infer_onnx.check(infer_onnx.load_model(path, "cpu"))
-    except infer_onnx.RunError as error:
+    except (infer_onnx.ModelError, infer_onnx.RunError) as error:
         print(f"note: {error}")
 
 
@@ -768,17 +772,15 @@ def main(argv=None):
                 raise InputError(
                     "FILE goes with seal, and seal with FILE: python export.py seal FILE"
                 )
+            takes = {"seal": "FILE", "all": "the newest run of each script"}.get(args.name)
+            if takes and (args.checkpoint or args.output or args.sampler or args.weights):
+                flags = "--checkpoint, --output, --sampler or --weights"
+                raise InputError(f"{args.name} takes {takes}: no {flags}")
             if args.name == "seal":
-                if args.checkpoint or args.output or args.sampler or args.weights:
-                    flags = "--checkpoint, --output, --sampler or --weights"
-                    raise InputError(f"seal takes FILE: no {flags}")
                 seal(args.file)
                 return 0
             names = [args.name]
             if args.name == "all":
-                if args.checkpoint or args.output or args.sampler or args.weights:
-                    flags = "--checkpoint, --output, --sampler or --weights"
-                    raise InputError(f"all takes the newest run of each script: no {flags}")
                 names = [name for name in NAMES if any(Path("runs").glob(f"*/{name}.pt"))]
                 if not names:
                     example = "python ddim.py --train"
@@ -792,7 +794,7 @@ def main(argv=None):
         except InputError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:
-            file = args.output or f"{name}.onnx"
+            file = args.output or f"{name}{'_sampler' if args.sampler else ''}.onnx"
             parser.exit(5, f"{parser.prog}: error: {name}: {error}; no {file} was written\n")
         except OSError as error:
             parser.exit(5, f"{parser.prog}: error: {error}\n")

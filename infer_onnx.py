@@ -63,7 +63,9 @@ METADATA_FORMAT = 5
 SEAL_KEY = "sha256"  # of the last metadata entry, which has the sum of all before it
 # Protobuf: field 14 (metadata) of 74 bytes, whose key is "sha256" and whose value has 64 bytes.
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
-CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
+CARD_KEYS = (
+    "model", "kind", "class_names", "image_shape", "probe", "parts", "parameters", "training",
+)  # fmt: skip
 # Options of `sample` whose defaults are in the card.
 DIFFUSION_OPTIONS = ("steps", "guidance", "guidance_interval")
 KIND_KEYS = {
@@ -278,7 +280,7 @@ def run_session(session, **feed):
         return session.run(None, feed)[0]
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         reason = one_line(error)
-        raise RunError(f"onnxruntime failed, a smaller --batch-size may help: {reason}") from error
+        raise RunError(f"onnxruntime failed, smaller batches may help: {reason}") from error
 
 
 def denoiser(session, y, guidance, null_label, start, stop):
@@ -531,12 +533,18 @@ def sample(
         return decode_codes(
             model, codes, class_weights(labels, len(card["class_names"])), batch_size
         )
-    solver = solver or card.get("solver", "ddim")  # ddpm, which has none, leaves it out
+    solver = solver or card.get("solver", "ddim")  # ddpm and distill have none
     eta = eta or 0.0
     check_walk(card, steps, guidance, solver, eta)
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
+    y = np.array(labels, np.int64)
     latent_shape = card.get("latent_shape")  # of an LDM
+    shape = latent_shape or card["image_shape"]
+
+    def streams_of(indices):
+        return noise_streams(seed, [first + i for i in indices])
+
     if card["kind"] == "sampler":
         # Fractions of T between two times, so that float32 cannot move a time across them.
         interval = [(math.ceil(t) - 0.5) / len(alpha_bars) for t in times]
@@ -545,26 +553,23 @@ def sample(
             "guidance_interval": np.array(interval, np.float32),
             "second_order": np.array(solver == "dpm++"),
         }  # fmt: skip
-        inputs = {given.name for given in model.session.get_inputs()}
+        inputs = {entry.name for entry in model.session.get_inputs()}
         settings = {key: value for key, value in settings.items() if key in inputs}
 
         def whole(indices):
-            streams = noise_streams(seed, [first + i for i in indices])
-            noise = next_noise(streams, latent_shape or card["image_shape"])
-            y = np.array([labels[i] for i in indices], np.int64)
-            return run_session(model.session, noise=noise, labels=y, **settings)
+            noise = next_noise(streams_of(indices), shape)
+            return run_session(model.session, noise=noise, labels=y[indices], **settings)
 
         return in_batches(model, whole, len(labels), batch_size)
     clip = not latent_shape
 
     def walk(indices):
-        streams = noise_streams(seed, [first + i for i in indices])
+        streams = streams_of(indices)
 
         def noise():
-            return next_noise(streams, latent_shape or card["image_shape"])
+            return next_noise(streams, shape)
 
-        y = np.array([labels[i] for i in indices], np.int64)
-        denoise = denoiser(model.session, y, guidance, card["null_label"], *times)
+        denoise = denoiser(model.session, y[indices], guidance, card["null_label"], *times)
         arguments = (denoise, noise(), alpha_bars, pairs, card["prediction"])
         if card["model"] == "ddpm":
             x_0 = ddpm_sample(*arguments, variance=variance or "small", clip=clip, noise=noise)
@@ -816,9 +821,8 @@ class PictureFolder:
         others = False
         for file in sorted(self.path.iterdir()):
             name = file.name
-            if name.startswith(
-                "."
-            ):  # being written now, or left behind by a process that was killed
+            # A leading dot: being written now, or left behind by a process that was killed.
+            if name.startswith("."):
                 name = name[1:].rpartition(".")[0].rpartition(".")[0]
             number = name.split("_")[0]
             i = int(number) if number.isascii() and number.isdecimal() else len(self.labels)
@@ -1054,7 +1058,7 @@ RANGES = {
     "batch_size": (Integral, 1, math.inf),
 }
 CHOICES = {
-    "solver": ("ddim", "dpm++"), "variance": ("small", "large"), "prior": ("fitted", "normal"),
+    "solver": SOLVERS, "variance": ("small", "large"), "prior": ("fitted", "normal"),
 }  # fmt: skip
 
 
@@ -1294,7 +1298,7 @@ def images_of_flags(model, args, classes, options):
     card, count, size = model.card, args.num_samples, args.batch_size
     if args.reconstruct or args.between:
         paths = args.reconstruct or args.between
-        background = card.get("training", {}).get("background", "white")
+        background = card["training"].get("background", "white")
         x = np.stack([read_image(path, card["image_shape"], background) for path in paths])
         for path, image in zip(paths, x, strict=True):
             if (image == image[:, :1, :1]).all():
@@ -1310,7 +1314,7 @@ def images_of_flags(model, args, classes, options):
         images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, size)])
         return images, classes * len(images), len(x)
     if args.interpolate:
-        prior = fitted_prior(card) if options.get("prior", "fitted") == "fitted" else None
+        prior = None if args.prior == "normal" else fitted_prior(card)
         to_class = args.interpolate == "class"  # with the same noise, else two noises of each class
         pairs = [classes] if to_class else [[y, y] for y in classes]
         images = []
@@ -1324,14 +1328,14 @@ def images_of_flags(model, args, classes, options):
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
 
 
-def rows_of_flags(args, class_names, labels, columns):
+def rows_of_flags(args, class_names, classes, labels, columns):
     """The names beside the rows of the grid, as in with_names; None without names."""
     if not args.names:
         return None
     if args.reconstruct:
         return ["given", "decoded"]
     if args.interpolate == "class":
-        return [" to ".join(class_names[y] for y in parse_classes(args.class_, class_names))]
+        return [" to ".join(class_names[y] for y in classes)]
     return names_of_rows(labels, class_names, columns)
 
 
@@ -1431,13 +1435,13 @@ def add_model_flags(parser):
     add("--eta", type=number(float, 0, 1),
         help="noise added in each step of --solver ddim, from 0, deterministic, to 1, as in DDPM; "
              "ddim and ldm only (0)")
-    add("--variance", choices=("small", "large"),
+    add("--variance", choices=CHOICES["variance"],
         help="variance of the noise: small is the posterior's, large is beta_t; "
              "ddpm only (small)")
     add("--truncation", type=number(float, 0.1),
         help="resample noise beyond +- this many standard deviations, from 0.1; "
              "vae and gan only (off)")
-    add("--prior", choices=("fitted", "normal"),
+    add("--prior", choices=CHOICES["prior"],
         help="sample codes from the mixture fitted to each class, or from N(0, 1); "
              "vae only (fitted)")
 
@@ -1477,7 +1481,8 @@ def build_parser():
     add("--card", action="store_true", help="print the whole model card, JSON, and no more (off)")
     add("--check", action="store_true",
         help="compare the outputs of the network on this machine with those at its export (off)")
-    add("--benchmark", action="store_true", help=argparse.SUPPRESS)  # moved to benchmarks/
+    add("--benchmark", action=Renamed, nargs=0, const="python benchmarks/latency.py --model NAME",
+        help=argparse.SUPPRESS)
     return parser
 # fmt: on
 
@@ -1498,26 +1503,29 @@ def sampling_options(args, card):
     return options
 
 
-def check_output(path, suffixes, given=()):
+def check_output(path, suffixes, given=(), flag="--output"):
     """Raise InputError for an output that could not be written, before the work is done.
 
     suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
     """
     if path.suffix.lower() not in suffixes:
-        names = " or ".join(suffix for suffix in suffixes if suffix)
-        folder = ", or be a folder" if "" in suffixes else ""
-        raise InputError(f"--output {path}: the name must end in {names}{folder}")
-    if path.is_dir() and (path.suffix or any(path.iterdir())):
-        raise InputError(f"--output {path} is a folder that holds files: name another")
+        names = [suffix for suffix in suffixes if suffix]
+        wanted = [f"end in {' or '.join(names)}"] if names else []
+        wanted += ["be a folder"] if "" in suffixes else []
+        raise InputError(f"{flag} {path}: the name must {', or '.join(wanted)}")
+    if path.is_dir() and path.suffix:
+        raise InputError(f"{flag} {path} is a folder: name another")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{flag} {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
-        raise InputError(f"--output {path} is a file, not a folder for images: name another")
+        raise InputError(f"{flag} {path} is a file, not a folder for images: name another")
     if path.resolve() in [Path(name).resolve() for name in given]:
-        raise InputError(f"{path} is one of the input images: name another --output")
+        raise InputError(f"{path} is one of the input images: name another {flag}")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
+        raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from error
 
 
 def check_combination(args, classes):
@@ -1528,6 +1536,10 @@ def check_combination(args, classes):
         raise InputError("frames between two images need --num-samples 2 or more")
     if (args.reconstruct or args.between) and len(classes) != 1:
         raise InputError("--reconstruct and --between need one --class, that of the images")
+    if (args.reconstruct or args.between) and (args.truncation or args.prior):
+        raise InputError("--truncation and --prior are of noise, and these codes are of images")
+    if args.reconstruct and args.num_samples > 1:
+        raise InputError("--reconstruct decodes each image once: leave out --num-samples")
 
 
 def numbers_of_shard(args, count):
@@ -1541,8 +1553,6 @@ def numbers_of_shard(args, count):
 
 
 def run(args):
-    if args.benchmark:
-        raise InputError(f"--benchmark is now: python benchmarks/latency.py --model {args.model}")
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
     card = model.card
@@ -1585,7 +1595,7 @@ def run(args):
     else:
         check_output(output, [".png", ".npz", ""], given)
     note_on_all(names)
-    step = card.get("training", {}).get("step", YOUNG)
+    step = card["training"].get("step", YOUNG)
     if step < YOUNG:
         print(f"{path} is of step {step}, early in its training")
     start = time.perf_counter()
@@ -1603,7 +1613,7 @@ def run(args):
     else:
         images, labels, columns = images_of_flags(model, args, classes, options)
         seconds = time.perf_counter() - start
-        rows = rows_of_flags(args, names, labels, columns)
+        rows = rows_of_flags(args, names, classes, labels, columns)
         write_images(images, labels, names, output, columns, texts, rows)
         count = len(images)
     there = f" ({found} were there)" if found else ""
@@ -1641,8 +1651,10 @@ class Console:
     def _attempt(self, act, *args):
         try:
             act(*args)
-        except BrokenPipeError:  # the rest, and what Python flushes at its exit, goes nowhere
+        except OSError as error:  # the rest, and what Python flushes at its exit, goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
 
 
 @contextmanager
@@ -1679,6 +1691,7 @@ def run_command(parser, command, argv=None, stopped="stopped"):
             check_runtime()
             ort.set_default_logger_severity(4)
             command(args)
+            sys.stdout.flush()  # or an error: a disk may be full
         except tuple(EXIT_CODES) as error:
             code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
             parser.exit(code, f"{parser.prog}: error: {one_line(error)}\n")

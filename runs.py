@@ -40,6 +40,8 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT = 2  # of the checkpoint file
+# What runs had before there were these flags.
+OLDER = {"image_size": 32, "noise_levels": "uniform"}
 LOG_EVERY = 50  # steps
 YOUNG = 1000  # steps before which samples may be noise still
 # The flags of every script that may change when a run is resumed.
@@ -282,7 +284,7 @@ def parse_run(parser, argv, names, fixed, free):
     config = checkpoint["config"]
     if "optimizer" not in checkpoint:
         raise InputError(f"{path} has weights to sample with, but no training state to resume")
-    defaults = {"noise_levels": "uniform", **config}  # an older run lacks the flag
+    defaults = {**OLDER, **config}
     new_length = bool(args.epochs or args.minutes)
     if new_length:  # it takes the place of the old one
         defaults |= {"epochs": None, "minutes": None}
@@ -292,7 +294,8 @@ def parse_run(parser, argv, names, fixed, free):
     args.run_dir = path.parent
     for key in fixed:
         before = config.get(key, parser.get_default(key))  # an older run lacks newer flags
-        if getattr(args, key) != before:
+        given = getattr(args, key)
+        if given != before and as_typed(given) != as_typed(before):  # a typed pair is a list
             raise InputError(f"{as_flags([key])} is {before} and cannot change in a resumed run")
     return args, checkpoint
 
@@ -321,8 +324,10 @@ class Console:
     def _attempt(self, act, *args):
         try:
             act(*args)
-        except BrokenPipeError:  # the rest, and what Python flushes at its exit, goes nowhere
+        except OSError as error:  # the rest, and what Python flushes at its exit, goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
 
 
 @contextmanager
@@ -353,7 +358,7 @@ def errors_in_one_line(parser):
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not out_of_memory and "allocate memory" not in str(error):  # on a CPU: RuntimeError
             raise
-        hint = "lower --batch-size, with --resume too; what was saved is kept"
+        hint = "lower --batch-size, with --resume too, or --num-samples; what was saved is kept"
         parser.exit(2, f"{parser.prog}: error: out of memory: {hint}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
@@ -559,7 +564,7 @@ def read_start(args, names, fitting, class_names):
     path = find_checkpoint(names, args.start)
     start = load_checkpoint(path, names)
     for key in fitting:
-        before = start["config"].get(key, 32)  # an older run lacks image_size
+        before = {**OLDER, **start["config"]}.get(key)
         if before != getattr(args, key):
             raise InputError(
                 f"--start: {as_flags([key])} is {before} in {path}, and {getattr(args, key)} here: "
@@ -763,6 +768,7 @@ class Run:
             folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
         self.folder = folder
         self.start = self.last_save = time.monotonic()
+        self.saved_step = None
         earlier = checkpoint["seconds"] if checkpoint else 0
         self.clock = self.start - earlier  # as if it had never been interrupted
         self.progress = 0.0
@@ -812,7 +818,7 @@ class Run:
             "bar_format": "{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
             **bar_options(),
         }  # fmt: skip
-        resume = self._command("--resume --run-dir")
+        resume = self._resume_command()
         kept = f"what {self.folder} holds is kept. Resume with:  {resume}"
         try:
             locked, signals = self._locked_folder(), signals_caught()
@@ -879,7 +885,8 @@ class Run:
             if self._save_due():
                 save()
         if self.rank == 0:
-            save()
+            if self.saved_step != self.step:  # --save-every may have been over just now
+                save()
             if finish and not self.stopped:
                 self.stopped = bool(self.signals) or is_interrupted(finish)
 
@@ -960,10 +967,14 @@ class Run:
         if found:
             line = {**line, "warnings": [*found.values()]}
         self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
-        images = self.earlier_images + (step - self.first_step) * self.args.batch_size
-        at = {"step": step, "epoch": self._epoch(), "seconds": self._seconds(), "images": images}
+        at = {"step": step, "epoch": self._epoch(), "seconds": self._seconds()}
+        at["images"] = self._images(step)
         with (self.folder / self.log_file).open("a") as file:
             file.write(json.dumps({**at, **line}, allow_nan=False) + "\n")
+
+    def _images(self, step):
+        """The images trained on up to this step, those of earlier sessions included."""
+        return self.earlier_images + (step - self.first_step) * self.args.batch_size
 
     def _save_due(self):
         waited = time.monotonic() - self.last_save
@@ -986,8 +997,8 @@ class Run:
         save_png(image_grid(grid, columns, rows), self.folder / "samples" / name, {})
         state = {
             "format": FORMAT, "model": self.stem, "step": self.step, "seconds": self._seconds(),
-            "images": self.earlier_images + (self.step - self.first_step) * self.args.batch_size,
-            "position": self.position, "torch": str(torch.__version__),
+            "images": self._images(self.step), "position": self.position,
+            "torch": str(torch.__version__),
         }  # fmt: skip
         path = self.folder / f"{self.stem}.pt"
         try:
@@ -996,6 +1007,7 @@ class Run:
         except RuntimeError as error:  # torch's type for a full disk
             raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
         self.last_save = time.monotonic()
+        self.saved_step = self.step
 
     def _judge(self, ema, images, labels):
         """Log whether training works: what the images and the averaged weights tell of it."""
@@ -1018,7 +1030,7 @@ class Run:
         minutes = self._seconds() / 60
         print(f"{self.step} steps, {self._epoch():.2f} epochs, {minutes:.1f} minutes")
         if self.stopped:
-            resume = self._command("--resume --run-dir")
+            resume = self._resume_command()
             print(f"Stopped and saved. Resume with:\n  {resume}", flush=True)
             return 130
         if not self.part:
@@ -1027,14 +1039,14 @@ class Run:
             print(f"Draw samples with:\n  python {self.name}.py {flags}")
         return 0
 
-    def _command(self, flags):
-        """The command that starts this script in the same way, with flags and the run's folder."""
+    def _resume_command(self):
+        """The command that resumes this run, started in the same way."""
         start = "python"
         if self.world > 1:
             here = int(os.environ["LOCAL_WORLD_SIZE"])
             others = " ..." if here < self.world else ""  # the user's other machines
             start = f"torchrun --nproc-per-node {here}{others}"
-        return f"{start} {self.name}.py {flags} {shlex.quote(self.folder.as_posix())}"
+        return f"{start} {self.name}.py --resume --run-dir {shlex.quote(self.folder.as_posix())}"
 
 
 class WholeLines:
@@ -1165,26 +1177,29 @@ def written_whole(path):
         scratch.unlink(missing_ok=True)
 
 
-def check_output(path, suffixes, given=()):
+def check_output(path, suffixes, given=(), flag="--output"):
     """Raise InputError for an output that could not be written, before the work is done.
 
     suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
     """
     if path.suffix.lower() not in suffixes:
-        names = " or ".join(suffix for suffix in suffixes if suffix)
-        folder = ", or be a folder" if "" in suffixes else ""
-        raise InputError(f"--output {path}: the name must end in {names}{folder}")
-    if path.is_dir() and (path.suffix or any(path.iterdir())):
-        raise InputError(f"--output {path} is a folder that holds files: name another")
+        names = [suffix for suffix in suffixes if suffix]
+        wanted = [f"end in {' or '.join(names)}"] if names else []
+        wanted += ["be a folder"] if "" in suffixes else []
+        raise InputError(f"{flag} {path}: the name must {', or '.join(wanted)}")
+    if path.is_dir() and path.suffix:
+        raise InputError(f"{flag} {path} is a folder: name another")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{flag} {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:
-        raise InputError(f"--output {path} is a file, not a folder for images: name another")
+        raise InputError(f"{flag} {path} is a file, not a folder for images: name another")
     if path.resolve() in [Path(name).resolve() for name in given]:
-        raise InputError(f"{path} is one of the input images: name another --output")
+        raise InputError(f"{path} is one of the input images: name another {flag}")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
+        raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from error
 
 
 def open_checkpoint(args, name, samples_from):
@@ -1309,7 +1324,7 @@ def save_images(images, labels, class_names, path, columns, texts, rows=None):
 
 def as_typed(value):
     """The value of a flag as in the command: (0, 0.8) is 0 0.8, and (0, 16, 32, 32) 0,16,32,32."""
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return (" " if len(value) == 2 else ",").join(f"{part:g}" for part in value)
     return value
 

@@ -159,9 +159,9 @@ def _class_folders(path):
 def _test_folder(path):
     """The folder test, or else val, beside a folder train; None for other folders."""
     place = path.absolute()
-    beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
     if place.name.lower() != "train":
         return None
+    beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
     return beside.get("test") or beside.get("val")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 from shlex import split
@@ -245,6 +246,13 @@ def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
     changed = [not torch.equal(a, taught["ema"][k]) for k, a in checkpoint["ema"].items()]
     assert any(changed)
     assert len(list((student / "samples").glob("*.png"))) >= 2
+
+
+def test_the_default_interval_may_be_typed_on_resume(student, in_tmp):
+    shutil.copytree(student, "run")
+    interval = [str(part) for part in distill.GUIDANCE_INTERVAL]
+    argv = ["--resume", "--run-dir", "run", "--epochs", "5", "--guidance-interval", *interval]
+    assert distill.main(argv) == 0
 
 
 @pytest.mark.parametrize("fault", ["kill:8", "term:7", "full:6"])

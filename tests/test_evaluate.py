@@ -369,6 +369,9 @@ def test_an_extractor_that_is_not_what_it_says_is_refused(sets, tmp_path):
     write_extractor(tmp_path / "a.onnx", 0, accuracy=0.93)
     write_extractor(tmp_path / "b.onnx", 0, data="mnist")
     (tmp_path / "c.onnx").write_bytes((ROOT / "pretrained/ddim.onnx").read_bytes())
+    (tmp_path / "e.onnx").write_bytes((tmp_path / "a.onnx").read_bytes()[:-1])
+    with pytest.raises(infer_onnx.ModelError, match=r"e\.onnx is damaged.* trains it again"):
+        evaluate.load_extractor(tmp_path / "e.onnx", "kmnist", test, 1)
     for name, message in (
         ("a", "says 0.93"),
         ("b", "of mnist"),
@@ -802,6 +805,9 @@ def test_settings_follow_the_flags(workplace, capsys):
     found = [(o["guidance"], o.get("guidance_interval")) for o in options]
     assert found == [(0, None), (1, None), (1.6, None), (1.6, (0, 1))]
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
+    args = evaluate.build_parser().parse_args(["gan", "--steps", "5"])
+    assert evaluate.find_settings(args, CLASSES)[0].options == {}
+    assert "gan samples in one evaluation: --steps, " in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
 

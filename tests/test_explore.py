@@ -817,10 +817,12 @@ def test_a_run_can_be_drawn(tiny_run, in_tmp, capsys):
 def test_a_log_that_cannot_be_drawn_is_one_line(tiny_run, in_tmp, capsys, monkeypatch):
     Path("x.jsonl").write_text("no log")
     Path("new.jsonl").write_text('{"step": 0}\n{"step": 50, "loss": 1}\n')
+    Path("other.jsonl").write_text('{"loss": 1}\n{"loss": 2}\n')
     for argv, message in (
         (["nowhere"], "nowhere is not the log of a training"),
         (["x.jsonl"], "x.jsonl is not the log of a training"),
         (["new.jsonl"], "new.jsonl has fewer than two lines with a loss"),
+        (["other.jsonl"], "other.jsonl has fewer than two lines with a loss"),
         (["new.jsonl", "--output", "x.gif"], "must end in .png"),
     ):
         assert message in refused(explore.main, ["log", *argv], capsys)

@@ -277,7 +277,7 @@ def test_the_shipped_models_are_runs_of_the_commands_of_its_table(module):
     args |= {"widths": widths, "widths_d": widths, "depths": depths}
     kept = {*module.FIXED, *module.FREE} - {*runs.RUN_FLAGS, "bf16", "compile", "autoencoder"}
     config = torch.load(ROOT / f"pretrained/{name}.pt", weights_only=True)["config"]
-    older = {**args, "noise_levels": "uniform"}  # than the newest flags
+    older = {**args, **runs.OLDER}  # than the newest flags
     assert {key: config.get(key, older[key]) for key in kept} == {key: args[key] for key in kept}
     assert config["minutes"] == args["minutes"]
     assert epochs == f"{log_of(f'pretrained/{name}.log.jsonl')[-1]['epoch']:.1f}"

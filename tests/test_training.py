@@ -169,7 +169,8 @@ def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
 
 CHANGES = [
     *((name, flags) for name in DIFFUSION for flags in (
-        "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw",
+        "--prediction eps", "--noise-levels uniform", "--loss l1", "--loss huber",
+        "--schedule linear", "--optimizer adamw",
         "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
         "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
     )),
@@ -271,3 +272,6 @@ def test_grids_are_saved_as_often_as_asked_for(name, clock, in_tmp, data_dir):
     assert importlib.import_module(name).main(argv) == 0
     steps = [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())]
     assert steps == [0, 6, 12, 18, 24]
+    lines = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    judged = [line["step"] for line in lines if "diversity" in line]
+    assert judged == [*steps, *[24] * (name == "vae")]  # again with its prior; the others once
