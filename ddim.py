@@ -579,7 +579,7 @@ def build_parser():
     add("--prediction", choices=("eps", "v"), default="v",
         help="what the network predicts, the noise or v (v)")
     add("--noise-levels", choices=("uniform", "lognormal"), default="lognormal",
-        help="which timesteps are trained: all alike, or more of little noise (lognormal)")
+        help="which timesteps are trained: all alike, or fewer at both ends (lognormal)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1,

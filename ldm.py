@@ -19,9 +19,9 @@ DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside the sampler.
 Differs from the paper: no perceptual and no adversarial loss, class labels by an embedding in place
 of cross-attention, with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) at low t, a
 cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
-arXiv:2202.00512), stratified log-normal noise levels (Karras et al. 2022, arXiv:2206.00364), an EMA
-over a fraction of the run (Karras et al. 2024, arXiv:2312.02696), Muon (in stage 1 AdamW) with an
-annealed rate, gradient clipping, latents standardised by channel, and a smaller network.
+arXiv:2202.00512), stratified t, an EMA over a fraction of the run (Karras et al. 2024,
+arXiv:2312.02696), Muon (in stage 1 AdamW) with an annealed rate, gradient clipping, latents
+standardised by channel, and a smaller network.
 """
 
 import argparse
@@ -891,8 +891,8 @@ def build_parser():
         help="noise schedule (cosine)")
     add("--prediction", choices=("eps", "v"), default="v",
         help="what the network predicts, the noise or v (v)")
-    add("--noise-levels", choices=("uniform", "lognormal"), default="lognormal",
-        help="which timesteps are trained: all alike, or more of little noise (lognormal)")
+    add("--noise-levels", choices=("uniform", "lognormal"), default="uniform",
+        help="which timesteps are trained: all alike, or fewer at both ends (uniform)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
     add("--label-dropout", type=number(float, 0, 1), default=0.1,

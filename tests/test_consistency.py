@@ -31,7 +31,7 @@ WITHOUT_TORCH = {"numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
 # Flags whose default may differ from script to script.
 OWN_DEFAULTS = {
     "steps", "guidance", "guidance_interval", "batch_size", "lr", "model", "widths", "depths",
-    "latent_dim", "kl_weight", "emb_channels",
+    "latent_dim", "kl_weight", "emb_channels", "noise_levels",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import report, start
+from benchmarks import report, start, trials
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -264,6 +264,29 @@ def test_few_pictures_were_learned_as_the_page_says():
             assert f"{passes}: F-FID {ffid}, {copies} of the samples are copies" in section
         else:
             assert f"Real images: {ffid}, {copies}" in section
+
+
+def test_what_is_said_of_noise_levels_is_in_the_trials():
+    runs_of = trials.seeded_runs(json.loads(trials.KEPT.read_text()))
+
+    def scores(name, flags, score):
+        return [run["scores"][score] for run in runs_of[name, flags].values()]
+
+    uniform = trials.UNIFORM
+    for score in ("ffid", "ffid2"):
+        assert max(scores("ddim", "", score)) < min(scores("ddim", uniform, score))
+    assert min(scores("ddim", "", "recall")) > max(scores("ddim", uniform, "recall"))
+    fall = np.mean(scores("ddim", uniform, "label_accuracy"))
+    fall -= np.mean(scores("ddim", "", "label_accuracy"))
+    assert 0 < fall < 0.01
+    ffids = [scores("ldm", flags, "ffid") for flags in ("", trials.LOGNORMAL)]
+    assert abs(np.subtract(*map(np.mean, ffids))) < np.std(ffids[0], ddof=1)
+    page = one_line(RESULTS)
+    assert "`--noise-levels lognormal` by default since this table" in page
+    spreads = trials.training_spreads(json.loads(trials.KEPT.read_text()))
+    found = [spreads[name, ""][1] for name in ("vae", "ddim", "ldm", "gan")]
+    low, high, gans = (round(100 * x) for x in (min(found[:3]), max(found[:3]), found[3]))
+    assert f"{low} to {high} % for `vae`, `ddim` and `ldm`, and of {gans} % for" in page
 
 
 @pytest.mark.parametrize("module", [vae, gan, ddim, ldm])

@@ -169,11 +169,12 @@ def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
 
 CHANGES = [
     *((name, flags) for name in DIFFUSION for flags in (
-        "--prediction eps", "--noise-levels uniform", "--loss l1", "--loss huber",
-        "--schedule linear", "--optimizer adamw",
+        "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw",
         "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
         "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
     )),
+    ("ddpm", "--noise-levels uniform"), ("ddim", "--noise-levels uniform"),
+    ("ldm", "--noise-levels lognormal"),
     *(("ldm", flags) for flags in ("--kl-weight 5", "--stage-1-share 0.6", "--latent-channels 3")),
     *(("vae", flags) for flags in (
         "--reconstruction l1", "--reconstruction l2", "--reconstruction bce", "--kl-weight 3",
