@@ -632,7 +632,11 @@ def open_model(args, name):
     except ModelError as error:
         message = f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file"
         raise InputError(message) from error
-    return path, infer_onnx.load_model(path, args.provider, args.threads)
+    model = infer_onnx.load_model(path, args.provider, args.threads)
+    for key in ("parameters", "training"):  # what it draws needs neither, its row does
+        if key not in model.card:
+            raise ModelError(f"{path}: no {key} in its metadata")
+    return path, model
 
 
 def reading_of(card):

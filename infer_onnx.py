@@ -63,9 +63,7 @@ METADATA_FORMAT = 5
 SEAL_KEY = "sha256"  # of the last metadata entry, which has the sum of all before it
 # Protobuf: field 14 (metadata) of 74 bytes, whose key is "sha256" and whose value has 64 bytes.
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
-CARD_KEYS = (
-    "model", "kind", "class_names", "image_shape", "probe", "parts", "parameters", "training",
-)  # fmt: skip
+CARD_KEYS = ("model", "kind", "class_names", "image_shape", "probe", "parts")
 # Options of `sample` whose defaults are in the card.
 DIFFUSION_OPTIONS = ("steps", "guidance", "guidance_interval")
 KIND_KEYS = {
@@ -1298,7 +1296,7 @@ def images_of_flags(model, args, classes, options):
     card, count, size = model.card, args.num_samples, args.batch_size
     if args.reconstruct or args.between:
         paths = args.reconstruct or args.between
-        background = card["training"].get("background", "white")
+        background = card.get("training", {}).get("background", "white")
         x = np.stack([read_image(path, card["image_shape"], background) for path in paths])
         for path, image in zip(paths, x, strict=True):
             if (image == image[:, :1, :1]).all():
@@ -1595,7 +1593,7 @@ def run(args):
     else:
         check_output(output, [".png", ".npz", ""], given)
     note_on_all(names)
-    step = card["training"].get("step", YOUNG)
+    step = card.get("training", {}).get("step", YOUNG)
     if step < YOUNG:
         print(f"{path} is of step {step}, early in its training")
     start = time.perf_counter()

@@ -807,6 +807,14 @@ def test_settings_follow_the_flags(workplace, capsys):
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     args = evaluate.build_parser().parse_args(["gan", "--steps", "5"])
     assert evaluate.find_settings(args, CLASSES)[0].options == {}
+    proto = onnx.load("runs/tiny/gan.onnx")
+    card = json.loads(proto.metadata_props[0].value)
+    del card["parameters"]
+    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
+    save_sealed(proto, "bare.onnx")
+    args = evaluate.build_parser().parse_args(["bare.onnx"])
+    with pytest.raises(infer_onnx.ModelError, match=r"bare\.onnx: no parameters in its metadata"):
+        evaluate.find_settings(args, CLASSES)
     assert "gan samples in one evaluation: --steps, " in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
