@@ -281,6 +281,8 @@ def test_what_is_said_of_noise_levels_is_in_the_trials():
     assert 0 < fall < 0.01
     ffids = [scores("ldm", flags, "ffid") for flags in ("", trials.LOGNORMAL)]
     assert abs(np.subtract(*map(np.mean, ffids))) < np.std(ffids[0], ddof=1)
+    few_channels = scores("ldm", f"{trials.LOGNORMAL} --latent-channels 4", "ffid")
+    assert len(few_channels) == 2 and max(few_channels) < min(map(min, ffids))
     page = one_line(RESULTS)
     assert "`--noise-levels lognormal` by default since this table" in page
     spreads = trials.training_spreads(json.loads(trials.KEPT.read_text()))
