@@ -177,6 +177,8 @@ def load_data(
             f"{name!r} is a named data set, and a folder here: write ./{name} for the folder, "
             f"set:{name} for the set"
         )
+    if skip_broken and (set_name in NAMED_SETS or path.is_file()):
+        raise InputError(f"--skip-broken is for folders, and {name} is none: leave it out")
     if set_name in IDX_SETS:
         images, labels, class_names, source = _load_idx(set_name, data_dir, train)
     elif set_name in TORCHVISION_SETS:

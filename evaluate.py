@@ -145,6 +145,8 @@ def load_real(data, data_dir, image_shape=(1, 32, 32), background="white", skip_
     image_shape: (C, H, W) of the images;  the rest: as the flags of training.
     """
     name = named_set(data, data_dir)
+    if skip_broken and (name or Path(data).is_file()):
+        raise InputError(f"--skip-broken is for folders, and {data} is none: leave it out")
     if not name or image_shape != (1, 32, 32):
         try:
             from benchmarks import real  # here, so that a copy of this file alone can score

@@ -15,6 +15,7 @@ from torchvision import datasets
 
 import common
 import ddim
+import evaluate
 import explore
 import infer_onnx
 from common import InputError, load_data, load_image
@@ -218,6 +219,22 @@ def test_one_broken_picture_is_named_or_left_out(in_tmp, content):
     assert data.labels.tolist() == [0] * 6 + [1] * 5 and data.notes == [
         "files skipped: 1 unreadable"
     ]
+
+
+def test_flags_that_data_have_no_use_for_are_refused(in_tmp, data_dir):
+    """By the reader of the training and by that of the scores, in the same words."""
+    pets(in_tmp / "pets")
+    np.savez("x.npz", x=np.zeros((40, 32, 32), np.uint8), y=np.arange(40) % 2)
+    for name, flags, message in (
+        ("pets", {"data_dir": data_dir}, "--data-dir is for named sets, and pets is none"),
+        ("x.npz", {"data_dir": data_dir}, "--data-dir is for named sets, and x.npz is none"),
+        ("x.npz", {"skip_broken": True}, "--skip-broken is for folders, and x.npz is none"),
+        ("kmnist", {"skip_broken": True}, "--skip-broken is for folders, and kmnist is none"),
+    ):
+        flags = {"data_dir": None, **flags}
+        for load, kind in (load_data, InputError), (evaluate.load_real, infer_onnx.InputError):
+            with pytest.raises(kind, match=f"{message}: leave it out"):
+                load(name, **flags)
 
 
 def test_classes_without_images_and_constant_pictures_are_said(in_tmp):

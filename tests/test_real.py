@@ -339,9 +339,6 @@ def test_other_data_and_models_are_refused_in_a_line(there, in_tmp, monkeypatch,
     draw_shapes(few, {"circle": 100})
     code, error = failure([shapes[0], "--data", str(few), *flags], capsys)
     assert code == 2 and "84 images to train and 16 to test: scores need 20 to test" in error
-    error = failure([*shapes, "--data-dir", "x", *flags], capsys)
-    assert error == (2, "evaluate.py: error: --data-dir is for named sets, and shapes is none: "
-                     "leave it out")  # fmt: skip
     assert not (in_tmp / "out").exists()
 
 
