@@ -283,7 +283,8 @@ FIXED = (
     "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",
     "passes", "own_states", "loss", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
-OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")  # no data; a walk is of its batch
+# Not free here: a student reads no data, and each walk belongs to its batch.
+OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")
 FREE = (
     *(key for key in RUN_FLAGS if key not in OF_DATA), "lr", "warmup", "grad_clip", "bf16",
     "compile",

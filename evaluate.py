@@ -130,12 +130,15 @@ class RealImages:
         """What samples are compared with as training images and as test images.
 
         With hold_out, and where there are no test images, these are every sixth training image,
-        which training with --hold-out leaves out.
+        which training with --hold-out leaves out.  Raises InputError for too few to test.
         """
         train, test = self.train, self.test
         if hold_out or test is None:
             held_out = np.arange(len(train[1])) % 6 == 5
             train, test = ([array[part] for array in train] for part in (~held_out, held_out))
+        if not self.in_turn and len(test[1]) < LEAST_TEST:
+            counts = f"{len(train[1])} images to train and {len(test[1])} to test"
+            raise InputError(f"--data {self.name} has {counts}: scores need {LEAST_TEST} to test")
         return tuple(in_order(*part, self.in_turn) for part in (train, test))
 
 
@@ -161,9 +164,6 @@ def load_real(data, data_dir, image_shape=(1, 32, 32), background="white", skip_
     *loaded, notes = real.load(Path(data), image_shape, background, skip_broken)
     found = RealImages(*loaded, in_turn=False)
     train, test = found.parts()
-    if len(test[1]) < LEAST_TEST:
-        counts = f"{len(train[1])} images to train and {len(test[1])} to test"
-        raise InputError(f"--data {data} has {counts}: scores need {LEAST_TEST} to test")
     whole = hashlib.sha256(test[0].tobytes() + test[1].tobytes()).hexdigest()
     found.name += f" {whole[:12]}"  # an extractor is of these images, whatever the folder
     kind = "of their own" if found.test else "every sixth, as training with --hold-out leaves out"
@@ -1065,9 +1065,6 @@ def score_models(args):
         raise InputError(f"--num-samples {args.num_samples} {message}")
     real = load_real(args.data, args.data_dir, image_shape, background, args.skip_broken)
     train, test = real.parts(args.hold_out)
-    if not is_named and len(test[1]) < LEAST_TEST:
-        counts = f"{len(test[1])} held-out images"
-        raise InputError(f"--data {args.data} has {counts}: scores need {LEAST_TEST} to test")
     if args.export_real:
         return export_real(args.export_real, *test, real.class_names)
     extractors = load_extractors(args, real, image_shape, background)

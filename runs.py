@@ -295,7 +295,7 @@ def parse_run(parser, argv, names, fixed, free):
     for key in fixed:
         before = config.get(key, parser.get_default(key))  # an older run lacks newer flags
         given = getattr(args, key)
-        if given != before and as_typed(given) != as_typed(before):  # a typed pair is a list
+        if as_typed(given) != as_typed(before):  # a typed pair is a list, a default one a tuple
             raise InputError(f"{as_flags([key])} is {before} and cannot change in a resumed run")
     return args, checkpoint
 

@@ -124,7 +124,7 @@ def test_lognormal_t_has_the_noise_levels_of_edm(batch_size):
         found, right = np.percentile(log_sigma, part), np.percentile(expected, part)
         assert found == pytest.approx(right, abs=0.18 if part == 5 else 0.08), part
     means = torch.stack(draws).double().mean(dim=1)
-    if batch_size > 1:  # independent ones would vary sqrt(B) times more than this bound
+    if batch_size > 1:  # independent ones would vary sqrt(B) / 2 times this bound
         assert means.std() < 2 * t.double().std() / batch_size
 
 

@@ -229,7 +229,7 @@ def test_guidance_flags_sample_the_same_with_torch_and_without(name, tiny_runs, 
             between = ["--class", "0,1", "--num-samples", "2", "--output", "between.npz"]
             explore.main(["interpolate", name, *at, *flags, *between])
             assert np.abs(np.load("between.npz")["x"][0] - a[0]).max() <= 1
-    assert np.abs(images["0 0.5"] - images["0.5 1"]).max() > 1
+    assert np.abs(images["0 0.5"] - images["0.5 1"]).max() > 3
 
 
 WAYS = [

@@ -339,6 +339,10 @@ def test_other_data_and_models_are_refused_in_a_line(there, in_tmp, monkeypatch,
     draw_shapes(few, {"circle": 100})
     code, error = failure([shapes[0], "--data", str(few), *flags], capsys)
     assert code == 2 and "84 images to train and 16 to test: scores need 20 to test" in error
+    for part in ("train", "test"):  # every sixth of the first is held out
+        draw_shapes(few / part, {"circle": 30})
+    code, error = failure([shapes[0], "--data", str(few / "train"), "--hold-out", *flags], capsys)
+    assert code == 2 and "25 images to train and 5 to test: scores need 20 to test" in error
     assert not (in_tmp / "out").exists()
 
 
