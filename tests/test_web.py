@@ -29,7 +29,7 @@ import export
 import infer_onnx
 import vae
 
-NAMES = ["ddim", "distill", "ddpm", "ldm", "gan", "vae"]
+NAMES = ["ddim", "distill", "distill2", "ddpm", "ldm", "gan", "vae"]
 SNEAKER = 7
 LEVELS = 1  # grey levels by which a browser and onnxruntime may differ
 RUNTIME = ROOT / "web/node_modules/onnxruntime-web"
@@ -174,6 +174,7 @@ SETTINGS = {
         {"steps": 1},
     ],
     "distill": [{}, {"steps": 4, "seed": 9}],
+    "distill2": [{}],
     "ddpm": [{"steps": 20}, {"steps": 10, "guidance": 3, "seed": 5}],
     "ldm": [{}, {"solver": "ddim", "steps": 10, "seed": 9}],
     "gan": [{}, {"seed": 2**62 + 3}],
@@ -219,8 +220,8 @@ def test_the_interval_and_the_solver_of_the_card_are_the_defaults(tmp_path):
     assert difference(images, expected(path, steps=8))[1] <= LEVELS
     assert answer["evaluations"] == infer_onnx.evaluations(model_of(path).card, steps=8)
     newer = with_card("ddim", tmp_path, **changes | {"solver": "euler"})
-    answer = node("sample", path=newer, labels=[SNEAKER], cases=[{}])[0]
-    assert answer["error"] == "solver euler is not ddim or dpm++"
+    answer = node("sample", path=newer, labels=[SNEAKER], cases=[{}])
+    assert answer["error"].endswith("ddim.onnx: unknown solver euler")
 
 
 # What export.py writes for a student of distill.py.
@@ -237,9 +238,8 @@ def test_a_student_samples_in_its_steps_only(tmp_path):
     [images], [answer] = node_pictures(path, [SNEAKER, 0], [{}])
     assert difference(images, expected(path, (SNEAKER, 0)))[1] <= LEVELS
     assert answer["evaluations"] == answer["steps"] == 4
-    for key, message in {"steps": "number of steps than 4", "guidance": "guidance than 1"}.items():
-        answer = node("sample", path=path, labels=[SNEAKER], cases=[{key: 8}])[0]
-        assert answer["error"] == f"this model supports no other {message}"
+    [answer] = node("sample", path=path, labels=[SNEAKER], cases=[{"steps": 8}])
+    assert answer["error"] == "this model supports no other number of steps than 4"
 
 
 @needs_node
@@ -284,6 +284,14 @@ def test_settings_out_of_range():
     cases = list(refused.values())
     answers = node("sample", path=shipped("ddim"), labels=[SNEAKER], cases=cases)
     assert answers == [{"error": message, "kind": "InputError"} for message in refused]
+    foreign = {
+        "distill": ["guidance", "guidance_interval", "solver"], "ddpm": ["solver"],
+        "ddim": ["eta", "variance"], "gan": ["truncation", "steps"], "vae": ["prior", "guidance"],
+    }  # fmt: skip
+    for name, keys in foreign.items():
+        answers = node("sample", path=shipped(name), labels=[0], cases=[{key: 1} for key in keys])
+        expected = [f"{key} is not for {name} models here: leave it out" for key in keys]
+        assert [answer["error"] for answer in answers] == expected
     for labels in ([], [10], [-1], [0.5]):
         [answer] = node("sample", path=shipped("gan"), labels=labels, cases=[{}])
         assert answer["kind"] == "InputError" and "must be one or more of 0..9" in answer["error"]
@@ -317,8 +325,21 @@ def test_files_that_cannot_be_used(tmp_path):
             assert drawn["evaluations"] == 1
     assert "Git LFS pointer" in error_of("a.onnx", b"version https://git-lfs.github.com/spec/v1")
     assert "is a checkpoint" in error_of("a.pt", b"PK\3\4")
-    assert "not one that export.py wrote" in error_of("a.onnx", infer_onnx.sealed(b""))
-    assert "broken metadata" in error_of("a.onnx", infer_onnx.sealed(b"\x72\xff\xff\xff\x7f"))
+    for content in (b"", b"\x72\xff\xff\xff\x7f"):
+        message = error_of("a.onnx", infer_onnx.sealed(content))
+        assert "is not an ONNX model that onnxruntime can load" in message
+    proto = onnx.load_from_string(whole)
+    for value, message in [(None, "not one that export.py wrote"), ("{", "has broken metadata")]:
+        del proto.metadata_props[:]
+        if value:
+            proto.metadata_props.add(key=infer_onnx.METADATA_KEY, value=value)
+        content = proto.SerializeToString()
+        assert message in error_of("a.onnx", content)
+        assert message in error_of("a.onnx", infer_onnx.sealed(content))
+    part = shipped("ldm_decoder").read_bytes()
+    assert "is a part of" in error_of("ldm_decoder.onnx", part)
+    graph = with_card("ddim", tmp_path, kind="sampler").read_bytes()
+    assert "is a sampler as one graph" in error_of("ddim_sampler.onnx", graph)
     newer = with_card("gan", tmp_path, format=99).read_bytes()
     assert "metadata format 99" in error_of("gan.onnx", newer)
     unknown = with_card("gan", tmp_path, model="flow").read_bytes()
@@ -448,10 +469,11 @@ def assert_draws(page, path, label=SNEAKER, **options):
 @needs_runtime
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_draws_a_sneaker(page, address, name):
-    assert open_page(page, address, model=name) == "done"
-    assert_draws(page, shipped(name))
+    options = {"steps": 22} if name == "ddpm" else {}
+    assert open_page(page, address, model=name, **options) == "done"
+    assert_draws(page, shipped(name), **options)
     assert page.errors() == []
-    card = model_of(shipped(name)).card
+    card = model_of(shipped(name)).card | options
     is_shown = not page.evaluate("document.getElementById('steps-shown').hidden")
     assert is_shown == ("steps" in card)
     if is_shown:
@@ -461,7 +483,7 @@ def test_the_page_draws_a_sneaker(page, address, name):
     # The command that it shows is one that infer_onnx.py takes for this model.
     args = infer_onnx.build_parser().parse_args(text(page, "command").split()[2:])
     options = infer_onnx.sampling_options(args, card)
-    assert (args.model, args.class_, args.seed) == (name, "sneaker", 0)
+    assert (args.model, args.class_, args.seed) == (f"pretrained/{name}.onnx", "sneaker", 0)
     assert options.get("steps") == card.get("steps")
 
 
@@ -506,6 +528,17 @@ def test_keyboard_and_controls(page, address):
         page.evaluate(f"location.hash = 'model=ddim&class=Bag&seed={seed}&steps=10'")
     assert settle(page) == "done"
     assert_draws(page, shipped("ddim"), 8, seed=6, steps=10)
+    # A link takes the defaults for what it leaves out, not what the page had.
+    page.evaluate("location.hash = 'model=ddim&class=Bag&seed=6&steps=10&solver=ddim'")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("ddim"), 8, seed=6, steps=10, solver="ddim")
+    page.evaluate("location.hash = 'model=ddim&solver=dpm++'")  # + stands for a space
+    assert settle(page) == "done"
+    assert_draws(page, shipped("ddim"), solver="dpm++")
+    # Of two values typed within an instant none is lost.
+    page.evaluate("seed.value = 3; seed.oninput(); steps.value = 9; steps.oninput()")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("ddim"), seed=3, steps=9)
     for text_of_link in ("7", "ANKLE"):  # an index, a beginning
         page.evaluate(f"location.hash = 'model=gan&class={text_of_link}&seed=0'")
         assert settle(page) == "done"
@@ -526,11 +559,28 @@ def test_the_png_is_that_of_infer_onnx(page, address):
     open_page(page, address, model="gan", seed=3)
     page.evaluate("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
     page.evaluate("document.getElementById('download').click()")
-    assert page.evaluate("saved.download") == "sneaker.png"
+    assert page.evaluate("saved.download") == "gan_sneaker.png"
     content = base64.b64decode(page.evaluate("saved.href").removeprefix("data:image/png;base64,"))
     found = np.array(Image.open(io.BytesIO(content)).convert("L"))
     picture = infer_onnx.to_picture(expected(shipped("gan"), seed=3), 1)
     assert difference(found, np.array(picture))[1] <= LEVELS
+
+
+@needs_chromium
+@needs_runtime
+def test_the_picture_outlives_wrong_input(page, address):
+    """Beside an error stands the last picture, with its own class, and it can be saved."""
+    open_page(page, address, model="ddim", steps=2)
+    page.evaluate("seed.value = 'x'; seed.oninput()")
+    assert settle(page) == "error"
+    page.evaluate("document.querySelector('#class input[value=\"8\"]').click()")
+    assert settle(page) == "error"
+    assert text(page, "error").startswith("seed x is not")
+    page.evaluate("shown.value = 2; shown.oninput()")
+    assert text(page, "picture-caption") == "Sneaker"
+    page.evaluate("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
+    page.evaluate("document.getElementById('download').click()")
+    assert page.evaluate("saved.download") == "sneaker.png"
 
 
 @needs_chromium
@@ -546,15 +596,34 @@ def test_the_png_is_that_of_infer_onnx(page, address):
         ({"steps": "2000"}, "steps 2000 is not in 1..1000"),
         ({"steps": "ten"}, "steps NaN is not in 1..1000"),
         ({"guidance": "-2"}, "guidance -2 is not a number from 0"),
+        ({"solver": "euler"}, "solver euler is not ddim or dpm++"),
+        ({"model": "ddpm", "solver": "ddim"}, "solver is not for ddpm models here: leave it out"),
+        ({"model": "vae", "steps": "5"}, "steps is not for vae models here: leave it out"),
+        ({"model": "distill", "guidance_low": "0"}, "guidance_interval is not for distill models"),
     ],
 )
 def test_wrong_links(page, address, settings, message):
+    """In a new page, and in one that has drawn another model."""
     assert open_page(page, address, **settings) == "error"
     assert text(page, "error").startswith(message)
-    # The page can still be used.
-    page.evaluate("location.hash = 'model=gan&class=Sneaker&seed=0'")
-    page.wait("document.body.dataset.state === 'done'")
-    assert page.evaluate("document.getElementById('error').hidden")
+    for link in ("model=gan&class=Sneaker&seed=0", urlencode(settings)):
+        page.evaluate(f"location.hash = '{link}'")
+        state = settle(page)
+        assert page.evaluate("document.getElementById('error').hidden") == (state == "done")
+    assert state == "error" and text(page, "error").startswith(message)
+    if settings.get("model") in ("flow", "file"):  # no model is chosen, so that any can be
+        assert page.evaluate("document.querySelectorAll('#model input:checked').length") == 0
+
+
+@needs_chromium
+@needs_runtime
+def test_the_steps_of_a_student_can_be_put_right(page, address):
+    assert open_page(page, address, model="distill", steps=8) == "error"
+    assert text(page, "error") == "this model supports no other number of steps than 4"
+    page.evaluate("steps.value = 4; steps.oninput()")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("distill"))
+    assert page.evaluate("steps.disabled")
 
 
 def tiny_colour_model(path):
@@ -624,13 +693,13 @@ def test_your_own_files(page, address, tmp_path):
     damaged.write_bytes(shipped("gan").read_bytes()[:-5])
     assert choose_files(page, damaged) == "error"
     assert "damaged.onnx is damaged" in text(page, "error")
-    colours = tmp_path / "colours.onnx"
+    colours = tmp_path / "my colours.onnx"
     tiny_colour_model(colours)
     assert choose_files(page, colours) == "done"
     assert_draws(page, colours, 0)  # it has no Sneaker: the first of its classes
     names = page.evaluate("[...document.querySelectorAll('#class span')].map(s => s.textContent)")
     assert names == ["red & <b>blue</b>", "ÄÖ"]
-    assert text(page, "command").startswith("python infer_onnx.py --model colours.onnx")
+    assert text(page, "command").startswith("python infer_onnx.py --model 'my colours.onnx'")
     page.evaluate("document.querySelector('#model input[value=gan]').click()")
     assert settle(page) == "done"
     assert_draws(page, shipped("gan"), 0)
@@ -675,7 +744,7 @@ def test_a_page_without_server_or_runtime(page, serve, tmp_path):
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     alone = serve(tmp_path)
     assert open_page(page, alone) == "error"
-    assert text(page, "error").endswith("is not installed: run npm install --prefix web")
+    assert text(page, "error").endswith("run npm install --prefix web, then reload this page")
     (tmp_path / "web/node_modules").symlink_to(ROOT / "web/node_modules")
     (tmp_path / "pretrained").unlink()
     if RUNTIME.is_dir():

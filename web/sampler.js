@@ -19,7 +19,16 @@ const KIND_KEYS = {
   ],
   codes: ["latent_dim", "prior"], // decodes a latent code: VAE and GAN
 };
-const MODELS = ["ddim", "ddpm", "ldm", "distill", "vae", "gan"];
+const WALK_OPTIONS = ["steps", "guidance", "guidance_interval"];
+// The options of sample() that each model has here; infer_onnx.py has more.
+export const MODEL_OPTIONS = {
+  ddim: [...WALK_OPTIONS, "solver"],
+  ddpm: WALK_OPTIONS,
+  ldm: [...WALK_OPTIONS, "solver"],
+  distill: ["steps"], // and only those that it was trained for
+  vae: [],
+  gan: [],
+};
 const NEEDED_PARTS = ["decoder"]; // of the parts that a card names; a VAE's encoder samples nothing
 export const SOLVERS = ["ddim", "dpm++"];
 export const MAX_SEED = 2n ** 63n - 1n;
@@ -45,14 +54,11 @@ export class RunError extends Error {}
     The model is {ort, card, session, parts, sealed, prior}.  Throws ModelError. */
 export async function loadModel(ort, name, bytes, readPart) {
   const sealed = await checkFile(name, bytes);
-  let card, session;
-  try {
-    card = readCard(name, bytes);
-    session = await openSession(ort, name, bytes);
-  } catch (error) {
+  const session = await openSession(ort, name, bytes).catch((error) => {
     throw sealed ? error : damaged(name);
-  }
+  });
   if (!sealed && "sha256" in readMetadata(bytes)) throw damaged(name); // a seal in a wrong place
+  const card = readCard(name, bytes);
   const parts = {};
   for (const [key, part] of Object.entries(card.parts)) {
     if (!NEEDED_PARTS.includes(key)) continue;
@@ -168,7 +174,12 @@ export function readCard(name, bytes) {
   try {
     const text = readMetadata(bytes)[METADATA_KEY];
     if (text === undefined) {
-      throw new ModelError(`${name} is an ONNX model, but not one that export.py wrote`);
+      const [, whole] = /^(.+)_(?:decoder|encoder)\.onnx$/.exec(name) ?? [];
+      throw new ModelError(
+        whole
+          ? `${name} is a part of ${whole}.onnx: open that file, of ldm both at once`
+          : `${name} is an ONNX model, but not one that export.py wrote`,
+      );
     }
     card = JSON.parse(text);
     if (typeof card !== "object" || card === null) throw new TypeError("the card is no object");
@@ -187,12 +198,18 @@ export function readCard(name, bytes) {
         (card.format > METADATA_FORMAT ? "update the page" : "export it again"),
     );
   }
-  const solver = ["ddim", "ldm"].includes(card.model) ? ["solver"] : [];
+  if (card.kind === "sampler") {
+    throw new ModelError(`${name} is a sampler as one graph: open what it was made from`);
+  }
+  const solver = MODEL_OPTIONS[card.model]?.includes("solver") ? ["solver"] : [];
   const keys = [...CARD_KEYS, ...(KIND_KEYS[card.kind] ?? []), ...solver];
   const missing = keys.find((key) => !(key in card));
   if (missing) throw new ModelError(`${name}: no ${missing} in its metadata`);
-  if (!(card.kind in KIND_KEYS) || !MODELS.includes(card.model)) {
+  if (!(card.kind in KIND_KEYS) || !(card.model in MODEL_OPTIONS)) {
     throw new ModelError(`${name}: unknown kind ${card.kind} or model ${card.model}`);
+  }
+  if (solver.length && !SOLVERS.includes(card.solver)) {
+    throw new ModelError(`${name}: unknown solver ${card.solver}`);
   }
   return card;
 }
@@ -419,9 +436,10 @@ async function ddpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, tra
 /** Sample one image for each label: uint8 (N, C, H, W); image i has noise (seed, first + i).
 
     model: from loadModel;  labels: array of indices into the class names of the card;
-    steps, guidance, guidance_interval: of diffusion models, default from the card;  solver: of ddim
-    and ldm, default from the card;  seed: BigInt;  trace: of diffusion models, as in ddimSample.  Throws InputError for
-    other values, RunError if the network fails or its output is not finite. */
+    steps, guidance, guidance_interval, solver: of the models that have them (MODEL_OPTIONS),
+    default from the card;  seed: BigInt;  trace: of diffusion models, as in ddimSample.  Throws
+    InputError for other options or values, RunError if the network fails or its output is not
+    finite. */
 export async function sample(model, labels, options = {}) {
   const { card } = model;
   const { seed = 0n, first = 0, trace = async () => {} } = options;
@@ -456,6 +474,11 @@ export function checkedOptions(card, labels, options = {}) {
   }
   if (seed < 0n || seed > MAX_SEED) {
     throw new InputError(`seed ${seed} is not a whole number from 0 to ${MAX_SEED}`);
+  }
+  const known = ["seed", "first", "trace", ...MODEL_OPTIONS[card.model]];
+  for (const [key, value] of Object.entries(options)) {
+    if (value === undefined || known.includes(key)) continue;
+    throw new InputError(`${key} is not for ${card.model} models here: leave it out`);
   }
   if (card.kind === "codes") return {};
   const solver = options.solver ?? card.solver;
