@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import infer_onnx
-from benchmarks.report import as_table
+from benchmarks.report import as_table, write_text
 
 ROOT = Path(infer_onnx.__file__).resolve().parent
 
@@ -117,7 +117,10 @@ def clients_of(args):
     clients += [([python, "-c", PYTHON], "", None) for python in args.python]
     for folder in args.node:
         for package in ("onnxruntime-node", "onnxruntime-web"):
-            about = json.loads((folder / "node_modules" / package / "package.json").read_text())
+            file = folder / "node_modules" / package / "package.json"
+            if not file.is_file():
+                raise infer_onnx.InputError(f"--node {folder}: {file} is missing")
+            about = json.loads(file.read_text())
             entry = package if package.endswith("node") else f"{package}/wasm"
             code = NODE.replace("PACKAGE", entry).replace(
                 "VERSION", f"{package} {about['version']}"
@@ -150,8 +153,11 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
+def run(args):
+    """Ask all clients for the outputs of all files, and write the table."""
+    if not args.python or not args.node:
+        raise infer_onnx.InputError("name at least one --python and one --node to compare")
+    clients = clients_of(args)
     files = sorted((ROOT / "pretrained").glob("*.onnx"))
     files = [path for path in files if not path.stem.startswith("extractor")]
     files += [path.resolve() for path in sorted(Path().glob("*_sampler.onnx"))]
@@ -162,7 +168,7 @@ def main(argv=None):
             key: [value.dtype.name, value.shape, value.ravel().tolist()]
             for key, value in inputs.items()
         }
-        for i, (command, kind, folder) in enumerate(clients_of(args)):
+        for i, (command, kind, folder) in enumerate(clients):
             request = {"path": str(path), "kind": kind, "inputs": listed}
             answer = ask(command, request, folder)
             if "error" in answer:
@@ -174,13 +180,19 @@ def main(argv=None):
     head = ["client", *(f"`{path.name}`" for path in files)]
     table = as_table(head, [[name, *cells] for name, cells in rows.values()])
     text = f"# Clients\n\n{NOTE}\n\n{table.strip()}\n"
-    (ROOT / "results" / "clients.md").write_text(text)
+    write_text(text, ROOT / "results" / "clients.md")
     print(text)
 
 
-NOTE = """Made by `python benchmarks/clients.py`: the largest difference of each runtime's outputs
-from those of torch at the export, for the inputs of the file's probe; for a sampler as one graph,
-that of the pixels of an image. valid: the checker finds no fault, shapes and types included."""
+NOTE = """Made by `python benchmarks/clients.py --python ... --node ...`: the largest difference of
+each runtime's outputs from those of torch at the export, for the inputs of the file's probe; for a
+sampler as one graph, that of the pixels of an image. valid: the checker finds no fault, shapes and
+types included."""
+
+
+def main(argv=None):
+    return infer_onnx.run_command(build_parser(), run, argv)
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.report import write_text  # noqa: E402
 from common import UNet  # noqa: E402
 
 SCRIPTS = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
@@ -197,8 +198,6 @@ def part_samples():
         for device in ("cpu", "cuda"):
             flags = ["--num-samples", 4, "--device", device, "--output", f"{name}_{device}.npz"]
             pt = ROOT / "pretrained" / f"{'ddim' if name == 'ddpm' else name}.pt"
-            if name == "distill":
-                pt = Path("distill_a")  # that of part resume
             started[name, device] = start(name, *flags, "--checkpoint", pt)
     for name in arguments.scripts:
         done = [finish(started[name, device]) for device in ("cpu", "cuda")]
@@ -330,13 +329,16 @@ def main():
             rows = report["parts"][part] = others(report["parts"].get(part, []))
             for row in globals()[f"part_{part}"]():
                 rows.append(row)
-                file.write_text(json.dumps(report, indent=1) + "\n")
-                (output / "cuda.md").write_text(as_text(report))
+                write_text(json.dumps(report, indent=1) + "\n", file)
+                write_text(as_text(report), output / "cuda.md")
             print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
     print(as_text(report))
 
 
 if __name__ == "__main__":
-    arguments = build_parser().parse_args()  # every part reads them, in another folder
+    parser = build_parser()
+    arguments = parser.parse_args()  # every part reads them, in another folder
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here")
     arguments.data_dir = arguments.data_dir.resolve()
     main()

@@ -28,6 +28,8 @@ def measure(args):
     path = infer_onnx.find_model(args.model)
     model = infer_onnx.load_model(path, args.provider, args.threads, args.tf32)
     card = model.card
+    if card["kind"] == "sampler":
+        raise infer_onnx.InputError(f"{path} is a sampler as one graph: name the model itself")
     options = infer_onnx.sampling_options(args, card)
     shapes = {given.name: given.shape[1:] for given in model.session.get_inputs()}
     print(f"running on {model.where}")

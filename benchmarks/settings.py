@@ -103,10 +103,16 @@ def draw(row, device):
     return to_uint8(script.sample(model, labels, **options)).numpy()
 
 
+def comparable(rows):
+    """The rows that can stand in one table: of the newest weights, and of the most samples."""
+    most = max(row["n"] for row in rows)
+    rows = [row for row in rows if row["n"] == most]
+    newest = {row["name"]: row.get("weights") for row in rows}
+    return [row for row in rows if row.get("weights") == newest[row["name"]]]
+
+
 def table(rows):
-    """All scores as Markdown: means over the seeds, of the newest weights and as many samples."""
-    newest = {row["name"]: (row.get("weights"), rows[-1]["n"]) for row in rows}
-    rows = [row for row in rows if (row.get("weights"), row["n"]) == newest[row["name"]]]
+    """All scores as Markdown: means over the seeds."""
     groups = {}
     for row in rows:
         named = {k: v for k, v in row.items() if k != "seed"}
@@ -152,6 +158,7 @@ def write_diagram(rows, path):
 
 
 def write(rows, folder):
+    rows = comparable(rows)
     report.write_text(table(rows), folder / "settings.md")
     write_diagram(rows, folder / "settings.png")
 
@@ -163,31 +170,38 @@ def build_parser():
     # fmt: off
     add("names", nargs="*", metavar="NAME", help="ddim, ddpm or ldm (all)")
     add("--output", type=Path, required=True, help="folder of settings.json and settings.md")
-    add("--num-samples", type=int, default=10_000, help="samples of each setting and seed (10000)")
+    add("--num-samples", type=infer_onnx.number(int, 100, 50_000), default=10_000,
+        help="samples of each setting and seed, 100 to 50,000 (10000); rows of fewer than others "
+             "are in no table")
     add("--only", nargs="+", metavar="SETTING",
         help="only these, each in quotes: solver, steps, guidance, LOW:HIGH (all)")
-    add("--seeds", type=int, default=3, help="sampling seeds of each setting (3)")
+    add("--seeds", type=infer_onnx.number(int, 1), default=3,
+        help="sampling seeds of each setting (3)")
     add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
     add("--table", action="store_true", help="only write the table of settings.json (off)")
     # fmt: on
     return parser
 
 
-def main():
-    parser = build_parser()
-    args = parser.parse_args()
+def run(args):
+    """Draw and score what is not done yet, and write the table and the diagram."""
     count = args.num_samples
     names = args.names or CHECKPOINTS
+    for name in set(names) - set(CHECKPOINTS):
+        raise infer_onnx.InputError(f"no settings of {name!r}: right is {', '.join(CHECKPOINTS)}")
     rows = [full(name, setting, count) for name in names for setting in plan(name)]
     for setting in set(args.only or ()) - {words(row) for row in rows}:
-        parser.error(f"--only {setting!r}: right is one of {', '.join(map(words, rows))}")
-    wanted = [row for row in rows if words(row) in (args.only or [words(row)])]
-    args.output.mkdir(parents=True, exist_ok=True)
+        right = ", ".join(map(words, rows))
+        raise infer_onnx.InputError(f"--only {setting!r}: right is one of {right}")
+    wanted = {key(row): row for row in rows if words(row) in (args.only or [words(row)])}
     file = args.output / "settings.json"
     kept = {key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
     if args.table:
+        if not kept:
+            raise infer_onnx.InputError(f"--table: there is no {file}")
         write([*kept.values()], args.output)
         return
+    args.output.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
     reference, train = make_reference(args)
     what = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
@@ -214,7 +228,7 @@ def main():
             if key(row) not in kept:
                 jobs.append(pool.submit(score, row, images))
         for seed in range(args.seeds):
-            for setting in wanted:
+            for setting in wanted.values():
                 row = setting | {"seed": seed}
                 if key(row) not in kept:
                     jobs.append(pool.submit(score, row, draw(row, device)))
@@ -223,5 +237,9 @@ def main():
     write([*kept.values()], args.output)
 
 
+def main(argv=None):
+    return infer_onnx.run_command(build_parser(), run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -101,12 +101,11 @@ def build_parser():
     return parser
 
 
-def main():
-    parser = build_parser()
-    args = parser.parse_args()
+def run(args):
+    """Train both lines, score them, and write both files."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < len(LINES):
-        parser.error("it needs two cores, one for each line of runs")
+        raise infer_onnx.InputError("it needs two cores, one for each line of runs")
     args.output.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
 
@@ -143,5 +142,9 @@ def main():
     print(table(results))
 
 
+def main(argv=None):
+    return infer_onnx.run_command(build_parser(), run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

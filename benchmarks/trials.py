@@ -10,7 +10,8 @@ with --hold-out, and scored on what was held out; as many trials run at once as 
 Few minutes favour what learns fast: a verdict holds for runs of this length.  Two runs that differ
 in the seed of training alone differ, too: `spread` measures by how much, and a verdict has to lie
 beyond that.  Runs and samples stay in runs/trials/, so that a stopped trial resumes; the scores of
-all trials are kept in results/trials.json.
+all trials are kept in results/trials.json.  A trial is known by its flags: after a default of a
+script has changed, name the old one in the flags of these rows, and delete runs/trials/.
 """
 
 import argparse
@@ -361,7 +362,7 @@ def main():
         if trial["name"] == "steps":
             kept = keep(try_spacing(trial))
     text = table([*kept.values()])
-    TABLE.write_text(text)
+    report.write_text(text, TABLE)
     print(text)
 
 
