@@ -2,14 +2,19 @@
 
 import hashlib
 import importlib
+import json
 import pickle
 import shutil
+from pathlib import Path
 from shlex import split
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from conftest import LOOPS, TINY, TINY_FLAGS, equal, idx_bytes, log_of, refused, state
+from conftest import (
+    LOOPS, ROOT, TINY, TINY_FLAGS, equal, idx_bytes, log_of, refused, save_sealed, state,
+)  # fmt: skip
 from PIL import Image, ImageDraw, ImageOps
 from torchvision import datasets
 
@@ -503,6 +508,21 @@ def test_flip_shows_every_image_and_its_mirror_image_in_an_epoch(in_tmp, monkeyp
     assert "--flip is True and cannot change" in not_resumed(capsys, "--no-flip")
 
 
+def test_flags_of_the_data_reach_the_training(in_tmp, monkeypatch):
+    """Of 13 pictures, one of them transparent, two are held out; the others are also mirrored."""
+    pets(in_tmp / "pets")
+    Image.new("RGBA", (32, 32)).save("pets/dog/6.png")
+    Path("pets/dog/7.png").write_bytes(b"")  # broken
+    shown = shown_images(monkeypatch)
+    flags = split("--data pets --run-dir run --epochs 1 --batch-size 11 --background black")
+    assert ddim.main([*OWN, *flags, "--hold-out", "--flip", "--skip-broken"]) == 0
+    every = load_data("pets", channels=3, background="black", skip_broken=True).images
+    kept = [image for i, image in enumerate(every) if i % 6 != 5]
+    expected = [*kept, *(image.flip(2) for image in kept)]
+    assert len(expected) == 22 and not kept[-1].any()
+    assert bytes_of(common.to_uint8(torch.cat(shown))) == bytes_of(expected)
+
+
 @pytest.mark.parametrize("name", ["ddim", "ldm", "vae", "gan"])
 def test_pictures_without_classes_are_one_class_without_guidance(name, in_tmp, capsys):
     for i in range(6):
@@ -520,6 +540,33 @@ def test_pictures_without_classes_are_one_class_without_guidance(name, in_tmp, c
     assert resume(name, "--epochs", "3") == 0
 
 
+def test_a_picture_that_is_given_has_the_background_of_the_training(tiny_runs, in_tmp):
+    """Transparent ones, given to a model that was trained on black: files, and a test image."""
+    Image.new("RGBA", (32, 32)).save("clear.png")
+    shipped = ROOT / "pretrained"
+    proto = onnx.load(shipped / "vae.onnx")
+    [entry] = [e for e in proto.metadata_props if e.key == infer_onnx.METADATA_KEY]
+    card = json.loads(entry.value)
+    card["training"]["background"] = "black"
+    entry.value = json.dumps(card)
+    save_sealed(proto, "vae.onnx")
+    shutil.copy(shipped / "vae_encoder.onnx", in_tmp)
+    flags = split("--class 0 --output x.npz")
+    assert infer_onnx.main(["--model", "vae.onnx", "--reconstruct", "clear.png", *flags]) == 0
+    assert np.load("x.npz")["x"][0].max() == 0
+
+    checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
+    checkpoint["config"] |= {"background": "black", "data_dir": None}
+    checkpoint["class_names"].sort()  # as those of a folder
+    torch.save(checkpoint, "vae.pt")
+    for name in checkpoint["class_names"]:
+        Path("set", name).mkdir(parents=True)
+        shutil.copy("clear.png", f"set/{name}/0.png")
+    flags += split("--checkpoint vae.pt --data set")
+    assert explore.main(["reconstruct", "vae", "clear.png", "0", *flags]) == 0
+    assert np.load("x.npz")["x"][:2].max() == 0
+
+
 def test_a_constant_image_that_is_given_is_said(in_tmp, tiny_runs, capsys):
     picture(in_tmp / "blank.png", 7)
     noise(in_tmp / "noise.png")
@@ -534,7 +581,7 @@ def test_a_constant_image_that_is_given_is_said(in_tmp, tiny_runs, capsys):
         ]
     )
     said = [capsys.readouterr().out]
-    model = str(common.Path(common.__file__).parent / "pretrained/vae.onnx")
+    model = str(ROOT / "pretrained/vae.onnx")
     infer_onnx.main(
         ["--model", model, "--reconstruct", *images, *split("--class 0 --output y.png")]
     )
