@@ -16,6 +16,7 @@ from shlex import split
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -32,6 +33,7 @@ import ddpm  # noqa: E402
 import export  # noqa: E402
 import infer_onnx  # noqa: E402
 import ldm  # noqa: E402
+import runs  # noqa: E402
 from faulty import in_fork  # noqa: E402
 
 # Sampling steps of the grids that a run saves, twice or more, and of the images that are compared
@@ -129,6 +131,13 @@ def state(run_dir):
     return found
 
 
+def without_exporting(monkeypatch, file):
+    """Give export.py the graphs of a file and its parts: to make them takes seconds."""
+    protos = [onnx.load(path) for path in (file, *file.parent.glob(f"{file.stem}_*.onnx"))]
+    graphs = {tuple(given.name for given in proto.graph.input): proto for proto in protos}
+    monkeypatch.setattr(export, "export_graph", lambda _, inputs, *__: graphs[(*inputs,)])
+
+
 def save_sealed(proto, path):
     """Write an ONNX model with its checksum, as export.py does."""
     Path(path).write_bytes(infer_onnx.sealed(proto.SerializeToString()))
@@ -206,6 +215,20 @@ def in_tmp(tmp_path, monkeypatch):
     """An empty current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves half a second a step of a run."""
+    now = [1e6]
+    show = runs.Run._show
+
+    def tick(self):
+        now[0] += 0.5
+        show(self)
+
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs.Run, "_show", tick)
 
 
 @pytest.fixture(scope="session")

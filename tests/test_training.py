@@ -5,6 +5,7 @@ Seen by spies, or from runs with and without a flag.
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,10 @@ def flags_of(name, data_dir, *flags):
 def class_of_bar(images):
     """Images of the small set in [-1, 1] -> their classes, told by the position of the bar."""
     return images[:, 0, 6:26, 4:].mean(dim=1).unfold(1, 4, 2).mean(dim=-1).argmax(dim=1)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def is_real(images):
@@ -117,9 +122,9 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
     loss, in_tmp, data_dir, monkeypatch
 ):
     forward = gan.Discriminator.forward
-    discriminator_loss = gan.discriminator_loss
+    discriminator_loss, generator_loss = gan.discriminator_loss, gan.generator_loss
     penalty = gan.gradient_penalty
-    judged, penalised, steps = [], [], []
+    judged, penalised, steps, told = [], [], [], []
 
     def spy(self, x, classes):
         judged.append((x.detach(), classes.argmax(dim=1), forward(self, x, classes)))
@@ -133,7 +138,13 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
         assert kind == loss
         assert torch.equal(class_of_bar(x[true]), y[true]) and torch.equal(y[true], y[~true])
         steps.append(len(real))
-        return discriminator_loss(real, fake, kind)
+        told.append({"real_logits": real.mean(), "fake_logits": fake.mean()})
+        told[-1]["loss_d"] = discriminator_loss(real, fake, kind)
+        return told[-1]["loss_d"]
+
+    def spy_generator(*given):
+        told[-1]["loss_g"] = generator_loss(*given)
+        return told[-1]["loss_g"]
 
     def spy_penalty(discriminator, x, classes):
         penalised.append(is_real(x).all().item())
@@ -141,18 +152,31 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
 
     monkeypatch.setattr(gan.Discriminator, "forward", spy)
     monkeypatch.setattr(gan, "discriminator_loss", spy_loss)
+    monkeypatch.setattr(gan, "generator_loss", spy_generator)
+    monkeypatch.setattr(gan, "LOG_EVERY", 1)
     monkeypatch.setattr(gan, "gradient_penalty", spy_penalty)
     assert gan.main(flags_of("gan", data_dir, "--loss", loss, "--penalty-every", "2")) == 0
     assert steps == [20, 20, 20]
     once = {"nonsaturating": [True], "relativistic": [True, False]}.get(loss, [])
     assert penalised == 2 * once  # R1 of real images, R2 of fake ones, at steps 0 and 2
+    lines = [line for line in lines_of("runs/gan/log.jsonl") if "loss_g" in line]
+    assert len(lines) == 3
+    for line, values in zip(lines, told, strict=True):
+        assert [line[key] for key in values] == pytest.approx([v.item() for v in values.values()])
 
 
 # --- Flags ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vae", "ldm"])
-def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        ("vae", "--kl-warmup 0", [3, 3, 3]), ("vae", "--kl-warmup 1", [0, 1, 2]),
+        ("ldm", "--stage 1", [3, 3, 3]),
+    ],
+)  # fmt: skip
+def test_the_kl_has_the_weight_asked_for(name, flags, expected, in_tmp, data_dir, monkeypatch):
+    """In each of three steps, also while it grows from 0."""
     script, leaves = importlib.import_module(name), []
     kl_divergence = script.kl_divergence
 
@@ -161,21 +185,49 @@ def test_the_kl_has_the_weight_asked_for(name, in_tmp, data_dir, monkeypatch):
         return kl_divergence(mu, logvar) + leaves[-1]
 
     monkeypatch.setattr(script, "kl_divergence", spy)
-    extra = ["--kl-warmup", "0"] if name == "vae" else ["--stage", "1"]
-    assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *extra)) == 0
+    assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *flags.split())) == 0
     weights = [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None]
-    assert weights == [pytest.approx(3)] * 3
+    assert weights == pytest.approx(expected)
 
 
-CHANGES = [
-    *((name, flags) for name in DIFFUSION for flags in (
+def test_the_autoencoder_minimises_distance_and_kl(in_tmp, data_dir, monkeypatch):
+    """The loss of stage 1, against sums over an image: |x - x_hat| and KL(q(z | x) || N(0, 1))."""
+    forward, watch, seen, losses = ldm.Autoencoder.forward, ldm.Run.watch, [], []
+
+    def spy(self, x, eps):
+        seen.append((x, *forward(self, x, eps)))
+        return seen[-1][1:]
+
+    def spy_watch(run, **values):
+        losses.extend([values["loss"]] if "loss" in values else [])
+        watch(run, **values)
+
+    monkeypatch.setattr(ldm, "LOG_EVERY", 1)
+    monkeypatch.setattr(ldm.Autoencoder, "forward", spy)
+    monkeypatch.setattr(ldm.Run, "watch", spy_watch)
+    flags = ["--stage", "1", "--kl-weight", "3", "--no-bf16"]
+    assert ldm.main(flags_of("ldm", data_dir, *flags)) == 0
+    lines = [line for line in lines_of("runs/ldm/autoencoder_log.jsonl") if "kl" in line]
+    assert len(losses) == 3
+    for (x, x_hat, mu, logvar), loss, line in zip(seen, losses, lines, strict=True):
+        distance = (x - x_hat).abs().sum().item() / len(x)
+        kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum().item() / len(x)
+        assert loss == pytest.approx(distance + 3 * kl, rel=1e-4)
+        assert (line["reconstruction"], line["kl"]) == pytest.approx((distance, kl), rel=1e-4)
+
+
+CHANGES = [  # of the stages of an LDM one by one
+    *((name, flags) for name in ("ddim", "ldm --stage 2") for flags in (
         "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw",
         "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
         "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
     )),
     ("ddpm", "--noise-levels uniform"), ("ddim", "--noise-levels uniform"),
-    ("ldm", "--noise-levels lognormal"),
-    *(("ldm", flags) for flags in ("--kl-weight 5", "--stage-1-share 0.6", "--latent-channels 3")),
+    ("ldm --stage 2", "--noise-levels lognormal"), ("ldm", "--stage-1-share 0.6"),
+    *(("ldm --stage 1", flags) for flags in (
+        "--kl-weight 5", "--latent-channels 3", "--weight-decay 0.5", "--ema-length 0.4",
+        "--grad-clip 1e-3", "--lr 1e-4", "--seed 1",
+    )),
     *(("vae", flags) for flags in (
         "--reconstruction l1", "--reconstruction l2", "--reconstruction bce", "--kl-weight 3",
         "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3", "--lr 1e-4", "--seed 1",
@@ -188,29 +240,60 @@ CHANGES = [
 
 
 @pytest.fixture(scope="module")
-def averaged(data_dir, tmp_path_factory):
+def averaged(data_dir, tiny_runs, tmp_path_factory):
     """A function: the averaged weights of a script after an epoch with these flags.
 
-    They are trained at the first call.
+    They are trained at the first call; stage 2 of an LDM with the autoencoder of its tiny run.
     """
     made = {}
 
-    def weights_of(name, flags=""):
-        if (name, flags) not in made:
+    def weights_of(command, flags=""):
+        if (command, flags) not in made:
+            name, *stage = command.split()
             run_dir = tmp_path_factory.mktemp("run") / "run"
-            argv = [*flags_of(name, data_dir, *flags.split()), "--run-dir", str(run_dir)]
-            if name == "ldm":
+            argv = flags_of(name, data_dir, *stage, *flags.split(), "--run-dir", str(run_dir))
+            if command == "ldm":
                 argv += ["--epochs", "2"]
+            elif command == "ldm --stage 2":
+                argv += ["--autoencoder", str(tiny_runs("ldm"))]
             assert importlib.import_module(name).main(argv) == 0
-            made[name, flags] = torch.load(run_dir / f"{name}.pt", weights_only=True)["ema"]
-        return made[name, flags]
+            [path] = run_dir.glob("autoencoder.pt" if command == "ldm --stage 1" else f"{name}.pt")
+            made[command, flags] = torch.load(path, weights_only=True)["ema"]
+        return made[command, flags]
 
     return weights_of
 
 
-@pytest.mark.parametrize(("name", "flags"), CHANGES)
-def test_a_flag_changes_what_is_learned(name, flags, averaged):
-    assert not equal(averaged(name), averaged(name, flags))
+@pytest.mark.parametrize(("command", "flags"), CHANGES)
+def test_a_flag_changes_what_is_learned(command, flags, averaged):
+    assert not equal(averaged(command), averaged(command, flags))
+
+
+@pytest.mark.parametrize("name", ["vae", "ddim", "ldm"])
+def test_compile_compiles_what_is_trained(name, in_tmp, data_dir, monkeypatch):
+    """Each step calls the compiled network, those of both stages of an LDM."""
+    calls = []
+
+    def compiled(model):
+        return lambda *given: calls.append(1) or model(*given)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert importlib.import_module(name).main(flags_of(name, data_dir, "--compile")) == 0
+    assert len(calls) == {"ldm": 4}.get(name, 3)
+
+
+@pytest.mark.parametrize("name", TINY_FLAGS)
+def test_every_rate_ends_where_half_a_cosine_does(name, tiny_runs):
+    """Of each optimiser and stage: of step n - 1 of n, after the warm-up."""
+    for path in tiny_runs(name).glob("*.pt"):
+        run = torch.load(path, weights_only=True)
+        steps, peak = run["step"], run["config"]["lr"]
+        expected = peak * 0.5 * (1 + math.cos(math.pi * (steps - 1) / steps))
+        optimisers = [run[key] for key in ("optimizer", "optimizer_d") if key in run]
+        assert len(optimisers) == (2 if name == "gan" else 1)
+        groups = [group for optimiser in optimisers for group in optimiser["param_groups"]]
+        assert [group["lr"] for group in groups] == pytest.approx([expected] * len(groups))
+        assert name != "gan" or {tuple(group["betas"]) for group in groups} == {(0.0, 0.99)}
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -222,7 +305,7 @@ def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
         epochs = "4" if name == "ldm" else "2"
         flags = ["--run-dir", str(every), "--epochs", epochs]
         assert script.main(flags_of(name, data_dir, *flags)) == 0
-        lines = map(json.loads, Path(f"{every}/log.jsonl").read_text().splitlines())
+        lines = lines_of(f"{every}/log.jsonl")
         logs.append({line["step"]: line[key] for line in lines if key in line})
     steps = [step for step in logs[1] if step - 1 in logs[0]]
     assert len(steps) >= 3
@@ -230,21 +313,19 @@ def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
         assert logs[1][step] == pytest.approx((logs[0][step - 1] + logs[0][step]) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_the_log_tells_the_loss_of_the_right_tenth_of_t(name, in_tmp, data_dir, monkeypatch):
+    """Where all images have t = 250 of 1000, that is the third."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "LOG_EVERY", 3)
+    monkeypatch.setattr(script, "draw_t", lambda n, *_: torch.full((n,), 250))
+    assert script.main(flags_of(name, data_dir)) == 0
+    lines = lines_of(f"runs/{name}/log.jsonl")
+    [ratios] = [line["loss_by_tenth_of_t"] for line in lines if "loss_by_tenth_of_t" in line]
+    assert [i for i, ratio in enumerate(ratios) if ratio is not None] == [2]
+
+
 # --- Clock ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that moves half a second a step."""
-    now = [1e6]
-    show = runs.Run._show
-
-    def tick(self):
-        now[0] += 0.5
-        show(self)
-
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(runs.Run, "_show", tick)
 
 
 def test_the_bar_is_whole_lines_where_there_is_no_terminal(in_tmp, data_dir, capsys, monkeypatch):
@@ -273,6 +354,5 @@ def test_grids_are_saved_as_often_as_asked_for(name, clock, in_tmp, data_dir):
     assert importlib.import_module(name).main(argv) == 0
     steps = [int(path.stem[5:]) for path in sorted(Path("run/samples").iterdir())]
     assert steps == [0, 6, 12, 18, 24]
-    lines = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
-    judged = [line["step"] for line in lines if "diversity" in line]
+    judged = [line["step"] for line in lines_of("run/log.jsonl") if "diversity" in line]
     assert judged == [*steps, *[24] * (name == "vae")]  # again with its prior; the others once
