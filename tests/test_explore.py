@@ -49,6 +49,20 @@ def draw(tiny_runs, in_tmp):
     return run
 
 
+@pytest.fixture
+def frames_of(monkeypatch):
+    """{name of a .gif: how many frames explore.py gives it}; pillow merges those that are equal."""
+    counts = {}
+    save_gif = explore.save_gif
+
+    def spy(frames, path):
+        counts[Path(path).name] = len(frames)
+        save_gif(frames, path)
+
+    monkeypatch.setattr(explore, "save_gif", spy)
+    return counts
+
+
 def script_images(name, *flags):
     """What a model script samples with these flags: int (N, C, 32, 32)."""
     assert importlib.import_module(name).main([*flags, "--output", "plain.npz"]) == 0
@@ -352,9 +366,10 @@ def test_a_map_has_dots_by_class_and_a_line_for_each_walk(tmp_path):
 
 def test_a_map_of_many_classes_has_a_legend_of_40(tmp_path):
     names = [f"class {i}" for i in range(100)]
-    explore.save_map(
-        explore.new_axes(), torch.randn(100, 2), torch.arange(100), names, tmp_path / "x.png"
-    )
+    axes = explore.new_axes()
+    explore.save_map(axes, torch.randn(100, 2), torch.arange(100), names, tmp_path / "x.png")
+    [legend] = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names[:40]
     assert len(colours_of(tmp_path / "x.png")[1]) > 50
 
 
@@ -546,7 +561,7 @@ def test_reconstructions_stand_below_the_images(name, draw, capsys, data_dir):
     assert close(images("file.npz")[1], x["x"][2].astype(int))
 
 
-def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(draw):
+def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(draw, frames_of):
     draw("between", "vae", "0", "3")
     assert pixels("vae_between.png").shape == (CELL + 2, 10 * CELL + 2)
     draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.npz")
@@ -555,14 +570,22 @@ def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(dra
     assert len(way) == 5 and close(way[[0, -1]], images("ends.npz")[2:])
     assert np.abs(way[2] - way[0]).max() > 1 and np.abs(way[2] - way[4]).max() > 1
     draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.gif")
-    assert 2 <= len(gif_frames("way.gif")) <= 5
+    assert frames_of == {"way.gif": 5} and 2 <= len(gif_frames("way.gif")) <= 5
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 @pytest.mark.parametrize("name", COMMANDS["map"])
-def test_a_map_has_a_colour_for_each_class(name, method, draw):
+def test_a_map_has_a_colour_for_each_class(name, method, draw, monkeypatch):
+    project, used = explore.project, []
+
+    def spy(codes, method, **others):
+        used.append(method)
+        return project(codes, method, **others)
+
+    monkeypatch.setattr(explore, "project", spy)
     classes = ["--class", "o,ki"] if name == "ldm" else []
     draw("map", name, "--method", method, *classes)
+    assert {*used} == {method}
     picture, colours = colours_of(f"{name}_map.png")
     assert picture.shape == (900, 1050, 3)
     from matplotlib import colormaps
@@ -652,9 +675,9 @@ def test_samplers_flags_reach_the_walk(draw):
     assert len(found) == 8
 
 
-def test_a_gif_of_a_gan_has_ten_samples(draw):
+def test_a_gif_of_a_gan_has_ten_samples(draw, frames_of):
     draw("gif", "gan", "--class", "o")
-    assert len(gif_frames("gan_gif.gif")) > 2
+    assert frames_of == {"gan_gif.gif": 10} and len(gif_frames("gan_gif.gif")) > 2
 
 
 # --- Command line ---------------------------------------------------------------------------------
