@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import common
 import ddim
 import ddpm
 import distill
@@ -25,7 +26,7 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import report, start, trials
+from benchmarks import report, speed, start, trials
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -153,8 +154,10 @@ def test_the_scores_are_those_of_the_table(folder):
     results = results_of(folder)
     assert report.table(results) == (ROOT / "results" / folder / "table.md").read_text()
     for row in results["rows"]:
-        shipped = (ROOT / "pretrained" / row["file"]).read_bytes()
-        assert row["sha256"] == hashlib.sha256(shipped).hexdigest(), row["title"]
+        shipped = ROOT / "pretrained" / row["file"]
+        assert row["sha256"] == hashlib.sha256(shipped.read_bytes()).hexdigest(), row["title"]
+        files = [shipped, *shipped.parent.glob(f"{shipped.stem}_*.onnx")]
+        assert row["bytes"] == sum(file.stat().st_size for file in files), row["title"]
     mark = f"<!-- scores of results/{folder} -->".replace("/. ", " ")
     assert mark in RESULTS
 
@@ -253,6 +256,14 @@ def test_the_gpu_section_says_what_the_report_says():
         assert row["images"] == 40 and row["largest difference in grey levels"] <= 1
     assert "ends with one line and exit code 2" in section
     assert [row["exit code"] for row in parts["memory"]] == [2]
+
+
+@pytest.mark.parametrize("size", common.IMAGE_SIZES)
+def test_the_size_of_the_network_is_said(size):
+    """Its parameters, and millions of multiply-accumulates for an image."""
+    network = speed.default_network(size)
+    count = sum(p.numel() for p in network.parameters())
+    assert f"| {size} | {count:,} | {speed.macs_of(network, size) / 1e6:.1f} |" in RESULTS
 
 
 def test_few_pictures_were_learned_as_the_page_says():
