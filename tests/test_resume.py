@@ -42,7 +42,9 @@ def unbroken(tmp_path_factory, data_dir):
     return state_of
 
 
-FAULTS = [(name, fault) for name in LOOPS for fault in ("kill:8", "half:6", "full:8")]
+# What recovers is in runs.py: for scripts of one network, of two, and of two stages.
+RECOVERED = ["gan", "ldm"]
+FAULTS = [(name, fault) for name in RECOVERED for fault in ("kill:8", "half:6", "full:8")]
 FAULTS += [("ldm", "kill:2"), ("ldm", "full:2")]  # in the first stage
 
 
@@ -67,7 +69,7 @@ def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(
         assert equal(whole[key], broken[key]), key
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", RECOVERED)
 def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(name, unbroken, in_tmp, data_dir):
     done = forked("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
     assert done.returncode == 130, done.stderr
