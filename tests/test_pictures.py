@@ -130,8 +130,8 @@ def test_shards_sample_what_one_process_does(in_tmp, capsys):
     for flags, message in (
         (["--output", "x.npz"], "--shard needs an --output"), ([], "--shard needs an --output"),
         (["--output", "x/", "--interpolate", "noise"], "--shard needs an --output"),
-        (["--class", "Bag", "--output", "x/"], ""),  # more shards than the three images
-        (["--output", "other"], ""),
+        (["--class", "Bag", "--output", "x/"], "as many images as parts"),  # three, of four
+        (["--output", "other"], "other holds file, no image"),
     ):  # fmt: skip
         argv = [*asked, "--shard", "1/4", *flags]
         assert message in refused(infer_onnx.main, argv, capsys)
