@@ -167,9 +167,9 @@ def test_a_student_has_the_size_and_the_schedule_of_its_teacher(large_runs, in_t
     monkeypatch.setattr(distill, "TEACHER_STEPS", 4)
     flags = split("--train --epochs 1 --batch-size 2 --steps 2 --run-dir student --teacher")
     assert distill.main([*flags, str(large_runs("ddim"))]) == 0
-    assert export.main(["distill", "--checkpoint", "student"]) == 0
-    card = infer_onnx.load_model("student/distill.onnx", "cpu").card
-    assert card["image_shape"] == [1, 64, 64]
+    config = torch.load("student/distill.pt", weights_only=True)["config"]
+    assert export.image_shape(config) == [1, 64, 64]
+    card = export.diffusion_card(distill, config, None)
     assert card["alpha_bars"] == ddim.make_alpha_bars("cosine", 1000, 64).tolist()
 
 
