@@ -425,13 +425,15 @@ def test_models_take_turns_where_their_times_are_measured(monkeypatch):
     assert found == [{"batch": {"2": 1000.0}, "best": "2"}, {"batch": {"2": 3000.0}, "best": "2"}]
 
 
-def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp):
+def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, exports, in_tmp):
     """Without tqdm and matplotlib, too; report.py adds the diagrams that are missing."""
     (in_tmp / "results").mkdir()
     (in_tmp / "results/steps.png").write_bytes(b"of an earlier run")
+    for file in (exports("vae"), exports("vae").with_name("vae_encoder.onnx")):
+        shutil.copy(file, "runs/tiny")
     flags = [flag for flag in workplace if flag != "--no-timing"]
     command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "evaluate.py"), "ddim", "gan"]
-    command += ["--steps", "2,3", "--seeds", "2", *flags]
+    command += ["vae", "--steps", "2,3", "--seeds", "2", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stderr
     later = "pip install matplotlib, then python benchmarks/report.py results"
@@ -439,14 +441,19 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, in_tmp
     assert not any((in_tmp / f"results/{name}").exists() for name in report.DIAGRAMS)
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
-        ("ddim", 2, 3), ("ddim", 3, 4), ("gan", None, 1),  # t = 999, 405; 999, 589, 239
+        ("ddim", 2, 3), ("ddim", 3, 4),  # t = 999, 405; 999, 589, 239
+        ("gan", None, 1), ("vae", None, 1),
     ]  # fmt: skip
     for row in results["rows"]:
         assert len(row["scores"]["ffid"]["values"]) == 2 and row["scores"]["ffid"]["spread"] > 0
-        content = (in_tmp / "runs/tiny" / row["file"]).read_bytes()
-        assert row["sha256"] == hashlib.sha256(content).hexdigest()
-        assert row["parameters"] > 0
-        assert row["bytes"] > 1000
+        path = in_tmp / "runs/tiny" / row["file"]
+        assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        files = [path, *path.parent.glob(f"{path.stem}_*.onnx")]
+        assert len(files) == (2 if row["model"] == "vae" else 1)
+        assert row["bytes"] == sum(file.stat().st_size for file in files)
+        card = infer_onnx.load_model(path, "cpu").card
+        assert row["training_minutes"] == card["training"]["seconds"] / 60 > 0
+        assert row["parameters"] == card["parameters"] > 0
         assert set(row["latency"]["batch"]) >= {"1", "100"}
     lowest = min(row["scores"]["ffid"]["mean"] for row in results["rows"])
     assert results["floor"]["scores"]["ffid"]["mean"] < lowest
