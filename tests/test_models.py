@@ -23,6 +23,7 @@ def script(name):
     return importlib.import_module(name)
 
 
+@pytest.mark.parametrize("name", LOOPS)
 def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
     name, script, in_tmp, data_dir, monkeypatch
 ):
@@ -73,6 +74,14 @@ def test_a_run_leaves_what_is_needed_to_sample(
             assert f"steps {script.STEPS}, guidance {script.GUIDANCE}, " in capsys.readouterr().out
     with Image.open("folder/00005_su.png") as picture:
         assert np.array_equal(np.array(picture), arrays["x"][5, 0])
+    assert script.main([*flags, "--no-names", "--output", "plain.png"]) == 0
+    with Image.open("x.png") as named, Image.open("plain.png") as plain:
+        margin = named.width - plain.width
+        assert margin > 20 and np.array_equal(np.array(named)[:, margin:], np.array(plain))
+    # Names stand beside the last grid of the run too, where the log is on its images.
+    with Image.open(max((run_dir / "samples").glob("step_*.png"))) as grid:
+        assert grid.height == 3 * (10 * 34 + 2)
+        assert (grid.width > 3 * (8 * 34 + 2)) == (name in ("ddpm", "ddim", "ldm"))
     assert sorted(run_dir.rglob("*")) == before
 
 
@@ -129,7 +138,8 @@ def test_a_checkpoint_of_another_script_is_refused(name, script, tiny_runs, in_t
 def test_fixed_flags_cannot_change_on_resume(name, script, tiny_runs, capsys):
     for flag, value in (("--channels", "3"), ("--emb-channels", "20"), ("--seed", "4")):
         flags = ["--resume", "--run-dir", tiny_runs(name), flag, value]
-        assert f"{flag} is " in refused(script.main, flags, capsys)
+        error = refused(script.main, flags, capsys)
+        assert f"{flag} is " in error and "and cannot change in a resumed run" in error
 
 
 def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
