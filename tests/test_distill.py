@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from conftest import equal, forked, refused, state
+from conftest import equal, forked, refused, state, without_exporting
 from PIL import Image
 from test_processes import losses
 
@@ -229,7 +230,40 @@ def test_each_walk_of_a_run_has_its_own_noise(tiny_run, in_tmp, monkeypatch):
     assert len({tuple(x.tolist()) for x in seen}) == len(seen)
 
 
+def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tmp, monkeypatch):
+    """Two pools of three batches, each walked once and learned from twice, compiled."""
+    asked, learned, solvers, calls = [], [], set(), []
+    guided, walk, losses = distill.guided, distill.teacher_walk, distill.step_losses
+
+    def spy_guided(model, y, *options):
+        asked.append((y.tolist(), options))
+        return guided(model, y, *options)
+
+    def spy_walk(*given):
+        solvers.add(given[-1])
+        return walk(*given)
+
+    def spy_losses(model, states, y, *options):
+        learned.append((y.tolist(), options[-2:]))
+        return losses(model, states, y, *options)
+
+    monkeypatch.setattr(distill, "guided", spy_guided)
+    monkeypatch.setattr(distill, "teacher_walk", spy_walk)
+    monkeypatch.setattr(distill, "step_losses", spy_losses)
+    monkeypatch.setattr(torch, "compile", lambda m: lambda *given: calls.append(1) or m(*given))
+    flags = split("--teacher-solver ddim --own-states --loss l1 --guidance 3 --compile")
+    flags += split("--guidance-interval 0.2 0.6")
+    assert distill.main([*FLAGS, *flags, "--teacher", str(tiny_run)]) == 0
+    assert {options for _, options in asked} == {(3.0, 200.0, 600.0)} and solvers == {"ddim"}
+    assert {options for _, options in learned} == {("l1", True)}
+    assert len(calls) == 12 * 4  # steps of the run, and of the student's walk
+    batches = [y for y, _ in asked]
+    assert [y for y, _ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
+    assert {y for batch in batches for y in batch} == {*range(10)}
+
+
 def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
+    """Its checkpoint and its log."""
     checkpoint = torch.load(student / "distill.pt", weights_only=True)
     taught = torch.load(tiny_run / "ddim.pt", weights_only=True)
     config = checkpoint["config"]
@@ -245,6 +279,12 @@ def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
     assert all(torch.equal(a, taught["ema"][k]) for k, a in checkpoint["teacher"]["ema"].items())
     changed = [not torch.equal(a, taught["ema"][k]) for k, a in checkpoint["ema"].items()]
     assert any(changed)
+    rate = config["lr"] * 0.5 * (1 + math.cos(math.pi * 11 / 12))  # of the last of 12 steps
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([rate] * len(groups))
+    lines = [json.loads(line) for line in (student / "log.jsonl").read_text().splitlines()]
+    moved = [line["ema_moved"] for line in lines if "diversity" in line]
+    assert len(moved) >= 2 and {*moved} == {None}  # it may stay near its teacher
     assert len(list((student / "samples").glob("*.png"))) >= 2
 
 
@@ -396,7 +436,9 @@ def test_the_sampler_as_one_graph_draws_what_the_student_does(exported, student,
     assert "this model was trained for --steps 4 only" in error
 
 
-def test_small_weights_have_no_teacher_in_them(student, in_tmp):
+def test_small_weights_have_no_teacher_in_them(exported, student, in_tmp, monkeypatch):
+    without_exporting(monkeypatch, exported)
+    monkeypatch.setattr(export, "compare", lambda *_: (0.0, 0))  # the graph has other weights
     flags = ["--checkpoint", str(student), "--output", "x.onnx", "--weights", "x.pt"]
     assert export.main(["distill", *flags]) == 0
     kept = torch.load("x.pt", weights_only=True)
