@@ -42,7 +42,7 @@ def unbroken(tmp_path_factory, data_dir):
     return state_of
 
 
-# What recovers is in runs.py: for scripts of one network, of two, and of two stages.
+# What recovers is in runs.py: for a script of two networks, and one of two stages.
 RECOVERED = ["gan", "ldm"]
 FAULTS = [(name, fault) for name in RECOVERED for fault in ("kill:8", "half:6", "full:8")]
 FAULTS += [("ldm", "kill:2"), ("ldm", "full:2")]  # in the first stage
