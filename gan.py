@@ -325,7 +325,7 @@ def train(args, checkpoint=None):
             "penalty": last_penalty.item(),
         }  # fmt: skip
         judged = sample(model=ema_model.module, labels=judged_labels)
-        run.save(state, grid, judged_labels, judged)
+        run.save(state, grid, grid_labels, (judged, judged_labels))
 
     size_g = sum(p.numel() for p in model.parameters())
     size_d = sum(p.numel() for p in discriminator.parameters())

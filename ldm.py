@@ -621,13 +621,14 @@ def train_autoencoder(args, data, device, checkpoint, start, fraction):
         difference = to_uint8(x_hat).float() - images[:400].float()
         run.log({"grey_level_error": difference.abs().mean().item()})
         grid = torch.stack([x, x_hat], dim=1)[:40].flatten(0, 1).cpu()  # in pairs
+        grid_labels = data.labels[:40].repeat_interleave(2)
         state = {
             "config": config, "network": network, "class_names": data.class_names,
             "data": data.fingerprint, "weights": model.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
             "sums": sums.tolist(),
         }  # fmt: skip
-        run.save(state, grid, data.labels[:400], made=x_hat.cpu(), columns=10)
+        run.save(state, grid, grid_labels, (x_hat.cpu(), data.labels[:400]), columns=10)
 
     size = sum(p.numel() for p in parameters)
     print(f"stage 1 in {run} on {device}, {size:,} parameters", flush=True)

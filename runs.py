@@ -980,19 +980,16 @@ class Run:
         waited = time.monotonic() - self.last_save
         return self.rank == 0 and waited >= 60 * self.args.save_every
 
-    def save(self, content, grid, labels, made=None, columns=8):
+    def save(self, content, grid, labels, judged=None, columns=8):
         """Write the checkpoint, `content` and where the run stands, and a grid of images.
 
-        grid: (N, C, H, W) in [-1, 1];  made: images to judge in the log, if not those of the grid;
-        labels: their classes, int64, which without `made` are beside the rows of the grid.
-        Raises InputError if the grid is not finite.
+        grid: (N, C, H, W) in [-1, 1];  labels: its classes, int64 (N,);  judged: other images and
+        their classes for what the log says of them.  Raises InputError if the grid is not finite.
         """
         self.watch(samples=grid.abs().max().item())
         if self.step > self.first_step or not self.resumed:  # else the log has this line
-            self._judge(content["ema"], grid if made is None else made, labels)
-        rows = None
-        if made is None:
-            rows = names_of_rows(labels.tolist(), content["class_names"], columns)
+            self._judge(content["ema"], *(judged or (grid, labels)))
+        rows = names_of_rows(labels.tolist(), content["class_names"], columns)
         name = f"{self.part or 'step'}_{self.step:07d}.png"
         save_png(image_grid(grid, columns, rows), self.folder / "samples" / name, {})
         state = {

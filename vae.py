@@ -389,7 +389,7 @@ def train(args, checkpoint=None):
         # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
         run.log({"active_units": (mu.var(dim=0) > 0.01).sum().item()})
         judged = sample(model=ema_model.module, prior=prior, labels=judged_labels)
-        run.save(state, grid, judged_labels, judged)
+        run.save(state, grid, grid_labels, (judged, judged_labels))
 
     def finish():
         if components:

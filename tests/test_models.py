@@ -78,10 +78,10 @@ def test_a_run_leaves_what_is_needed_to_sample(
     with Image.open("x.png") as named, Image.open("plain.png") as plain:
         margin = named.width - plain.width
         assert margin > 20 and np.array_equal(np.array(named)[:, margin:], np.array(plain))
-    # Names stand beside the last grid of the run too, where the log is on its images.
+    # Names stand beside the grids of the run, too.
     with Image.open(max((run_dir / "samples").glob("step_*.png"))) as grid:
         assert grid.height == 3 * (10 * 34 + 2)
-        assert (grid.width > 3 * (8 * 34 + 2)) == (name in ("ddpm", "ddim", "ldm"))
+        assert grid.width > 3 * (8 * 34 + 2)
     assert sorted(run_dir.rglob("*")) == before
 
 
