@@ -426,11 +426,13 @@ class Trained:
 
     def test_data(self):
         """The test images of the data set of the training, or those of a set that has no others."""
-        folder = self.args.data_dir or self.config["data_dir"]
+        name, folder = self.args.data, self.args.data_dir
+        if not name:  # that of the training, with its folder
+            name, folder = self.config["data"], folder or self.config["data_dir"]
+        skip_broken = self.config.get("skip_broken", False) and Path(name).is_dir()
         data = load_data(
-            self.args.data or self.config["data"], folder, self.config["channels"], train=False,
-            background=self.background, skip_broken=self.config.get("skip_broken", False),
-            image_size=self.image_size,
+            name, folder, self.config["channels"], train=False, background=self.background,
+            skip_broken=skip_broken, image_size=self.image_size,
         )  # fmt: skip
         if data.class_names != self.names:
             raise InputError("the data set no longer has the classes of the training")

@@ -473,9 +473,16 @@ def test_what_a_picture_stands_on_stays_as_it_was(own_run, capsys):
 
 
 def test_explore_reads_the_data_where_they_are_now(own_run):
+    """Of --data given to it, whatever the training had: a folder, then an .npz."""
+    checkpoint = torch.load("run/ddim.pt", weights_only=True)
+    checkpoint["config"] |= {"data": "mnist", "data_dir": "elsewhere", "skip_broken": True}
+    torch.save(checkpoint, "run/ddim.pt")
     (own_run / "pets").rename("animals")
+    data = load_data("animals", channels=3)
+    np.savez("animals.npz", x=data.images, y=data.labels, class_names=data.class_names)
     flags = split("invert ddim 3 --checkpoint run --steps 2 --output x.png")
-    assert explore.main([*flags, "--data", "animals"]) == 0
+    for place in ("animals", "animals.npz"):
+        assert explore.main([*flags, "--data", place]) == 0
 
 
 def shown_images(monkeypatch):
