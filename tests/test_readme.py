@@ -26,7 +26,7 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import report, speed, start, trials
+from benchmarks import report, settings, speed, start, trials
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -264,6 +264,19 @@ def test_the_size_of_the_network_is_said(size):
     network = speed.default_network(size)
     count = sum(p.numel() for p in network.parameters())
     assert f"| {size} | {count:,} | {speed.macs_of(network, size) / 1e6:.1f} |" in RESULTS
+
+
+def test_the_settings_are_those_of_the_table():
+    """Neither fewer samples nor older weights stand in it."""
+    folder = ROOT / "results/settings"
+    rows = json.loads((folder / "settings.json").read_text())
+    assert settings.table(settings.comparable(rows)) == (folder / "settings.md").read_text()
+    quick = {**rows[-1], "n": 1000}
+    assert settings.comparable([*rows, quick]) == settings.comparable(rows)
+    of_ddim = [row for row in rows if row["name"] == "ddim"]
+    newer = {**of_ddim[-1], "weights": "0"}
+    others = [row for row in settings.comparable(rows) if row["name"] != "ddim"]
+    assert settings.comparable([*rows, newer]) == [*others, newer]
 
 
 def test_few_pictures_were_learned_as_the_page_says():
