@@ -277,23 +277,17 @@ def _load_idx(name, data_dir, train):
         _download(dataset_class, Path("data"), f"{class_name}/raw")
         found = _find_idx(places, class_name, wanted)
 
+    readers = {"images": datasets.mnist.read_image_file, "labels": datasets.mnist.read_label_file}
+    parsed = []
     with tempfile.TemporaryDirectory() as scratch:  # torchvision's parser takes a plain file
-        parsed = []
-        for file, base in zip(found, wanted, strict=True):
+        for file, base, kind in zip(found, wanted, readers, strict=True):
             content = _read_verified(file, sums and sums[IDX_FILES.index(base)])
             plain = Path(scratch, base)
             plain.write_bytes(content)
-            reader = (
-                datasets.mnist.read_image_file
-                if "images" in base
-                else datasets.mnist.read_label_file
-            )
             try:
-                parsed.append(reader(str(plain)))
+                parsed.append(readers[kind](str(plain)))
             except Exception as error:  # its reader fails in many ways
-                raise InputError(
-                    f"{file} is not an IDX file of {'images' if 'images' in base else 'labels'}"
-                ) from error
+                raise InputError(f"{file} is not an IDX file of {kind}") from error
     images, labels = parsed
     class_names = list(dataset_class.classes)
     if name == "mnist":

@@ -58,6 +58,11 @@ except ImportError:
     tqdm = None
 
 NAMES = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
+# Flags that --export-real, which scores nothing, has no use for.
+OF_SCORES = (
+    "num_samples", "seeds", "steps", "guidance", "guidance_interval", "solver", "shard", "tsne",
+    "cas",
+)  # fmt: skip
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
 QUERIES = 2000  # images whose nearest neighbours are looked for
 FLOOR_PARTS = 30  # at most so many disjoint parts of the training images are scored for the floor
@@ -130,15 +135,16 @@ class RealImages:
         """What samples are compared with as training images and as test images.
 
         With hold_out, and where there are no test images, these are every sixth training image,
-        which training with --hold-out leaves out.  Raises InputError for too few to test.
+        which training with --hold-out leaves out.  Raises InputError for too few images.
         """
         train, test = self.train, self.test
         if hold_out or test is None:
             held_out = np.arange(len(train[1])) % 6 == 5
             train, test = ([array[part] for array in train] for part in (~held_out, held_out))
-        if not self.in_turn and len(test[1]) < LEAST_TEST:
+        if not self.in_turn and (len(test[1]) < LEAST_TEST or len(train[1]) <= K):
             counts = f"{len(train[1])} images to train and {len(test[1])} to test"
-            raise InputError(f"--data {self.name} has {counts}: scores need {LEAST_TEST} to test")
+            right = f"scores need {LEAST_TEST} to test and {K + 1} to train"
+            raise InputError(f"--data {self.name} has {counts}: {right}")
         return tuple(in_order(*part, self.in_turn) for part in (train, test))
 
 
@@ -1051,6 +1057,10 @@ def check_packages(args):
 
 def score_models(args):
     """Generate, score and picture the samples of every setting; scores are written at the end."""
+    defaults = vars(build_parser().parse_args([]))
+    if args.export_real and (given := [k for k in OF_SCORES if getattr(args, k) != defaults[k]]):
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise InputError(f"--export-real only writes real images: leave out {flags}")
     check_packages(args)
     is_named = named_set(args.data, args.data_dir) is not None
     if not (is_named or args.models):

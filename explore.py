@@ -22,6 +22,7 @@ models of a command, `python explore.py COMMAND MODEL --help` the flags of both.
 import argparse
 import inspect
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -189,19 +190,19 @@ def save_gif(frames, path):
         first.save(scratch, "gif", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def new_axes():
-    """Axes of a matplotlib figure of 1050 x 900 pixels; InputError without matplotlib."""
+def new_figure(width, height, what):
+    """A matplotlib figure, its sides in 100 pixels; InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("a map needs matplotlib: pip install matplotlib") from error
-    return Figure((10.5, 9), dpi=100, layout="constrained").add_subplot()
+        raise InputError(f"{what} needs matplotlib: pip install matplotlib") from error
+    return Figure((width, height), dpi=100, layout="constrained")
 
 
 def save_map(axes, points, labels, class_names, path, lines=()):
     """Write dots coloured by class, and lines from a small marker at the start to a large one.
 
-    axes: from new_axes;  points: (N, 2);  labels: int64 (N,);  lines: [((S, 2), label), ...].
+    axes: of new_figure;  points: (N, 2);  labels: int64 (N,);  lines: [((S, 2), label), ...].
     """
     from matplotlib import colormaps
 
@@ -248,11 +249,7 @@ def draw_log(logs, path):
 
     logs: {name: lines of read_log};  path: of the .png.  What a log does not have is left out.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("log needs matplotlib: pip install matplotlib") from error
-    figure = Figure((14, 9), dpi=100, layout="constrained")
+    figure = new_figure(14, 9, "log")
     losses, tenths, rates, speeds = figure.subplots(2, 2).flat
     losses.set(title="loss", xlabel="step", xscale="log")
     text = "loss by tenth of t, over that of output 0: early (pale), half-way, at the end"
@@ -490,6 +487,8 @@ class Trained:
             columns = grid_columns(count, len(images))
             if not getattr(self.args, "names", False):
                 rows = None
+            elif rows and len(rows) == 1:  # of all images, in however many rows
+                rows = rows * math.ceil(len(images) / columns)
             elif rows is None or columns != count:
                 rows = names_of_rows(labels.tolist(), self.names, columns)
             save_images(images, labels, self.names, self.args.output, columns, self.texts(), rows)
@@ -660,7 +659,8 @@ def between(args, model):
     z_a, z_b = model.encode(images, labels)
     class_a, class_b = model.one_hot(labels)
     frames = model.decode(torch.lerp(z_a, z_b, weight), torch.lerp(class_a, class_b, weight))
-    model.save(frames, labels[:1].expand(len(frames)), len(frames))
+    names = [" to ".join(dict.fromkeys(model.names[y] for y in labels))]
+    model.save(frames, labels[:1].expand(len(frames)), len(frames), names)
 
 
 def draw_map(args, model):
@@ -670,7 +670,7 @@ def draw_map(args, model):
     """
     if args.name == "vae" and model.config["latent_dim"] < 2:
         raise InputError("map needs a VAE with --latent-dim 2 or more; this one has 1")
-    axes = new_axes()
+    axes = new_figure(10.5, 9, "a map").add_subplot()
     data = model.test_data()
     labels = subsample(data.labels, MAP_IMAGES)
     codes = model.encode(subsample(data.images, MAP_IMAGES), labels).flatten(1)
@@ -865,21 +865,15 @@ def build_parser():
         models = sub.add_subparsers(dest="name", metavar="MODEL", required=True, help=which)
         for name in names:
             add_flags(models.add_parser(name, **options), command, name)
-    add_log(commands, options)
-    return parser
-
-
-def add_log(commands, options):
-    """Add the command that draws logs, which has no model."""
     text = "Losses, loss by tenth of t, learning rate and images/s of trainings, from their logs."
-    example = "python explore.py log runs/ddim runs/ddim-2"
-    options["description"] = f"{text}\n\n    {example}"
-    add = commands.add_parser("log", help=text, **options).add_argument
+    options["description"] = f"{text}\n\n    python explore.py log runs/ddim runs/ddim-2"
+    add = commands.add_parser("log", help=text, **options).add_argument  # it has no model
     # fmt: off
     add("logs", type=file_path, nargs="+", metavar="RUN",
         help="folder of a run, or a log, such as pretrained/ddim.log.jsonl")
     add("--output", type=output_path, default=Path("log.png"), help="the .png to write (log.png)")
     # fmt: on
+    return parser
 
 
 def main(argv=None):

@@ -64,26 +64,16 @@ class ParityError(Exception):
 # --- Graphs ---------------------------------------------------------------------------------------
 
 
-class Images(torch.nn.Module):
-    """A VAE's decoder as a graph from codes to images."""
+class Followed(torch.nn.Module):
+    """A part of a VAE as a graph, followed by a function of its outputs."""
 
-    def __init__(self, decoder):
+    def __init__(self, part, function):
         super().__init__()
-        self.decoder = decoder
-
-    def forward(self, z, classes):
-        return self.decoder(z, classes).tanh()
-
-
-class Means(torch.nn.Module):
-    """A VAE's encoder as a graph from images to the means of their codes."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
+        self.part = part
+        self.function = function
 
     def forward(self, x, classes):
-        return self.encoder(x, classes)[0]
+        return self.function(self.part(x, classes))
 
 
 def image_shape(config):
@@ -103,9 +93,10 @@ def graphs_of(name, network, config, num_classes):
         classes = torch.eye(num_classes)[:1].repeat(2, 1)
         if name == "gan":
             return {"": (network, {"z": z, "classes": classes}, "image")}
+        means = Followed(network.encoder, lambda mu_and_logvar: mu_and_logvar[0])
         return {
-            "": (Images(network.decoder), {"z": z, "classes": classes}, "image"),
-            "encoder": (Means(network.encoder), {"x": x, "classes": classes}, "mu"),
+            "": (Followed(network.decoder, torch.tanh), {"z": z, "classes": classes}, "image"),
+            "encoder": (means, {"x": x, "classes": classes}, "mu"),
         }
     t = torch.zeros(2, dtype=torch.int64)
     y = torch.zeros(2, dtype=torch.int64)  # not t again: the exporter would make them one input
@@ -383,7 +374,8 @@ def model_card(script, checkpoint, network, graphs, parts):
     config = checkpoint["config"]
     is_codes = script.NAME in ("vae", "gan")
     training = {key: checkpoint[key] for key in ("step", "images", "torch")}
-    keys = (*script.FIXED, "batch_size", "lr", "epochs", "minutes")
+    of_teacher = ("hold_out", "background")  # which a student has from it
+    keys = (*script.FIXED, *of_teacher, "batch_size", "lr", "epochs", "minutes")
     training |= {key: config[key] for key in keys if key in config}  # an older run lacks newer ones
     training |= names_of_files(config)
     training["seconds"] = checkpoint["seconds"] + checkpoint.get("stage_1_seconds", 0)
@@ -715,7 +707,7 @@ def seal(path):
     print(f"sealed {' and '.join(map(str, contents))}")
     try:
         infer_onnx.check(infer_onnx.load_model(path, "cpu"))
-    except (infer_onnx.ModelError, infer_onnx.RunError) as error:
+    except (infer_onnx.ModelError, infer_onnx.InputError, infer_onnx.RunError) as error:
         print(f"note: {error}")
 
 

@@ -1187,6 +1187,8 @@ def check(model):
         if "output" not in exported:
             raise RunError(f"{name} has no reference output in its metadata: export it again")
         shapes = {given.name: given.shape[1:] for given in session.get_inputs()}
+        if not all(isinstance(side, int) for shape in shapes.values() for side in shape):
+            raise RunError(f"{name} has inputs of any size: it cannot be compared with the export")
         inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
         expected = np.array(exported["output"], np.float32)
         found = run_session(session, **inputs).ravel()[: len(expected)]
@@ -1229,11 +1231,6 @@ def upright(picture, background):
         behind = Image.new("RGBA", picture.size, background)
         picture = Image.alpha_composite(behind, picture.convert("RGBA"))
     return picture.convert("RGB")
-
-
-def read_image(path, image_shape, background="white"):
-    """As read_pixels, but float32 in [-1, 1]."""
-    return read_pixels(path, image_shape, background).astype(np.float32) / 127.5 - 1
 
 
 def read_pixels(path, image_shape, background="white"):
@@ -1297,10 +1294,11 @@ def images_of_flags(model, args, classes, options):
     if args.reconstruct or args.between:
         paths = args.reconstruct or args.between
         background = card.get("training", {}).get("background", "white")
-        x = np.stack([read_image(path, card["image_shape"], background) for path in paths])
-        for path, image in zip(paths, x, strict=True):
+        pixels = np.stack([read_pixels(path, card["image_shape"], background) for path in paths])
+        for path, image in zip(paths, pixels, strict=True):
             if (image == image[:, :1, :1]).all():
                 print(f"warning: {path} is constant, of one colour")
+        x = pixels.astype(np.float32) / 127.5 - 1
         weights = class_weights(classes * len(x), len(card["class_names"]))
         batches = [slice(i, i + size) for i in range(0, len(x), size)]
         encoder = model.parts["encoder"]
@@ -1309,7 +1307,7 @@ def images_of_flags(model, args, classes, options):
         if args.between:
             images = decode_between(model, codes, classes * 2, count, size)
             return images, classes * count, count
-        images = np.concatenate([as_bytes(x), decode_codes(model, codes, weights, size)])
+        images = np.concatenate([pixels, decode_codes(model, codes, weights, size)])
         return images, classes * len(images), len(x)
     if args.interpolate:
         prior = None if args.prior == "normal" else fitted_prior(card)

@@ -47,10 +47,10 @@ def pets(root, count=6):
 
 
 def read(path, channels, background="white"):
-    """An image as load_image and as infer_onnx.read_image see it, which must agree: uint8."""
+    """An image as load_image and as infer_onnx.read_pixels see it, which must agree: uint8."""
     found = load_image(path, channels, background)[0]
-    other = infer_onnx.read_image(path, [channels, 32, 32], background)
-    assert np.abs(found.int().numpy() - infer_onnx.as_bytes(other[None])[0]).max() <= 1
+    other = infer_onnx.read_pixels(path, [channels, 32, 32], background)
+    assert np.abs(found.int().numpy() - other).max() <= 1
     return found
 
 

@@ -419,6 +419,8 @@ def test_the_card_says_what_was_distilled_and_names_no_folder(exported, student,
         card["training"]["guidance"] == ddim.GUIDANCE and card["training"]["teacher"] == "ddim.pt"
     )
     assert str(tiny_run).encode() not in exported.read_bytes()
+    # evaluate.py reads the real images as the teacher's training did, and knows what it left out.
+    assert card["training"]["background"] == "white" and card["training"]["hold_out"] is False
     assert infer_onnx.evaluations(card) == 4
     for options in ({"steps": 8}, {"guidance": 2.0}):
         with pytest.raises(infer_onnx.InputError, match=r"trained for|not for distill"):

@@ -343,7 +343,8 @@ def test_a_map_has_dots_by_class_and_a_line_for_each_walk(tmp_path):
     walks = [(torch.tensor([[0.0, 0.5], [0.5, 0.6], [1.0, 0.5]]), 1)]
     names = ["a", "b", "c", "unseen"]
     for name, given in (("plain", []), ("walks", walks)):
-        explore.save_map(explore.new_axes(), points, labels, names, tmp_path / f"{name}.png", given)
+        axes = explore.new_figure(10.5, 9, "a map").add_subplot()
+        explore.save_map(axes, points, labels, names, tmp_path / f"{name}.png", given)
     plain, colours = colours_of(tmp_path / "plain.png")
     with_walk, _ = colours_of(tmp_path / "walks.png")
     assert plain.shape == with_walk.shape == (900, 1050, 3)
@@ -366,7 +367,7 @@ def test_a_map_has_dots_by_class_and_a_line_for_each_walk(tmp_path):
 
 def test_a_map_of_many_classes_has_a_legend_of_40(tmp_path):
     names = [f"class {i}" for i in range(100)]
-    axes = explore.new_axes()
+    axes = explore.new_figure(10.5, 9, "a map").add_subplot()
     explore.save_map(axes, torch.randn(100, 2), torch.arange(100), names, tmp_path / "x.png")
     [legend] = axes.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == names[:40]
@@ -571,6 +572,25 @@ def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(dra
     assert np.abs(way[2] - way[0]).max() > 1 and np.abs(way[2] - way[4]).max() > 1
     draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.gif")
     assert frames_of == {"way.gif": 5} and 2 <= len(gif_frames("way.gif")) <= 5
+
+
+def test_frames_between_two_classes_are_called_so_in_each_row(
+    tiny_runs, in_tmp, data_dir, monkeypatch
+):
+    """Also where there are more frames than columns."""
+    data = common.load_data("kmnist", data_dir, train=False)
+    y_a, y_b = data.labels[[0, 3]].tolist()
+    assert y_a != y_b
+    seen = []
+    monkeypatch.setattr(explore, "save_images", lambda *given: seen.append(given[-1]))
+    names = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["class_names"]
+    for command in (
+        f"interpolate vae --class {y_a},{y_b} --num-samples 30",
+        f"interpolate vae --class {y_b} --vary noise", "between vae 0 3", "between vae 0 0",
+    ):  # fmt: skip
+        assert explore.main([*command.split(), "--checkpoint", str(tiny_runs("vae"))]) == 0
+    both = f"{names[y_a]} to {names[y_b]}"
+    assert seen == [[both] * 3, [names[y_b]], [both], [names[y_a]]]
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])

@@ -175,7 +175,7 @@ def test_corrupted_pictures_are_refused_or_pictures(corrupt, folder):
     Image.fromarray(small_set()[0][0]).save(buffer, format="png")
     path = folder / "x.png"
     path.write_bytes(corrupt(buffer.getvalue()))
-    for read, shape in ((common.load_image, (1, 1, 32, 32)), (infer_onnx.read_image, (1, 32, 32))):
+    for read, shape in ((common.load_image, (1, 1, 32, 32)), (infer_onnx.read_pixels, (1, 32, 32))):
         try:
             image = read(path, 1 if read is common.load_image else [1, 32, 32])
         except (InputError, infer_onnx.InputError) as error:

@@ -1286,6 +1286,12 @@ def test_weights_changed_on_purpose_are_sealed_and_said(exported, in_tmp, capsys
     assert export.main(["seal", "x.onnx"]) == 0
     assert "note: the check failed: ddim's outputs differ" in capsys.readouterr().out
     assert infer_onnx.main(["--model", "x.onnx", "--steps", "1", "--output", "x.png"]) == 0
+    proto = onnx.load(exported)
+    for axis in (2, 3):
+        proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"side_{axis}"
+    onnx.save(proto, "any.onnx")
+    assert export.main(["seal", "any.onnx"]) == 0
+    assert "note: ddim has inputs of any size" in capsys.readouterr().out
     with_card(exported, "new.onnx", lambda card: card | {"format": 99})
     assert export.main(["seal", "new.onnx"]) == 0
     assert "note: new.onnx has metadata format 99" in capsys.readouterr().out

@@ -290,6 +290,8 @@ def test_real_images_are_exported_as_they_are_compared(there, tmp_path, capsys):
         assert np.array_equal(np.array(Image.open(file)).transpose(2, 0, 1), image)
     code, error = failure([*flags, str(out)], capsys)
     assert code == 2 and "is a folder that holds files" in error
+    code, error = failure([*flags, "new/", "--steps", "4", "--seeds", "2", "--tsne"], capsys)
+    assert code == 2 and "leave out --seeds, --steps, --tsne" in error
 
 
 def test_pictures_without_classes_are_scored(place, in_tmp, monkeypatch, capsys):
@@ -343,6 +345,11 @@ def test_other_data_and_models_are_refused_in_a_line(there, in_tmp, monkeypatch,
         draw_shapes(few / part, {"circle": 30})
     code, error = failure([shapes[0], "--data", str(few / "train"), "--hold-out", *flags], capsys)
     assert code == 2 and "25 images to train and 5 to test: scores need 20 to test" in error
+    for file in (few / "train").glob("*/*"):
+        if int(file.stem) >= 5:
+            file.unlink()
+    code, error = failure([shapes[0], "--data", str(few / "train"), *flags], capsys)
+    assert code == 2 and "5 images to train and 30 to test" in error
     assert not (in_tmp / "out").exists()
 
 

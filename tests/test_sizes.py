@@ -189,11 +189,11 @@ def test_a_run_that_knows_no_size_has_32(tiny_run, in_tmp, capsys):
 
 
 def read(path, channels, image_size):
-    """A picture as load_image and as infer_onnx.read_image see it, which must agree: uint8."""
+    """A picture as load_image and as infer_onnx.read_pixels see it, which must agree: uint8."""
     found = load_image(path, channels, image_size=image_size)[0].numpy()
-    other = infer_onnx.read_image(path, [channels, image_size, image_size])
+    other = infer_onnx.read_pixels(path, [channels, image_size, image_size])
     assert found.shape == other.shape == (channels, image_size, image_size)
-    assert np.abs(found.astype(int) - infer_onnx.as_bytes(other[None])[0]).max() <= 1
+    assert np.abs(found.astype(int) - other).max() <= 1
     return found
 
 
