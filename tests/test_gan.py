@@ -136,10 +136,9 @@ def test_hinge_bounds_the_discriminator_spectrally():
     for _ in range(30):
         # in training mode each call is a step of the power iteration
         discriminator(torch.randn(2, 1, 32, 32), torch.eye(2))
-    network = discriminator
-    for layer in (
-        network.features, network.stem, network.blocks[0].conv1, network.label, network.out,
-    ):  # fmt: skip
+    first = discriminator.blocks[0].conv1
+    outer = [getattr(discriminator, name) for name in ("stem", "features", "label", "out")]
+    for layer in (first, *outer):
         norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
         assert norm == pytest.approx(1, abs=0.05)
 

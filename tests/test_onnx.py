@@ -1464,3 +1464,14 @@ def test_help_texts_are_the_words_of_the_scripts(name):
 @pytest.mark.parametrize("file", ["ddim.onnx", "ddim.pt"])
 def test_shipped_files_are_small(file):
     assert (ROOT / "pretrained" / file).stat().st_size <= 5e6
+
+
+def test_shipped_model_passes_its_own_check_and_equals_the_shipped_weights(capsys):
+    assert infer_onnx.main(["--model", str(SHIPPED), "--check"]) == 0
+    model = infer_onnx.load_model(SHIPPED, "cpu")
+    _, checkpoint, network = torch_network("ddim", SHIPPED.parent)
+    options = {"steps": 20, "guidance": model.card["guidance"], "seed": 0}
+    known = {"model": network, "config": checkpoint["config"], "labels": torch.arange(10)}
+    expected = ddim.sample(**known, **options)
+    found = infer_onnx.sample(model, list(range(10)), **options)
+    assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1
