@@ -800,12 +800,33 @@ def sample_shard(cache, parts):
     print("add those of the other shards, then run the same command without --shard")
 
 
+class WholeLines:
+    """A stream for a progress bar where there is no terminal: each state is a line of its own."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        if text := text.strip():
+            self.stream.write(f"{text}\n")
+
+    def flush(self):
+        self.stream.flush()
+
+
+def bar_options():
+    """Options of a tqdm bar: it moves on a terminal; elsewhere a line comes every 30 seconds."""
+    if sys.stderr.isatty():
+        return {"mininterval": 0.5}
+    return {"mininterval": 30, "file": WholeLines(sys.stderr)}
+
+
 def sampling_bar(parts):
     """A progress bar of the network evaluations that these parts take; None without tqdm."""
     if tqdm is None:
         return contextlib.nullcontext()
     total = sum((stop - first) * setting.evaluations() for setting, _, first, stop in parts)
-    return tqdm(total=total, unit=" evaluations", unit_scale=True, **infer_onnx.bar_options())
+    return tqdm(total=total, unit=" evaluations", unit_scale=True, **bar_options())
 
 
 def show(bar, text):

@@ -696,27 +696,6 @@ def batches_of(numbers, batch_size):
             last = time.monotonic()
 
 
-class WholeLines:
-    """A stream for a progress bar where there is no terminal: each state is a line of its own."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        if text := text.strip():
-            self.stream.write(f"{text}\n")
-
-    def flush(self):
-        self.stream.flush()
-
-
-def bar_options():
-    """Options of a tqdm bar: it moves on a terminal; elsewhere a line comes every 30 seconds."""
-    if sys.stderr.isatty():
-        return {"mininterval": 0.5}
-    return {"mininterval": 30, "file": WholeLines(sys.stderr)}
-
-
 def as_bytes(images):
     """Images in [-1, 1] -> uint8 0..255. Clips; raises RunError if they are not finite."""
     if not np.isfinite(images).all():

@@ -104,7 +104,7 @@ def train_classifier(train, test, classes, which, epochs):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     options = {"total": steps, "unit": "step", "desc": f"extractor {which}"}
-    with tqdm(**options, **infer_onnx.bar_options()) as bar:
+    with tqdm(**options, **runs.bar_options()) as bar:
         for epoch in range(epochs):
             for batch in runs.epoch_batches(len(images), batch_size, seed, epoch):
                 # 28x28 of 32x32: shifts by up to 2 pixels.
