@@ -1190,7 +1190,11 @@ def write_results(args, results, settings, reference, train):
             features = extract(reference.sessions[0], shown)[0]
             real = reference.features[0][: len(features)]
             report.write_tsne(folder, title, real, features, class_names, labels)
-    rows = {setting.title(): setting.shown[:10] for setting in settings}
+    rows = {}
+    for setting in settings:
+        count = setting.evaluations()
+        name = f"{setting.title()}: {count} evaluation{'s' * (count != 1)}"
+        rows[name] = setting.shown[:10]
     report.write_side_by_side(folder / "side_by_side.png", rows)
     try:
         report.plot_results(results, folder)

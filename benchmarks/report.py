@@ -272,7 +272,7 @@ def write_samples(folder, title, images, neighbours, class_names, labels=None):
 
 
 def write_side_by_side(path, rows):
-    """A row of ten samples for each title: rows {title: uint8 (10, C, H, W)}."""
+    """Ten samples of each setting in a row: rows {name: uint8 (10, C, H, W)}."""
     grid = to_picture(np.concatenate([*rows.values()]), 10)
     write_picture(with_names(grid, [*rows]), path)
 
