@@ -230,6 +230,23 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
     return x_prev + sigma_t * noise if sigma_t > 0 else x_prev
 
 
+def dpm_pairs(num_timesteps, steps):
+    """Pairs as of time_pairs, closer near noise, too: for dpm_sample.
+
+    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free:
+    nearly even in log SNR in the cosine schedule, as Lu et al. 2022 (arXiv:2211.01095) recommend.
+    An image's brightness is settled near T, in steps that are too long in time_pairs.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
+    times = []
+    for i in range(steps, 0, -1):
+        noise, signal = 3 * i**2, (steps - i) ** 2
+        rounded = (2 * num_timesteps * noise + noise + signal) // (2 * (noise + signal))
+        times.append(max(min(rounded, num_timesteps - steps + i), i) - 1)
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
 def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
     """D and its noise: what ddim_step takes for x_0_hat and eps_hat to be of second order.
 
@@ -324,7 +341,8 @@ def sample(
     shape = (config["channels"], image_size, image_size)
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
-    pairs = time_pairs(walk_length(alpha_bars, prediction), steps)
+    length = walk_length(alpha_bars, prediction)
+    pairs = time_pairs(length, steps)
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -339,6 +357,7 @@ def sample(
         if solver == "ddim":
             x_0 = ddim_sample(denoise, x_T, alpha_bars, pairs, prediction, eta, clip, noise, trace)
         else:
+            pairs = dpm_pairs(length, steps)
             x_0 = dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace)
         images.append(x_0.cpu())
     return torch.cat(images)

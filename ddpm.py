@@ -286,7 +286,8 @@ def sample(
     shape = (config["channels"], image_size, image_size)
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
-    pairs = time_pairs(walk_length(alpha_bars, prediction), steps)
+    length = walk_length(alpha_bars, prediction)
+    pairs = time_pairs(length, steps)
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):

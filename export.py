@@ -195,7 +195,6 @@ def sampler(
     """
     half = op.Constant(value=constant(0.5))
     one = op.Constant(value=constant(1.0))
-    exponent = op.Constant(value=constant(1.3))
     null = op.Expand(null_label, op.Shape(labels))
     start, stop = op.Split(guidance_interval * num_timesteps, num_outputs=2)
     B = op.Shape(labels)
@@ -207,14 +206,9 @@ def sampler(
     x_0_last = noise
     lambda_last = half
     for i in range(count):
-        # time_pairs: t and t_prev, to which one is added, since -1 is the last
-        n = steps - i
-        fraction = op.Cast(n, to=F64) / op.Cast(steps, to=F64)
-        fraction_prev = op.Cast(n - 1, to=F64) / op.Cast(steps, to=F64)
-        at = op.Max(op.Cast(op.Cast(T, to=F64) * fraction**exponent + half, to=I64), n)
-        at_prev = op.Max(
-            op.Cast(op.Cast(T, to=F64) * fraction_prev**exponent + half, to=I64), n - 1
-        )
+        # time_pairs or dpm_pairs: t and t_prev, to which one is added, since -1 is the last
+        at = local.end_of_step(steps - i, steps, T, second_order)
+        at_prev = local.end_of_step(steps - i - 1, steps, T, second_order)
         alpha_bar_t = op.Gather(alpha_bars, at)
         alpha_bar_prev = op.Gather(alpha_bars, at_prev)
 
@@ -241,7 +235,7 @@ def sampler(
         lambda_t = op.Log(alpha_bar_t / (one - alpha_bar_t)) * half
         lambda_prev = op.Log(alpha_bar_prev / (one - alpha_bar_prev)) * half
         ratio = op.Cast((lambda_prev - lambda_t) / (lambda_t - lambda_last) * half, to=F32)
-        is_second = op.And(second_order, op.And(i > 0, n > 1))
+        is_second = op.And(second_order, op.And(i > 0, at_prev > 0))
         D = op.Where(is_second, x_0_hat + ratio * (x_0_hat - x_0_last), x_0_hat)
         D_eps = op.Where(is_second, (x_t - signal_t * D) / noise_t, eps_hat)
         x_0_last = op.Identity(x_0_hat)
@@ -254,6 +248,19 @@ def sampler(
     decoded = local.decode(x_t * std + mean)
     images = op.Cast(op.Round((op.Clip(decoded, -1.0, 1.0) + 1.0) * 127.5), to=U8)
     return images
+
+
+@onnxscript.script(local, default_opset=op)
+def end_of_step(n, steps, T, second_order):
+    """t + 1 of the step that n steps, itself among them, are left from: int64."""
+    half = op.Constant(value=constant(0.5))
+    exponent = op.Constant(value=constant(1.3))
+    fraction = op.Cast(n, to=F64) / op.Cast(steps, to=F64)
+    at = op.Cast(op.Cast(T, to=F64) * fraction**exponent + half, to=I64)
+    noise = 3 * n * n
+    signal = (steps - n) * (steps - n)
+    at_dpm = op.Min((2 * T * noise + noise + signal) / (2 * (noise + signal)), T - steps + n)
+    return op.Max(op.Where(second_order, at_dpm, at), n)
 
 
 @onnxscript.script(local, default_opset=op)
@@ -332,6 +339,7 @@ def sampler_graph(network, decoder, card):
     predict = predict_v if card["prediction"] == "v" else predict_eps
     proto.functions.extend([
         as_function(network, "network"),
+        end_of_step.to_function_proto(),
         named(predict, "predict" if decoder else "predict_unlimited"),
         as_function(decoder, "decode") if decoder else named(identity, "decode"),
     ])  # fmt: skip

@@ -414,6 +414,23 @@ def ddim_sample(
     return x_t
 
 
+def dpm_pairs(num_timesteps, steps):
+    """Pairs as of time_pairs, closer near noise, too: for dpm_sample.
+
+    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free:
+    nearly even in log SNR in the cosine schedule, as Lu et al. 2022 (arXiv:2211.01095) recommend.
+    An image's brightness is settled near T, in steps that are too long in time_pairs.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
+    times = []
+    for i in range(steps, 0, -1):
+        noise, signal = 3 * i**2, (steps - i) ** 2
+        rounded = (2 * num_timesteps * noise + noise + signal) // (2 * (noise + signal))
+        times.append(max(min(rounded, num_timesteps - steps + i), i) - 1)
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
 def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
     """D and its noise: what ddim_step takes for x_0_hat and eps_hat to be of second order.
 
@@ -535,7 +552,7 @@ def sample(
     eta = eta or 0.0
     check_walk(card, steps, guidance, solver, eta)
     alpha_bars = np.array(card["alpha_bars"], np.float64)
-    pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
+    pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval, solver)
     y = np.array(labels, np.int64)
     latent_shape = card.get("latent_shape")  # of an LDM
     shape = latent_shape or card["image_shape"]
@@ -584,16 +601,18 @@ def sample(
     return in_batches(model, walk, len(labels), batch_size)
 
 
-def walk_of(card, steps=None, guidance=None, guidance_interval=None):
+def walk_of(card, steps=None, guidance=None, guidance_interval=None, solver=None):
     """(pairs, guidance, times) of a diffusion model's walk; None is the model's default.
 
-    pairs: from time_pairs;  times: (start, stop) from guided_times.
+    pairs: from time_pairs or dpm_pairs;  times: (start, stop) from guided_times.
     """
     steps = card["steps"] if steps is None else steps
     guidance = card["guidance"] if guidance is None else guidance
     interval = card["guidance_interval"] if guidance_interval is None else guidance_interval
+    solver = solver or card.get("solver", "ddim")  # ddpm and distill have none
+    pairs_of = dpm_pairs if solver == "dpm++" else time_pairs
     times = guided_times(interval, len(card["alpha_bars"]))
-    return time_pairs(steps_limit(card), steps), guidance, times
+    return pairs_of(steps_limit(card), steps), guidance, times
 
 
 def check_use(card, options):
@@ -626,11 +645,11 @@ def steps_limit(card):
     return walk_length(np.array(card["alpha_bars"]), card["prediction"])
 
 
-def evaluations(card, *, steps=None, guidance=None, guidance_interval=None, **_):
+def evaluations(card, *, steps=None, guidance=None, guidance_interval=None, solver=None, **_):
     """Network evaluations per image, with options as in `sample`: a guided step takes two."""
     if card["kind"] == "codes":
         return 1
-    pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval)
+    pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval, solver)
     return sum(2 if is_guided(guidance, t, *times) else 1 for t, _ in pairs)
 
 
