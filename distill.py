@@ -23,7 +23,6 @@ are those of ddim.py.  An epoch is a pass over the 64 batches of walks that are 
 """
 
 import argparse
-import math
 import sys
 
 import torch
@@ -32,15 +31,16 @@ from torch.optim.swa_utils import AveragedModel
 import ddim
 from common import ImageData, InputError, UNet, next_noise, noise_streams, to_uint8
 from ddim import (
-    GUIDANCE_INTERVAL, ddim_sample, ddim_step, dpm_sample, ema_network, guided, guided_times,
-    image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs, walk_length,
+    GUIDANCE_INTERVAL, ddim_sample, ddim_step, dpm_pairs, dpm_sample, ema_network, guided,
+    guided_times, image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs,
+    walk_length,
 )  # fmt: skip
 
 NAME = "distill"
 SAMPLES_FROM = ("distill",)
 TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
 STEPS = 4  # default number of sampling steps
-TEACHER_STEPS = 20  # default, or the next multiple of --steps
+TEACHER_STEPS = 15  # default; for more than 5 --steps three times as many
 WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
 FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
 
@@ -61,24 +61,38 @@ def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
     return target_of(prediction, x_0, eps, alpha_bar_t)
 
 
-def is_finer(num_timesteps, teacher_steps, steps):
-    """Whether each time of a walk of `steps` is one of a walk of `teacher_steps`."""
-    times, teacher_times = (
-        {t for t, _ in time_pairs(num_timesteps, count)} for count in (steps, teacher_steps)
-    )
-    return times <= teacher_times
+def teacher_pairs(num_timesteps, teacher_steps, pairs, solver):
+    """Pairs as of time_pairs: the solver's own, but that each t of `pairs` is one of theirs.
+
+    It takes the place of the nearest.  Raises InputError where there are too few.
+    """
+    pairs_of = dpm_pairs if solver == "dpm++" else time_pairs
+    times = [t for t, _ in pairs_of(num_timesteps, teacher_steps)]
+    for t, _ in pairs:
+        nearest = min(range(teacher_steps), key=lambda i: abs(times[i] - t))
+        times[nearest] = t
+    if not {t for t, _ in pairs} <= {*times}:
+        raise InputError(
+            f"--teacher-steps {teacher_steps} are too few for --steps {len(pairs)}: right is "
+            f"{default_teacher_steps(num_timesteps, len(pairs))}"
+        )
+    return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, teacher_pairs, solver="dpm++"):
+def default_teacher_steps(num_timesteps, steps):
+    return min(max(TEACHER_STEPS, 3 * steps), num_timesteps)
+
+
+def teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs, solver="dpm++"):
     """The states of the teacher's walk at the times of the student's: [x_T, ..., x_0], steps + 1.
 
-    denoise: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs, teacher_pairs: from time_pairs,
-    the second finer.
+    denoise: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  fine_pairs:
+    from teacher_pairs.
     """
     times = {-1, *(t for t, _ in pairs)}
     sampler = {"ddim": ddim_sample, "dpm++": dpm_sample}[solver]
     trace = []
-    sampler(denoise, x_T, alpha_bars, teacher_pairs, prediction, trace=trace)
+    sampler(denoise, x_T, alpha_bars, fine_pairs, prediction, trace=trace)
     return [x_t for t, x_t, _ in trace if t in times]
 
 
@@ -138,15 +152,15 @@ def read_teacher(args):
     args.teacher = str(path)
     if args.guidance is None:
         args.guidance = ddim.default_guidance(config)
-    if args.teacher_steps is None:
-        args.teacher_steps = math.ceil(TEACHER_STEPS / args.steps) * args.steps
-    ddim.check_sampling(config, args.steps, args.guidance)
     length = ddim.max_steps(config)
-    if args.teacher_steps > length or not is_finer(length, args.teacher_steps, args.steps):
+    if args.teacher_steps is None:
+        args.teacher_steps = default_teacher_steps(length, args.steps)
+    ddim.check_sampling(config, args.steps, args.guidance)
+    if args.teacher_steps > length:
         raise InputError(
-            f"--teacher-steps {args.teacher_steps} must be a multiple of --steps {args.steps}, and "
-            f"well below the {length} timesteps of a walk"
+            f"--teacher-steps {args.teacher_steps} is more than the {length} timesteps of a walk"
         )
+    teacher_pairs(length, args.teacher_steps, time_pairs(length, args.steps), args.teacher_solver)
     return teacher
 
 
@@ -163,12 +177,12 @@ def train(args, checkpoint=None):
     config |= {key: getattr(args, key) for key in FIXED + FREE}
     print(f"teacher {args.teacher}, {args.teacher_steps} steps, guidance {args.guidance:g}")
 
-    # Both walk on the same grid of times, the teacher in smaller steps.
+    # The teacher passes all times of the student, in smaller steps.
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, args.steps)
-    teacher_pairs = time_pairs(length, args.teacher_steps)
+    fine_pairs = teacher_pairs(length, args.teacher_steps, pairs, args.teacher_solver)
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
@@ -215,7 +229,7 @@ def train(args, checkpoint=None):
                 return output(x_t, t).float()
 
         solver = args.teacher_solver
-        return y, teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, teacher_pairs, solver)
+        return y, teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs, solver)
 
     def save():
         grid = sample(model=ema_model.module, config=config, labels=grid_labels)
@@ -312,8 +326,8 @@ def build_parser():
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
-        help="number of steps of the teacher's walk, a multiple of --steps "
-             f"({TEACHER_STEPS}, or the next multiple)")
+        help="number of steps of the teacher's walk, more than --steps "
+             f"({TEACHER_STEPS}, from 6 --steps on three times as many)")
     add("--teacher-solver", choices=("ddim", "dpm++"), default="dpm++",
         help="sampler of the teacher: ddim, or dpm++, of second order (dpm++)")
     add("--passes", type=number(int, 1, 1000), default=4,

@@ -374,7 +374,10 @@ class Trained:
         prediction = self.config["prediction"]
         length = ddim.walk_length(alpha_bars, prediction)
         length = max(round(strength * length), 1)
-        pairs = ddim.time_pairs(length, min(self.options["steps"], length))
+        # From a part of the way on, the short steps of dpm_pairs near noise have no use.
+        is_dpm = self.options["solver"] == "dpm++" and strength == 1
+        pairs_of = ddim.dpm_pairs if is_dpm else ddim.time_pairs
+        pairs = pairs_of(length, min(self.options["steps"], length))
         return alpha_bars, pairs, prediction
 
     def denoiser(self, y):

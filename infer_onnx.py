@@ -415,11 +415,12 @@ def ddim_sample(
 
 
 def dpm_pairs(num_timesteps, steps):
-    """Pairs as of time_pairs, closer near noise, too: for dpm_sample.
+    """Pairs as of time_pairs, but closer near noise, too: for dpm_sample.
 
-    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free:
-    nearly even in log SNR in the cosine schedule, as Lu et al. 2022 (arXiv:2211.01095) recommend.
-    An image's brightness is settled near T, in steps that are too long in time_pairs.
+    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free;
+    in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
+    arXiv:2206.00927).  The brightness of an image shows through much noise: it is settled near T,
+    where the steps of time_pairs are so long that a fifth of its spread is lost.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")

@@ -67,7 +67,9 @@ def evaluations(row):
     """Network evaluations of an image: two for each step that is guided."""
     length = 1000  # timesteps of a walk of the included models
     start, stop = infer_onnx.guided_times(row["guidance_interval"], length)
-    times = [t for t, _ in infer_onnx.time_pairs(length, row["steps"])]
+    is_dpm = row.get("solver") == "dpm++"
+    pairs_of = infer_onnx.dpm_pairs if is_dpm else infer_onnx.time_pairs
+    times = [t for t, _ in pairs_of(length, row["steps"])]
     return len(times) + sum(start <= t < stop for t in times) * (row["guidance"] != 1)
 
 

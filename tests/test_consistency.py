@@ -86,8 +86,8 @@ def test_infer_onnx_shares_the_samplers():
     scripts = {name for script in ("ddim", "ddpm") for name in definitions(SOURCES[script])}
     shared = definitions(SOURCES["infer_onnx"]).keys() & scripts
     assert shared >= {
-        "time_pairs", "predict_x_0_and_eps", "ddim_step", "ddim_sample", "dpm_extrapolate",
-        "dpm_sample", "posterior", "ddpm_sample",
+        "time_pairs", "predict_x_0_and_eps", "ddim_step", "ddim_sample", "dpm_pairs",
+        "dpm_extrapolate", "dpm_sample", "posterior", "ddpm_sample",
     }  # fmt: skip
 
 

@@ -217,18 +217,20 @@ def test_the_range_pair_rounds_to_the_nearest_of_256_levels(values):
     assert np.array_equal(infer_onnx.as_bytes(x.numpy()), common.to_uint8(x).numpy())
 
 
+@pytest.mark.parametrize("pairs_of", [ddim.time_pairs, ddim.dpm_pairs])
 @few
 @given(st.integers(1, 3000), st.data())
-def test_time_pairs_are_a_chain_of_falling_steps_to_the_image(num_timesteps, data):
+def test_pairs_are_a_chain_of_falling_steps_to_the_image(pairs_of, num_timesteps, data):
     steps = data.draw(st.integers(1, num_timesteps))
-    pairs = ddim.time_pairs(num_timesteps, steps)
+    pairs = pairs_of(num_timesteps, steps)
     assert len(pairs) == steps and pairs[0][0] == num_timesteps - 1 and pairs[-1][1] == -1
     assert all(t > t_prev for t, t_prev in pairs)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
-    lengths = [t - t_prev for t, t_prev in pairs]
-    assert all(later <= length + 1 for length, later in itertools.pairwise(lengths))
+    if pairs_of == ddim.time_pairs:
+        lengths = [t - t_prev for t, t_prev in pairs]
+        assert all(later <= length + 1 for length, later in itertools.pairwise(lengths))
     with pytest.raises(ValueError, match="steps"):
-        ddim.time_pairs(num_timesteps, num_timesteps + 1)
+        pairs_of(num_timesteps, num_timesteps + 1)
 
 
 NAMES = st.lists(st.text(max_size=8), min_size=1, max_size=12)

@@ -121,10 +121,13 @@ def test_noise_is_numpys():
 
 @needs_node
 @needs_runtime
-def test_time_pairs_are_those_of_infer_onnx():
+def test_the_steps_are_those_of_infer_onnx():
     cases = [(1000, steps) for steps in (1, 2, 3, 10, 20, 50, 250, 999, 1000)] + [(7, 7), (10, 3)]
-    found = [[tuple(pair) for pair in pairs] for pairs in node("pairs", cases=cases)]
-    assert found == [infer_onnx.time_pairs(*case) for case in cases]
+    found = [
+        [[tuple(pair) for pair in pairs] for pairs in both] for both in node("pairs", cases=cases)
+    ]
+    expected = [[infer_onnx.time_pairs(*case), infer_onnx.dpm_pairs(*case)] for case in cases]
+    assert found == expected
 
 
 @needs_node

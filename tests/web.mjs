@@ -24,7 +24,10 @@ const COMMANDS = {
   },
 
   pairs({ cases }) {
-    return cases.map(([numTimesteps, steps]) => sampler.timePairs(numTimesteps, steps));
+    return cases.map(([numTimesteps, steps]) => [
+      sampler.timePairs(numTimesteps, steps),
+      sampler.dpmPairs(numTimesteps, steps),
+    ]);
   },
 
   // The class that each text names, or the error; then file names, and texts for all.

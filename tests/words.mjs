@@ -53,8 +53,14 @@ async function draw(stream, label) {
   const count = alphaBars.length;
   const above = alphaBars.filter((value) => value > 3e-5).length;
   const length = card.prediction === "v" ? count : above;
-  const time = (i) =>
-    i ? Math.max(Math.floor(length * (i / steps) ** 1.3 + 0.5), i) - 1 : -1;
+  const time = (i) => {
+    if (i === 0) return -1;
+    if (solver === "ddim") return Math.max(Math.floor(length * (i / steps) ** 1.3 + 0.5), i) - 1;
+    const p = 3 * i ** 2;
+    const q = (steps - i) ** 2;
+    const end = Math.floor((length * p) / (p + q) + 0.5);
+    return Math.max(Math.min(end, length - steps + i), i) - 1;
+  };
   const isLatent = card.model === "ldm";
   const shape = isLatent ? card.latent_shape : card.image_shape;
   const half = (value) => Math.log(value / (1 - value)) / 2;

@@ -309,7 +309,7 @@ export function timePairs(numTimesteps, steps) {
 /** Pairs as of timePairs, closer near noise, too: for dpmSample.
 
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free:
-    nearly even in log SNR in the cosine schedule, as Lu et al. 2022 recommend. */
+    in the cosine schedule roughly even in log SNR. */
 export function dpmPairs(numTimesteps, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
     throw new InputError(`steps ${steps} is not in 1..${numTimesteps}`);
