@@ -148,7 +148,7 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, interv
     ("options", "expected"),
     [
         ({"steps": 5, "guidance": 2, "guidance_interval": (0, 1)}, 10),
-        # t = 999, 747, 514, 303, 122
+        # t = 999, 747, 514, 303, 122; of dpm++ 999, 979, 870, 570, 157
         ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0.5)}, 7),
         ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0.514)}, 7),
         ({"steps": 5, "guidance": 2, "guidance_interval": (0, 0.515)}, 8),
@@ -161,8 +161,15 @@ def test_pictures_equal_those_of_torch(loaded, tiny_run, steps, guidance, interv
         ({"steps": 5, "guidance": 0.5, "guidance_interval": (0, 0)}, 10),
         ({"steps": 20, "guidance": 1.6, "guidance_interval": (0, 0.8)}, 36),
         ({"steps": 3, "guidance": 0}, 3),
+        (
+            {"steps": 5, "guidance": 2, "guidance_interval": (0.157, 0.87), "solver": "dpm++"}, 7,
+        ),
+        (
+            {"steps": 5, "guidance": 2, "guidance_interval": (0.158, 0.871), "solver": "dpm++"}, 7,
+        ),
+        ({"steps": 5, "guidance": 2, "guidance_interval": (0, 1), "solver": "dpm++"}, 10),
     ],
-)
+)  # fmt: skip
 def test_evaluations_are_counted(loaded, monkeypatch, options, expected):
     rows, run_session = [], infer_onnx.run_session
 
@@ -171,6 +178,7 @@ def test_evaluations_are_counted(loaded, monkeypatch, options, expected):
         return run_session(session, **feed)
 
     monkeypatch.setattr(infer_onnx, "run_session", counted)
+    options = {"solver": "ddim", **options}
     infer_onnx.sample(loaded, [4, 5], **options)
     assert sum(rows) == 2 * expected and infer_onnx.evaluations(loaded.card, **options) == expected
 
@@ -238,7 +246,7 @@ def test_sampler_flags_sample_the_same_with_torch_and_without(
     images = {}
     plainly = [] if name == "ddpm" else ["--solver", "ddim"]  # whatever the default
     for extra in ([], flags):
-        argv = ["--steps", "4", "--class", "0,1,2", *plainly, *extra]
+        argv = ["--steps", "4", "--guidance", "40", "--class", "0,1,2", *plainly, *extra]
         at = ["--checkpoint", str(tiny_runs(name))]
         importlib.import_module(name).main([*at, *argv, "--output", "torch.npz"])
         infer_onnx.main(["--model", str(exports(name)), *argv, "--output", "onnx.npz"])
