@@ -81,7 +81,7 @@ CARD_FORMAT = 1
 # Part of the key of cached samples.  Raise it whenever infer_onnx.sample gives other images for the
 # same model, options, seed and index: other samplers, noise or rounding, or a new default.  Where
 # the pictures in tests/golden have to be made anew, this has to be raised.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 # --- Data -----------------------------------------------------------------------------------------
 

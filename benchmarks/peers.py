@@ -233,7 +233,7 @@ def draw(job):
         state = load_checkpoint(Path(job["folder"], "ddim/ddim.pt"), ("ddim",))
         model = ddim.ema_network(state, torch.device("cpu"))
         images = ddim.sample(model, y, seed=job["seed"])
-        walk = {"steps": ddim.STEPS, "guidance": ddim.GUIDANCE, "solver": ddim.SOLVER}
+        walk = {"steps": ddim.STEPS, "guidance": ddim.GUIDANCE, "pairs": "dpm_pairs"}
         evaluations = settings.evaluations(walk | {"guidance_interval": ddim.GUIDANCE_INTERVAL})
         about = {"parameters": sum(p.numel() for p in model.parameters()), "guidance": None}
         about |= {"evaluations": evaluations, **{key: state[key] for key in ("images", "seconds")}}

@@ -60,6 +60,8 @@ def full(name, setting, count):
     """A setting as it is kept: with the guidance that walks are tried with, and its weights."""
     weights = hashlib.sha256(checkpoint_of(name).read_bytes()).hexdigest()
     row = {"name": name, "guidance": OLDER[name], "guidance_interval": [0, 0.8], **setting}
+    if setting.get("solver") == "dpm++":  # older rows took the steps of time_pairs
+        row["pairs"] = "dpm_pairs"
     return row | {"weights": weights, "n": count}
 
 
@@ -67,10 +69,15 @@ def evaluations(row):
     """Network evaluations of an image: two for each step that is guided."""
     length = 1000  # timesteps of a walk of the included models
     start, stop = infer_onnx.guided_times(row["guidance_interval"], length)
-    is_dpm = row.get("solver") == "dpm++"
-    pairs_of = infer_onnx.dpm_pairs if is_dpm else infer_onnx.time_pairs
+    pairs_of = getattr(infer_onnx, row.get("pairs", "time_pairs"))
     times = [t for t, _ in pairs_of(length, row["steps"])]
     return len(times) + sum(start <= t < stop for t in times) * (row["guidance"] != 1)
+
+
+def solver_of(row):
+    """The solver of a row, with its steps where they are not those of today."""
+    solver = row.get("solver", "")
+    return f"{solver} in time_pairs" if solver == "dpm++" and "pairs" not in row else solver
 
 
 def words(row):
@@ -96,7 +103,7 @@ def make_reference(args):
 def draw(row, device):
     """uint8 images (n, 1, 32, 32), the classes in turn, as those that evaluate.py scores."""
     name = row["name"]
-    options = {part: row[part] for part in row if part not in ("name", "weights", "n")}
+    options = {part: row[part] for part in row if part not in ("name", "weights", "n", "pairs")}
     script = importlib.import_module(name)
     checkpoint = load_checkpoint(checkpoint_of(name), (CHECKPOINTS[name],))
     model = script.ema_network(checkpoint, device)
@@ -137,7 +144,7 @@ def table(rows):
             means[name] = f"{np.mean(values):.3f}" if values else "–"
         spread = np.std([row["scores"]["ffid"] for row in group], ddof=1) if group[1:] else None
         low, high = first.get("guidance_interval", ("", ""))
-        line = [first["name"], first.get("solver", ""), first.get("steps", "")]
+        line = [first["name"], solver_of(first), first.get("steps", "")]
         line += [first.get("guidance", ""), f"{low}:{high}".strip(":")]
         line += [evaluations(first) if "steps" in first else "", len(group)]
         ffid = np.mean([row["scores"]["ffid"] for row in group])
@@ -154,7 +161,7 @@ def write_diagram(rows, path):
         walk = {"guidance": OLDER.get(name), "guidance_interval": [0, 0.8], "seed": 0}
         if "solver" in row and walk.items() <= row.items():
             point = (evaluations(row), row["scores"]["ffid"], f"{row['steps']} steps")
-            curves.setdefault(f"{name}, {row['solver']}", []).append(point)
+            curves.setdefault(f"{name}, {solver_of(row)}", []).append(point)
     floor = np.mean([row["scores"]["ffid"] for row in rows if row["name"] == "real images"])
     report.plot_curves(path, "network evaluations per image", curves, floor)
 

@@ -345,9 +345,8 @@ def test_the_shipped_students_are_runs_of_the_commands_of_its_table(name):
     command, epochs = re.search(rf"\| `{name}` \| `python (.+)` \| ([\d.]+) \|", RESULTS).groups()
     args = vars(distill.build_parser().parse_args(command.split()[1:]))
     training = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu").card["training"]
-    kept = {*distill.FIXED, "lr"} - {"teacher", "guidance", "teacher_steps", "guidance_interval"}
+    kept = {*distill.FIXED, "lr"} - {"teacher", "guidance", "guidance_interval"}
     assert {key: training[key] for key in kept} == {key: args[key] for key in kept}
     assert training["guidance"] == ddim.GUIDANCE
-    assert training["teacher_steps"] == distill.TEACHER_STEPS
     assert training["minutes"] == args["minutes"]
     assert epochs == f"{log_of(f'pretrained/{name}.log.jsonl')[-1]['epoch']:.1f}"
