@@ -327,7 +327,7 @@ def build_parser():
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
         help="number of steps of the teacher's walk, more than --steps "
-             f"({TEACHER_STEPS}, from 6 --steps on three times as many)")
+             f"({TEACHER_STEPS}; from --steps 6 on, three times as many)")
     add("--teacher-solver", choices=("ddim", "dpm++"), default="dpm++",
         help="sampler of the teacher: ddim, or dpm++, of second order (dpm++)")
     add("--passes", type=number(int, 1, 1000), default=4,

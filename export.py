@@ -252,7 +252,7 @@ def sampler(
 
 @onnxscript.script(local, default_opset=op)
 def end_of_step(n, steps, T, second_order):
-    """t + 1 of the step that n steps, itself among them, are left from: int64."""
+    """t + 1 where n steps are left: as in time_pairs, or with second_order as in dpm_pairs."""
     half = op.Constant(value=constant(0.5))
     exponent = op.Constant(value=constant(1.3))
     fraction = op.Cast(n, to=F64) / op.Cast(steps, to=F64)
