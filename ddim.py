@@ -236,7 +236,7 @@ def dpm_pairs(num_timesteps, steps):
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free;
     in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
     arXiv:2206.00927).  The brightness of an image shows through much noise: it is settled near T,
-    where time_pairs has so few steps, of 15 in all, that a fifth of its spread is lost.
+    where time_pairs has so few steps, of 15 in all, that up to a quarter of its spread is lost.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
