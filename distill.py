@@ -5,11 +5,15 @@ Sampling Speed", 2021 (arXiv:2101.02388): a student learns where the determinist
 ends.  Here the walk is cut into one segment for each step of the student, as in Simple and Fast
 Distillation (Zhou et al. 2024, arXiv:2409.19681).  The target is that of progressive distillation
 (Salimans & Ho 2022, arXiv:2202.00512), and guidance is distilled too, so that a step takes a single
-evaluation (Meng et al. 2022, arXiv:2210.03142).
+evaluation (Meng et al. 2022, arXiv:2210.03142).  A segment begins where the student's steps have
+led, so that it learns in states that it meets (DAgger, Ross et al. 2011, arXiv:1011.0686).  The
+image that it ends at is compared in the features of the teacher, too (Lin & Yang 2023,
+arXiv:2401.00110): pixels alone leave it blurred.
 
     implied_output  x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t),  r = sigma_s / sigma_t
                     v = (alpha_t * x_t - x_0) / sigma_t: the DDIM step from x_t with it ends at x_s
-    step_losses     || implied_output - model(x_t, t, y) ||^2,  for each step t -> s of the student
+    step_losses     || implied_output - model(x_t, t, y) ||^2,  for each step t -> s of the student,
+                    and after the last w * || features(x_s) - features(where it ended) ||^2
     with alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar)
 
     python distill.py --train --minutes 60    learn from the newest run of ddim.py or ddpm.py, else
@@ -18,29 +22,33 @@ evaluation (Meng et al. 2022, arXiv:2210.03142).
     python distill.py --class Sneaker         sample a Sneaker with the newest weights
 
 Differs from the papers: all steps of the student are learned at once; the teacher walks by
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), and each walk is used --passes times; Muon and EMA
-are those of ddim.py.  An epoch is a pass over the 64 batches of walks that are kept.
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095); each walk is used --passes times, and its states
+are those of the student a little earlier; Muon and EMA are those of ddim.py.  An epoch is a pass
+over the 64 batches of walks that are kept.
 """
 
-import argparse
+import copy
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
 import ddim
-from common import ImageData, InputError, UNet, next_noise, noise_streams, to_uint8
+from common import (
+    ImageData, InputError, ResidualBlock, UNet, next_noise, noise_streams, to_uint8,
+)  # fmt: skip
 from ddim import (
-    GUIDANCE_INTERVAL, ddim_sample, ddim_step, dpm_pairs, dpm_sample, ema_network, guided,
-    guided_times, image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs,
-    walk_length,
+    GUIDANCE_INTERVAL, ddim_sample, dpm_pairs, dpm_sample, ema_network, guided, guided_times,
+    image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs, walk_length,
 )  # fmt: skip
 
 NAME = "distill"
 SAMPLES_FROM = ("distill",)
 TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
 STEPS = 4  # default number of sampling steps
-TEACHER_STEPS = 15  # default; for more than 5 --steps three times as many
+TEACHER_STEPS = 20  # default; for more than 6 --steps three times as many
+SEEN_AT = 0.06  # fraction of T at which the teacher compares images
 WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
 FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
 
@@ -83,38 +91,69 @@ def default_teacher_steps(num_timesteps, steps):
     return min(max(TEACHER_STEPS, 3 * steps), num_timesteps)
 
 
-def teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs, solver="dpm++"):
-    """The states of the teacher's walk at the times of the student's: [x_T, ..., x_0], steps + 1.
+def teacher_walk(denoise, student, x_T, alpha_bars, prediction, pairs, fine_pairs, solver="dpm++"):
+    """[(x_t, x_s), ...] for each step of the student: where it starts, and where it should end.
 
-    denoise: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  fine_pairs:
-    from teacher_pairs.
+    x_t is where the student's steps have led, x_s where the teacher walks to from there.
+
+    denoise: of ddim.guided;  student: (x_t, t) -> output;  x_T: (B, C, H, W) ~ N(0, 1);
+    pairs: from time_pairs;  fine_pairs: from teacher_pairs.
     """
-    times = {-1, *(t for t, _ in pairs)}
     sampler = {"ddim": ddim_sample, "dpm++": dpm_sample}[solver]
-    trace = []
-    sampler(denoise, x_T, alpha_bars, fine_pairs, prediction, trace=trace)
-    return [x_t for t, x_t, _ in trace if t in times]
+    walk = []
+    x_t = x_T
+    for t, s in pairs:
+        segment = [pair for pair in fine_pairs if s < pair[0] <= t]
+        walk.append((x_t, sampler(denoise, x_t, alpha_bars, segment, prediction)))
+        x_t = ddim_sample(student, x_t, alpha_bars, [(t, s)], prediction)
+    return walk
 
 
-def step_losses(model, states, y, alpha_bars, prediction, pairs, loss, own_states):
+def features(model, x_t, t, y):
+    """What each residual block of a UNet makes of x_t at time t: a list of (B, C, H, W).
+
+    Pixels have length 1, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924).
+    """
+    found = []
+    blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
+    hooks = [block.register_forward_hook(lambda *hook: found.append(hook[-1])) for block in blocks]
+    model(x_t, torch.full_like(y, t), y)
+    for hook in hooks:
+        hook.remove()
+    return [F.normalize(h.float(), dim=1) for h in found]
+
+
+def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
+    """The distance of two images in the teacher's features, averaged over pixels and blocks: (B,).
+
+    x_0, x_0_hat: (B, C, H, W) in [-1, 1]; the teacher sees them at the time SEEN_AT, without noise.
+    """
+    t = int(SEEN_AT * len(alpha_bars))
+    alpha = alpha_bars[t].item() ** 0.5
+    with torch.no_grad():
+        right = features(teacher, alpha * x_0, t, y)
+    found = features(teacher, alpha * x_0_hat, t, y)
+    pairs = zip(right, found, strict=True)
+    losses = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]
+    return torch.stack(losses).mean(dim=0)
+
+
+def step_losses(model, walk, y, alpha_bars, prediction, pairs, loss, teacher=None, weight=0.0):
     """The loss of each step of the student: (steps, B).
 
-    With own_states a step starts where the student's step before has ended, else in the teacher's
-    state; in both it aims at the teacher's next one.
-
-    model: (x_t, t, y) -> output;  states: of teacher_walk;  y: int64 (B,);  pairs: from time_pairs.
+    model: (x_t, t, y) -> output;  walk: of teacher_walk;  y: int64 (B,);  pairs: from time_pairs;
+    teacher: UNet;  weight: of the distance in its features, 0 or more.
     """
     losses = []
-    x_t = states[0]
-    for (t, s), state, x_s in zip(pairs, states[:-1], states[1:], strict=True):
+    for (t, s), (x_t, x_s) in zip(pairs, walk, strict=True):
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_s = alpha_bars[s].item() if s >= 0 else 1.0
-        x_t = x_t if own_states else state
         output = model(x_t, torch.full_like(y, t), y).float()
         target = implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s)
         losses.append(image_losses(output, target, loss))
-        x_0_hat, eps_hat = predict_x_0_and_eps(output.detach(), x_t, prediction, alpha_bar_t, True)
-        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_s)
+        if s < 0 and weight > 0:
+            x_0_hat, _ = predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t)
+            losses[-1] = losses[-1] + weight * feature_losses(teacher, x_s, x_0_hat, y, alpha_bars)
     return torch.stack(losses)
 
 
@@ -170,6 +209,8 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
+    if checkpoint and "walker" not in checkpoint:
+        raise InputError("this run is of an older distill.py, and cannot go on: begin a new one")
     # A run keeps its teacher: the file may be another one when it is resumed.
     teacher = checkpoint["teacher"] if checkpoint else read_teacher(args)
     teacher = {key: teacher[key] for key in ("network", "class_names", "ema", "config")}
@@ -188,9 +229,10 @@ def train(args, checkpoint=None):
     shape = (config["channels"], image_size, image_size)
 
     # The student starts as the teacher.
-    teacher_model = ema_network(teacher, device)
+    teacher_model = ema_network(teacher, device).requires_grad_(False)
     model = UNet(**teacher["network"]).to(device, memory_format=torch.channels_last)
     model.load_state_dict(teacher["ema"])
+    walker = copy.deepcopy(model).requires_grad_(False)  # the student as it was when a pool began
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     named = model.named_parameters()
@@ -199,6 +241,7 @@ def train(args, checkpoint=None):
     sums = torch.zeros(args.steps, device=device)  # of the loss of each step of the walk
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
+        walker.load_state_dict(checkpoint["walker"])
         ema_model.module.load_state_dict(checkpoint["ema"])
         ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -217,26 +260,28 @@ def train(args, checkpoint=None):
 
     @torch.no_grad()
     def walk(batch):
-        """Classes and teacher's states of the batch of this number, this process's rows."""
+        """Classes and walk of the batch of this number, this process's rows."""
         [rows] = run.shard(torch.arange(args.batch_size) + batch * args.batch_size)
         y = (rows % num_classes).to(device)
         streams = noise_streams(args.seed, [FIRST_NOISE + i for i in rows.tolist()])
         x_T = torch.from_numpy(next_noise(streams, shape)).to(device)
-        output = guided(teacher_model, y, args.guidance, *interval)
 
-        def denoise(x_t, t):
-            with precision:  # bfloat16 moves the images by a third of a grey level
-                return output(x_t, t).float()
-
-        solver = args.teacher_solver
-        return y, teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs, solver)
+        guided_teacher = guided(teacher_model, y, args.guidance, *interval)
+        as_it_is = guided(walker, y, 1.0)
+        with precision:  # bfloat16 moves the images by a third of a grey level
+            return y, teacher_walk(
+                lambda x_t, t: guided_teacher(x_t, t).float(),
+                lambda x_t, t: as_it_is(x_t, t).float(),
+                x_T, alpha_bars, prediction, pairs, fine_pairs, args.teacher_solver,
+            )  # fmt: skip
 
     def save():
         grid = sample(model=ema_model.module, config=config, labels=grid_labels)
         state = {
             "config": config, "network": teacher["network"], "class_names": teacher["class_names"],
             "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "sums": sums.tolist(), "teacher": teacher,
+            "walker": walker.state_dict(), "optimizer": optimizer.state_dict(),
+            "sums": sums.tolist(), "teacher": teacher,
         }  # fmt: skip
         run.save(state, grid, grid_labels)
 
@@ -250,19 +295,23 @@ def train(args, checkpoint=None):
                 group["lr"] = learning_rate(args, step, run.progress)
 
             # A walk costs several times what is learned from it at once: each is used --passes
-            # times.  Its noise depends on its number alone: a resumed run repeats it exactly.
+            # times.  It depends on its number and on the student at the start of its pool alone:
+            # a resumed run repeats it exactly.
             epoch, i = divmod(step, WALKS)
+            if step % (args.passes * WALKS) == 0:
+                walker.load_state_dict(model.state_dict())
             batch = epoch // args.passes * WALKS + i
             if batch not in walks:
                 walks = {key: value for key, value in walks.items() if key > batch - WALKS}
                 walks[batch] = walk(batch)
-            y, states = walks[batch]
+            y, segments = walks[batch]
 
             # Salimans & Ho 2022, algorithm 2, with all steps of the student at once.
             with precision:
                 losses = step_losses(
-                    forward, states, y, alpha_bars, prediction, pairs, args.loss, args.own_states
-                )
+                    forward, segments, y, alpha_bars, prediction, pairs, args.loss,
+                    teacher_model, args.feature_weight,
+                )  # fmt: skip
             loss = losses.mean()
 
             # Clipping bounds what one bad batch can do; a loss that is not finite ends the run.
@@ -295,7 +344,7 @@ TAUGHT = (
 )  # fmt: skip
 FIXED = (
     "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",
-    "passes", "own_states", "loss", "weight_decay", "batch_size", "ema_length", "seed",
+    "passes", "loss", "feature_weight", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
 # Not free here: a student reads no data, and each walk belongs to its batch.
 OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")
@@ -308,7 +357,6 @@ FREE = (
 
 
 def build_parser():
-    on_off = argparse.BooleanOptionalAction
     parser = run_parser(NAME, __doc__, batch_size=32, data=False)
     # fmt: off
     add = parser.add_argument_group("method").add_argument
@@ -327,15 +375,16 @@ def build_parser():
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
         help="number of steps of the teacher's walk, more than --steps "
-             f"({TEACHER_STEPS}; from --steps 6 on, three times as many)")
+             f"({TEACHER_STEPS}; from --steps 7 on, three times as many)")
     add("--teacher-solver", choices=("ddim", "dpm++"), default="dpm++",
         help="sampler of the teacher: ddim, or dpm++, of second order (dpm++)")
     add("--passes", type=number(int, 1, 1000), default=4,
         help="how often each walk of the teacher is used, 1 to 1000 (4)")
-    add("--own-states", action=on_off, default=False,
-        help="learn in the states of the student's walk, not in those of the teacher's (off)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
+    add("--feature-weight", type=number(float, 0), default=1.5,
+        help="weight of the distance between image and target in the teacher's features, 0 or "
+             "more (1.5)")
     # fmt: on
     optimisation_flags(parser, lr=3e-3)
     return parser

@@ -57,6 +57,11 @@ def schedule(prediction="v", steps=4):
     return alpha_bars, ddim.time_pairs(ddim.walk_length(alpha_bars, prediction), steps)
 
 
+def still(x_t, t):
+    """A denoiser whose output is 0."""
+    return torch.zeros_like(x_t)
+
+
 def alpha_bar_of(alpha_bars, t):
     return alpha_bars[t].item() if t >= 0 else 1.0
 
@@ -77,8 +82,7 @@ def test_the_ddim_step_with_the_implied_output_lands_on_the_next_state(predictio
         assert (landed - x_s).abs().max() < 1e-10, (t, s)
 
 
-@pytest.mark.parametrize("own_states", [True, False])
-def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach(own_states):
+def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach():
     """Its own network has loss 0; the network of another class, or a finer walk, has not."""
     alpha_bars, pairs = schedule()
 
@@ -88,10 +92,10 @@ def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach(o
         return (alpha_bar_t**0.5 * x_t - x_0_hat) / (1 - alpha_bar_t) ** 0.5
 
     def loss(guidance=1.0, fine=pairs):
-        denoise = ddim.guided(network, y, guidance)
+        denoise, student = (ddim.guided(network, y, weight) for weight in (guidance, 1.0))
         arguments = (alpha_bars, "v", pairs)
-        states = distill.teacher_walk(denoise, x_T, *arguments, fine, "ddim")
-        found = distill.step_losses(network, states, y, *arguments, "l2", own_states)
+        walk = distill.teacher_walk(denoise, student, x_T, *arguments, fine, "ddim")
+        found = distill.step_losses(network, walk, y, *arguments, "l2")
         assert found.shape == (4, 5)
         return found.max()
 
@@ -119,9 +123,10 @@ def test_the_targets_are_those_of_the_exact_flow_as_the_steps_of_the_teacher_gro
         errors = []
         for steps in (24, 48, 96, 192):
             fine = distill.teacher_pairs(1000, steps, pairs, solver)
-            states = distill.teacher_walk(denoise, x_T, alpha_bars, "v", pairs, fine, solver)
+            arguments = (alpha_bars, "v", pairs, fine, solver)
             worst = 0.0
-            for (t, s), x_t, x_s in zip(pairs, states[:-1], states[1:], strict=True):
+            walk = distill.teacher_walk(denoise, denoise, x_T, *arguments)
+            for (t, s), (x_t, x_s) in zip(pairs, walk, strict=True):
                 alpha_bar_t, alpha_bar_s = alpha_bar_of(alpha_bars, t), alpha_bar_of(alpha_bars, s)
                 exact = x_t * (variance(alpha_bar_s) / variance(alpha_bar_t)) ** 0.5
                 outputs = (
@@ -151,11 +156,11 @@ def test_the_times_of_the_student_are_times_of_the_teacher(steps, teacher_steps,
         return torch.zeros_like(x_t)
 
     x_T = torch.randn(2, 1, 4, 4)
-    *states, x_0 = distill.teacher_walk(denoise, x_T, alpha_bars, "v", pairs, fine, solver)
-    assert len(seen) == teacher_steps and len(states) == steps
-    for (t, _), x_t in zip(pairs, states, strict=True):
+    walk = distill.teacher_walk(denoise, still, x_T, alpha_bars, "v", pairs, fine, solver)
+    assert len(seen) == teacher_steps and len(walk) == steps
+    for (t, _), (x_t, _) in zip(pairs, walk, strict=True):
         assert torch.equal(x_t, seen[t])
-    assert x_0.abs().max() <= 1
+    assert walk[-1][1].abs().max() <= 1
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
@@ -166,26 +171,77 @@ def test_the_default_steps_of_a_teacher_suit_each_student(length, solver):
         assert distill.teacher_pairs(length, count, ddim.time_pairs(length, steps), solver)
 
 
-def test_with_own_states_a_step_starts_where_the_one_before_ended():
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+def test_the_teacher_walks_on_from_where_the_steps_of_the_student_have_led(solver):
     alpha_bars, pairs = schedule()
-    states = torch.randn(5, 2, 1, 4, 4).unbind()
-    seen = []
+    fine = distill.teacher_pairs(1000, 12, pairs, solver)
+
+    def teacher(x_t, t):
+        return 0.1 * x_t
+
+    x_T = torch.randn(2, 1, 4, 4)
+    walk = distill.teacher_walk(teacher, still, x_T, alpha_bars, "v", pairs, fine, solver)
+    sampler = {"ddim": ddim.ddim_sample, "dpm++": ddim.dpm_sample}[solver]
+    x = x_T
+    for (t, s), (x_t, x_s) in zip(pairs, walk, strict=True):
+        assert torch.equal(x_t, x)
+        [start] = [i for i, pair in enumerate(fine) if pair[0] == t]
+        [end] = [i for i, pair in enumerate(fine) if pair[1] == s]
+        assert torch.equal(x_s, sampler(teacher, x_t, alpha_bars, fine[start : end + 1], "v"))
+        both = ddim.predict_x_0_and_eps(torch.zeros_like(x_t), x_t, "v", alpha_bars[t].item(), True)
+        x = ddim.ddim_step(*both, alpha_bars[t].item(), alpha_bar_of(alpha_bars, s))
+
+
+def small_teacher():
+    """A UNet of random weights, its head too."""
+    torch.manual_seed(0)
+    network = UNet(widths=(8, 16), depths=(1, 1), emb_channels=16).eval().requires_grad_(False)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return network
+
+
+def test_features_are_those_of_the_residual_blocks_step_by_step():
+    """Called by hand, one after the other."""
+    teacher = small_teacher()
+    x_t, y = torch.randn(3, 1, 32, 32), torch.tensor([1, 5, 9])
+    emb = teacher.embedding(torch.full_like(y, 60), y)
+    fine = teacher.down[0][0](teacher.stem(torch.nn.functional.pixel_unshuffle(x_t, 2)), emb)
+    coarse = teacher.bottom[0](teacher.down[0][1](fine), emb)
+    up = torch.nn.functional.pixel_shuffle(teacher.up[0][0](teacher.bottom[1](coarse)), 2)
+    last = teacher.up[0][1](torch.cat([up, fine], dim=1), emb)
+    found = distill.features(teacher, x_t, 60, y)
+    for h, expected in zip(found, (fine, coarse, last), strict=True):
+        length = expected.square().sum(dim=1, keepdim=True).sqrt()
+        assert torch.allclose(h, expected / length, atol=1e-6)
+    assert not any(block._forward_hooks for block in teacher.modules())
+
+
+def test_the_last_step_is_compared_in_the_features_too():
+    """Of alpha times the image, at a time of little noise; the other steps are not."""
+    alpha_bars, pairs = schedule(steps=2)
+    teacher, y = small_teacher(), torch.tensor([1, 5, 9])
+    walk = [tuple(torch.randn(2, 3, 1, 32, 32).clamp(-1, 1).unbind()) for _ in pairs]
 
     def model(x_t, t, y):
-        seen.append((x_t, t.tolist(), y.tolist()))
-        return torch.zeros_like(x_t)
+        return 0.3 * x_t
 
-    y = torch.tensor([3, 1])
-    for own in (True, False):
-        seen.clear()
-        distill.step_losses(model, states, y, alpha_bars, "v", pairs, "l2", own)
-        assert [(t, labels) for _, t, labels in seen] == [([t, t], [3, 1]) for t, _ in pairs]
-        x_t = states[0]
-        for k, (t, s) in enumerate(pairs):
-            assert torch.equal(seen[k][0], x_t if own else states[k])
-            alpha_bar_t = alpha_bars[t].item()
-            both = ddim.predict_x_0_and_eps(torch.zeros_like(x_t), x_t, "v", alpha_bar_t, True)
-            x_t = ddim.ddim_step(*both, alpha_bar_t, alpha_bar_of(alpha_bars, s))
+    def losses(*options):
+        return distill.step_losses(model, walk, y, alpha_bars, "v", pairs, "l2", *options)
+
+    plain, weighted = losses(), losses(teacher, 0.5)
+    assert torch.equal(plain[0], weighted[0])
+    x_t, x_0 = walk[1]
+    alpha_bar_t = alpha_bars[pairs[1][0]].item()
+    x_0_hat, _ = ddim.predict_x_0_and_eps(0.3 * x_t, x_t, "v", alpha_bar_t)
+    alpha = alpha_bars[60].item() ** 0.5
+    both = (distill.features(teacher, alpha * x, 60, y) for x in (x_0, x_0_hat))
+    # of pixels of length 1, the squared distance is 2 - 2 cos
+    cosines = [torch.cosine_similarity(a, b, dim=1) for a, b in zip(*both, strict=True)]
+    expected = torch.stack([(2 - 2 * cosine).mean(dim=(1, 2)) for cosine in cosines]).mean(dim=0)
+    assert torch.allclose(weighted[1] - plain[1], 0.5 * expected, atol=1e-5)
+    assert distill.feature_losses(teacher, x_0, x_0, y, alpha_bars).abs().max() == 0
+    assert distill.SEEN_AT * 1000 == 60
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -209,18 +265,17 @@ def test_an_image_takes_one_evaluation_a_step_with_its_class(steps):
 
 
 def test_a_student_learns_its_teacher(tiny_run, in_tmp):
-    """A network with a random head teaches."""
+    """A network with a random head teaches: the first step, whose states stay, is soon learned."""
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     network = UNet(**checkpoint["network"])
     torch.nn.init.normal_(network.head.weight, std=0.02)
     torch.save({**checkpoint, "ema": network.state_dict()}, "teacher.pt")
-    flags = split("--train --epochs 16 --warmup 5 --lr 2e-2 --batch-size 8 --guidance 3")
-    assert distill.main([*flags, "--teacher", "teacher.pt", "--no-own-states"]) == 0
+    flags = split("--train --epochs 32 --warmup 5 --lr 1e-2 --batch-size 8 --guidance 3")
+    assert distill.main([*flags, "--teacher", "teacher.pt"]) == 0
     every = [json.loads(line) for line in Path("runs/distill/log.jsonl").read_text().splitlines()]
-    lines = [line for line in every if "loss" in line]
-    found = [line["loss"] for line in lines]
-    assert np.mean(found[-3:]) < 0.85 * found[0], found
-    assert len(lines[0]["loss_by_step"]) == 4
+    found = [line["loss_by_step"] for line in every if "loss" in line]
+    assert len(found[0]) == 4
+    assert np.mean([steps[0] for steps in found[-3:]]) < 0.4 * found[0][0], found
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -231,9 +286,9 @@ def test_each_walk_of_a_run_has_its_own_noise(tiny_run, in_tmp, monkeypatch):
     seen = []
     walk = distill.teacher_walk
 
-    def spy(denoise, x_T, *rest):
+    def spy(denoise, student, x_T, *rest):
         seen.extend(x_T.flatten(1))
-        return walk(denoise, x_T, *rest)
+        return walk(denoise, student, x_T, *rest)
 
     monkeypatch.setattr(distill, "teacher_walk", spy)
     assert distill.main([*FLAGS, "--teacher", str(tiny_run)]) == 0
@@ -254,22 +309,24 @@ def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tm
         solvers.add(given[-1])
         return walk(*given)
 
-    def spy_losses(model, states, y, *options):
-        learned.append((y.tolist(), options[-2:]))
-        return losses(model, states, y, *options)
+    def spy_losses(model, segments, y, *options):
+        learned.append((y.tolist(), options[-3], options[-1]))
+        return losses(model, segments, y, *options)
 
     monkeypatch.setattr(distill, "guided", spy_guided)
     monkeypatch.setattr(distill, "teacher_walk", spy_walk)
     monkeypatch.setattr(distill, "step_losses", spy_losses)
     monkeypatch.setattr(torch, "compile", lambda m: lambda *given: calls.append(1) or m(*given))
-    flags = split("--teacher-solver ddim --own-states --loss l1 --guidance 3 --compile")
-    flags += split("--guidance-interval 0.2 0.6")
+    flags = split("--teacher-solver ddim --feature-weight .7 --loss l1 --guidance 3")
+    flags += split("--guidance-interval 0.2 0.6 --compile")
     assert distill.main([*FLAGS, *flags, "--teacher", str(tiny_run)]) == 0
-    assert {options for _, options in asked} == {(3.0, 200.0, 600.0)} and solvers == {"ddim"}
-    assert {options for _, options in learned} == {("l1", True)}
+    # the teacher is guided, the student that walks before it is not
+    assert [options for _, options in asked] == [(3.0, 200.0, 600.0), (1.0,)] * 6
+    assert {(loss, weight) for _, loss, weight in learned} == {("l1", 0.7)} and solvers == {"ddim"}
     assert len(calls) == 12 * 4  # steps of the run, and of the student's walk
-    batches = [y for y, _ in asked]
-    assert [y for y, _ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
+    batches = [y for y, _ in asked[::2]]
+    assert [y for y, _ in asked[1::2]] == batches
+    assert [y for y, *_ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
     assert {y for batch in batches for y in batch} == {*range(10)}
 
 
@@ -285,7 +342,7 @@ def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
     assert {key: config[key] for key in distill.TAUGHT} == {
         key: taught["config"][key] for key in distill.TAUGHT
     }
-    assert config["teacher_steps"] == 15 and config["guidance"] == ddim.GUIDANCE
+    assert config["teacher_steps"] == 20 and config["guidance"] == ddim.GUIDANCE
     assert checkpoint["step"] == 12 and checkpoint["network"] == taught["network"]
     assert all(torch.equal(a, taught["ema"][k]) for k, a in checkpoint["teacher"]["ema"].items())
     changed = [not torch.equal(a, taught["ema"][k]) for k, a in checkpoint["ema"].items()]
@@ -327,6 +384,39 @@ def test_a_run_that_ends_at_any_step_resumes_bit_for_bit(fault, student, tiny_ru
         assert equal(whole[key], broken[key]), key
 
 
+def test_a_pool_of_walks_is_of_the_student_at_its_start(tiny_run, in_tmp, monkeypatch):
+    """Pools of six steps: the walks of the second are those of the student after six."""
+    outputs = []
+    walk = distill.teacher_walk
+
+    def spy(denoise, student, x_T, *rest):
+        outputs.append(student(torch.ones_like(x_T), 500))
+        return walk(denoise, student, x_T, *rest)
+
+    monkeypatch.setattr(distill, "teacher_walk", spy)
+    assert distill.main([*FLAGS, "--no-bf16", "--teacher", str(tiny_run)]) == 0
+    checkpoint = torch.load("runs/distill/distill.pt", weights_only=True)
+    assert len(outputs) == 6
+    network = UNet(**checkpoint["network"]).eval()
+    pools = (checkpoint["teacher"]["ema"], checkpoint["walker"])
+    for weights, batches in zip(pools, ([0, 1, 2], [3, 4, 5]), strict=True):
+        network.load_state_dict(weights)
+        for i in batches:
+            y = torch.arange(4 * i, 4 * i + 4) % 10
+            with torch.no_grad():
+                expected = network(torch.ones(4, 1, 32, 32), torch.full_like(y, 500), y)
+            assert torch.allclose(outputs[i], expected, atol=1e-5), i
+
+
+def test_a_run_of_the_older_kind_is_refused(student, in_tmp, capsys):
+    checkpoint = torch.load(student / "distill.pt", weights_only=True)
+    del checkpoint["walker"]
+    Path("old").mkdir()
+    torch.save(checkpoint, "old/distill.pt")
+    error = refused(distill.main, ["--resume", "--run-dir", "old"], capsys)
+    assert "older distill.py" in error and "begin a new one" in error
+
+
 def test_two_processes_train_what_one_does(tiny_run, in_tmp):
     flags = [*FLAGS, "--no-bf16", "--teacher", str(tiny_run)]
     assert distill.main([*flags, "--run-dir", "one"]) == 0
@@ -364,7 +454,7 @@ def test_any_size_colour_and_script_can_teach(name, channels, steps, in_tmp):
     ("flags", "message"),
     [
         ("--train --teacher nowhere", "there is no nowhere"),
-        ("--train --teacher-steps 4", "--teacher-steps 4 are too few for --steps 4: right is 15"),
+        ("--train --teacher-steps 4", "--teacher-steps 4 are too few for --steps 4: right is 20"),
         ("--train --teacher-steps 1004", "--teacher-steps 1004 is more than the 1000 timesteps"),
         ("--train --guidance-interval .8 .2", "right is 0 <= LOW <= HIGH <= 1"),
         ("--train --data mnist", "unrecognized arguments: --data mnist"),

@@ -266,13 +266,6 @@ def test_the_size_of_the_network_is_said(size):
     assert f"| {size} | {count:,} | {speed.macs_of(network, size) / 1e6:.1f} |" in RESULTS
 
 
-def test_the_next_weights_are_those_of_the_run_that_is_named():
-    config = torch.load(ROOT / "pretrained/next/ddim.pt", weights_only=True)["config"]
-    epochs = log_of("pretrained/next/ddim.log.jsonl")[-1]["epoch"]
-    command = f"`python ddim.py --train --minutes {config['minutes']:g}` on two cores"
-    assert f"{command}, {epochs:.1f} epochs" in one_line(RESULTS)
-
-
 def test_the_settings_are_those_of_the_table():
     """Neither fewer samples nor older weights stand in it."""
     folder = ROOT / "results/settings"
