@@ -5,15 +5,14 @@ Sampling Speed", 2021 (arXiv:2101.02388): a student learns where the determinist
 ends.  Here the walk is cut into one segment for each step of the student, as in Simple and Fast
 Distillation (Zhou et al. 2024, arXiv:2409.19681).  The target is that of progressive distillation
 (Salimans & Ho 2022, arXiv:2202.00512), and guidance is distilled too, so that a step takes a single
-evaluation (Meng et al. 2022, arXiv:2210.03142).  A segment begins where the student's steps have
-led, so that it learns in states that it meets (DAgger, Ross et al. 2011, arXiv:1011.0686).  The
-image that it ends at is compared in the features of the teacher, too (Lin & Yang 2023,
-arXiv:2401.00110): pixels alone leave it blurred.
+evaluation (Meng et al. 2022, arXiv:2210.03142).  A segment begins where the student's own steps
+have led (DAgger, Ross et al. 2011, arXiv:1011.0686), and the image at the end is compared in the
+features of the teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone leave it blurred.
 
     implied_output  x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t),  r = sigma_s / sigma_t
                     v = (alpha_t * x_t - x_0) / sigma_t: the DDIM step from x_t with it ends at x_s
     step_losses     || implied_output - model(x_t, t, y) ||^2,  for each step t -> s of the student,
-                    and after the last w * || features(x_s) - features(where it ended) ||^2
+                    and for the last w * || features(x_0) - features(x_0_hat) ||^2
     with alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar)
 
     python distill.py --train --minutes 60    learn from the newest run of ddim.py or ddpm.py, else
@@ -35,9 +34,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
 import ddim
-from common import (
-    ImageData, InputError, ResidualBlock, UNet, next_noise, noise_streams, to_uint8,
-)  # fmt: skip
+from common import ImageData, InputError, ResidualBlock, UNet, next_noise, noise_streams, to_uint8
 from ddim import (
     GUIDANCE_INTERVAL, ddim_sample, dpm_pairs, dpm_sample, ema_network, guided, guided_times,
     image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs, walk_length,
@@ -69,13 +66,12 @@ def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
     return target_of(prediction, x_0, eps, alpha_bar_t)
 
 
-def teacher_pairs(num_timesteps, teacher_steps, pairs, solver):
-    """Pairs as of time_pairs: the solver's own, but that each t of `pairs` is one of theirs.
+def teacher_pairs(num_timesteps, teacher_steps, pairs):
+    """Pairs as of dpm_pairs, but that each t of `pairs` is one of theirs.
 
     It takes the place of the nearest.  Raises InputError where there are too few.
     """
-    pairs_of = dpm_pairs if solver == "dpm++" else time_pairs
-    times = [t for t, _ in pairs_of(num_timesteps, teacher_steps)]
+    times = [t for t, _ in dpm_pairs(num_timesteps, teacher_steps)]
     for t, _ in pairs:
         nearest = min(range(teacher_steps), key=lambda i: abs(times[i] - t))
         times[nearest] = t
@@ -91,51 +87,42 @@ def default_teacher_steps(num_timesteps, steps):
     return min(max(TEACHER_STEPS, 3 * steps), num_timesteps)
 
 
-def teacher_walk(denoise, student, x_T, alpha_bars, prediction, pairs, fine_pairs, solver="dpm++"):
+def teacher_walk(teacher, student, x_T, alpha_bars, prediction, pairs, fine_pairs):
     """[(x_t, x_s), ...] for each step of the student: where it starts, and where it should end.
 
     x_t is where the student's steps have led, x_s where the teacher walks to from there.
 
-    denoise: of ddim.guided;  student: (x_t, t) -> output;  x_T: (B, C, H, W) ~ N(0, 1);
-    pairs: from time_pairs;  fine_pairs: from teacher_pairs.
+    teacher, student: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
+    fine_pairs: from teacher_pairs.
     """
-    sampler = {"ddim": ddim_sample, "dpm++": dpm_sample}[solver]
     walk = []
     x_t = x_T
     for t, s in pairs:
         segment = [pair for pair in fine_pairs if s < pair[0] <= t]
-        walk.append((x_t, sampler(denoise, x_t, alpha_bars, segment, prediction)))
+        walk.append((x_t, dpm_sample(teacher, x_t, alpha_bars, segment, prediction)))
         x_t = ddim_sample(student, x_t, alpha_bars, [(t, s)], prediction)
     return walk
 
 
-def features(model, x_t, t, y):
-    """What each residual block of a UNet makes of x_t at time t: a list of (B, C, H, W).
-
-    Pixels have length 1, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924).
-    """
-    found = []
-    blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
-    hooks = [block.register_forward_hook(lambda *hook: found.append(hook[-1])) for block in blocks]
-    model(x_t, torch.full_like(y, t), y)
-    for hook in hooks:
-        hook.remove()
-    return [F.normalize(h.float(), dim=1) for h in found]
-
-
 def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
-    """The distance of two images in the teacher's features, averaged over pixels and blocks: (B,).
+    """How far two images are from each other in the residual blocks of the teacher: (B,).
+
+    The mean over blocks and pixels of || a - b ||^2, where a and b are scaled to length 1, as in
+    LPIPS (Zhang et al. 2018, arXiv:1801.03924): 2 - 2 cos(a, b).
 
     x_0, x_0_hat: (B, C, H, W) in [-1, 1]; the teacher sees them at the time SEEN_AT, without noise.
     """
     t = int(SEEN_AT * len(alpha_bars))
-    alpha = alpha_bars[t].item() ** 0.5
-    with torch.no_grad():
-        right = features(teacher, alpha * x_0, t, y)
-    found = features(teacher, alpha * x_0_hat, t, y)
-    pairs = zip(right, found, strict=True)
-    losses = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]
-    return torch.stack(losses).mean(dim=0)
+    found = []
+    blocks = [block for block in teacher.modules() if isinstance(block, ResidualBlock)]
+    hooks = [block.register_forward_hook(lambda *hook: found.append(hook[-1])) for block in blocks]
+    for x in (x_0, x_0_hat):
+        teacher(alpha_bars[t].item() ** 0.5 * x, torch.full_like(y, t), y)
+    for hook in hooks:
+        hook.remove()
+    pairs = zip(found[: len(blocks)], found[len(blocks) :], strict=True)
+    cosines = [F.cosine_similarity(a.float(), b.float(), dim=1).mean(dim=(1, 2)) for a, b in pairs]
+    return 2 - 2 * torch.stack(cosines).mean(dim=0)
 
 
 def step_losses(model, walk, y, alpha_bars, prediction, pairs, loss, teacher=None, weight=0.0):
@@ -153,7 +140,7 @@ def step_losses(model, walk, y, alpha_bars, prediction, pairs, loss, teacher=Non
         losses.append(image_losses(output, target, loss))
         if s < 0 and weight > 0:
             x_0_hat, _ = predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t)
-            losses[-1] = losses[-1] + weight * feature_losses(teacher, x_s, x_0_hat, y, alpha_bars)
+            losses[-1] += weight * feature_losses(teacher, x_s, x_0_hat, y, alpha_bars)
     return torch.stack(losses)
 
 
@@ -165,11 +152,10 @@ def sample(model, labels, *, config=None, seed=0, batch_size=100, trace=None):
 
     Arguments and result as in ddim.sample.
     """
-    config = config or model.config
-    options = {"seed": seed, "batch_size": batch_size, "trace": trace}
+    config = {**(config or model.config), "label_dropout": 0}
     return ddim.sample(
-        model, labels, config={**config, "label_dropout": 0}, steps=config["steps"], guidance=1.0,
-        solver="ddim", **options,
+        model, labels, config=config, steps=config["steps"], guidance=1.0, solver="ddim", seed=seed,
+        batch_size=batch_size, trace=trace,
     )  # fmt: skip
 
 
@@ -199,7 +185,7 @@ def read_teacher(args):
         raise InputError(
             f"--teacher-steps {args.teacher_steps} is more than the {length} timesteps of a walk"
         )
-    teacher_pairs(length, args.teacher_steps, time_pairs(length, args.steps), args.teacher_solver)
+    teacher_pairs(length, args.teacher_steps, time_pairs(length, args.steps))
     return teacher
 
 
@@ -223,7 +209,7 @@ def train(args, checkpoint=None):
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, args.steps)
-    fine_pairs = teacher_pairs(length, args.teacher_steps, pairs, args.teacher_solver)
+    fine_pairs = teacher_pairs(length, args.teacher_steps, pairs)
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
@@ -234,9 +220,8 @@ def train(args, checkpoint=None):
     model.load_state_dict(teacher["ema"])
     walker = copy.deepcopy(model).requires_grad_(False)  # the student as it was when a pool began
     forward = parallel(torch.compile(model) if args.compile else model)
-    fused = device.type != "mps"
-    named = model.named_parameters()
-    optimizer = Muon(named, args.lr, weight_decay=args.weight_decay, fused=fused)
+    options = {"weight_decay": args.weight_decay, "fused": device.type != "mps"}
+    optimizer = Muon(model.named_parameters(), args.lr, **options)
     ema_model = AveragedModel(model, multi_avg_fn=power_ema(args.ema_length)).eval()
     sums = torch.zeros(args.steps, device=device)  # of the loss of each step of the walk
     if checkpoint:
@@ -252,8 +237,7 @@ def train(args, checkpoint=None):
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
     images = ddim.sample(
         model=teacher_model, config=config, labels=grid_labels, steps=args.teacher_steps,
-        guidance=args.guidance, guidance_interval=args.guidance_interval,
-        solver=args.teacher_solver,
+        guidance=args.guidance, guidance_interval=args.guidance_interval, solver="dpm++",
     )  # fmt: skip
     data = ImageData(to_uint8(images), grid_labels, teacher["class_names"][:10], args.teacher)
     run = Run(NAME, args, data, checkpoint, walks=WALKS * args.batch_size)
@@ -266,14 +250,10 @@ def train(args, checkpoint=None):
         streams = noise_streams(args.seed, [FIRST_NOISE + i for i in rows.tolist()])
         x_T = torch.from_numpy(next_noise(streams, shape)).to(device)
 
-        guided_teacher = guided(teacher_model, y, args.guidance, *interval)
-        as_it_is = guided(walker, y, 1.0)
+        denoise = guided(teacher_model, y, args.guidance, *interval)
+        student = guided(walker, y, 1.0)
         with precision:  # bfloat16 moves the images by a third of a grey level
-            return y, teacher_walk(
-                lambda x_t, t: guided_teacher(x_t, t).float(),
-                lambda x_t, t: as_it_is(x_t, t).float(),
-                x_T, alpha_bars, prediction, pairs, fine_pairs, args.teacher_solver,
-            )  # fmt: skip
+            return y, teacher_walk(denoise, student, x_T, alpha_bars, prediction, pairs, fine_pairs)
 
     def save():
         grid = sample(model=ema_model.module, config=config, labels=grid_labels)
@@ -294,9 +274,8 @@ def train(args, checkpoint=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, run.progress)
 
-            # A walk costs several times what is learned from it at once: each is used --passes
-            # times.  It depends on its number and on the student at the start of its pool alone:
-            # a resumed run repeats it exactly.
+            # A walk is dear: each is used --passes times.  It depends on its number and on the
+            # student at the start of its pool alone, so that a resumed run repeats it exactly.
             epoch, i = divmod(step, WALKS)
             if step % (args.passes * WALKS) == 0:
                 walker.load_state_dict(model.state_dict())
@@ -343,8 +322,8 @@ TAUGHT = (
     "schedule", "prediction", "label_dropout",
 )  # fmt: skip
 FIXED = (
-    "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "teacher_solver",
-    "passes", "loss", "feature_weight", "weight_decay", "batch_size", "ema_length", "seed",
+    "teacher", "steps", "guidance", "guidance_interval", "teacher_steps", "passes",
+    "loss", "feature_weight", "weight_decay", "batch_size", "ema_length", "seed",
 )  # fmt: skip
 # Not free here: a student reads no data, and each walk belongs to its batch.
 OF_DATA = ("data", "data_dir", "skip_broken", "batch_size")
@@ -376,8 +355,6 @@ def build_parser():
     add("--teacher-steps", type=number(int, 1, 100_000),
         help="number of steps of the teacher's walk, more than --steps "
              f"({TEACHER_STEPS}; from --steps 7 on, three times as many)")
-    add("--teacher-solver", choices=("ddim", "dpm++"), default="dpm++",
-        help="sampler of the teacher: ddim, or dpm++, of second order (dpm++)")
     add("--passes", type=number(int, 1, 1000), default=4,
         help="how often each walk of the teacher is used, 1 to 1000 (4)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
