@@ -21,12 +21,13 @@ features of the teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone l
     python distill.py --class Sneaker         sample a Sneaker with the newest weights
 
 Differs from the papers: all steps of the student are learned at once; the teacher walks by
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095); each walk is used --passes times, and its states
-are those of the student a little earlier; Muon and EMA are those of ddim.py.  An epoch is a pass
-over the 64 batches of walks that are kept.
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095); walks are made 64 batches at a time, with the steps
+of the student at that moment, used --passes times and then dropped (DAgger keeps them all); the
+features are those of all residual blocks, at one t and without noise.  Muon and EMA are those of
+ddim.py.  An epoch is a pass over the 64 batches.
 """
 
-import copy
+import contextlib
 import sys
 
 import torch
@@ -36,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 import ddim
 from common import ImageData, InputError, ResidualBlock, UNet, next_noise, noise_streams, to_uint8
 from ddim import (
-    GUIDANCE_INTERVAL, ddim_sample, dpm_pairs, dpm_sample, ema_network, guided, guided_times,
+    GUIDANCE_INTERVAL, ddim_sample, dpm_sample, ema_network, guided, guided_times,
     image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs, walk_length,
 )  # fmt: skip
 
@@ -44,9 +45,10 @@ NAME = "distill"
 SAMPLES_FROM = ("distill",)
 TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
 STEPS = 4  # default number of sampling steps
-TEACHER_STEPS = 20  # default; for more than 6 --steps three times as many
-SEEN_AT = 0.06  # fraction of T at which the teacher compares images
-WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
+TEACHER_STEPS = 20  # default
+SEGMENT_STEPS = 4  # the teacher's in each of the student's, at least
+SEEN_AT = 0.9885  # alpha_bar at which the teacher is shown images to compare: little noise
+WALKS = 64  # batches of walks in a pool, which are kept and used --passes times
 FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
 
 # --- Method ---------------------------------------------------------------------------------------
@@ -66,41 +68,39 @@ def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
     return target_of(prediction, x_0, eps, alpha_bar_t)
 
 
-def teacher_pairs(num_timesteps, teacher_steps, pairs):
-    """Pairs as of dpm_pairs, but that each t of `pairs` is one of theirs.
+def segment_pairs(num_timesteps, teacher_steps, t, s):
+    """[(t, ...), ..., (..., s)]: the steps of the teacher in the student's step from t to s.
 
-    It takes the place of the nearest.  Raises InputError where there are too few.
+    As close as those of dpm_pairs(num_timesteps, teacher_steps), whose i / n is `place`, but at
+    least SEGMENT_STEPS, where there are as many timesteps.
     """
-    times = [t for t, _ in dpm_pairs(num_timesteps, teacher_steps)]
-    for t, _ in pairs:
-        nearest = min(range(teacher_steps), key=lambda i: abs(times[i] - t))
-        times[nearest] = t
-    if not {t for t, _ in pairs} <= {*times}:
-        raise InputError(
-            f"--teacher-steps {teacher_steps} are too few for --steps {len(pairs)}: right is "
-            f"{default_teacher_steps(num_timesteps, len(pairs))}"
-        )
-    return list(zip(times, [*times[1:], -1], strict=True))
+
+    def place(t):
+        noise, signal = ((t + 1) / 3) ** 0.5, (num_timesteps - t - 1) ** 0.5
+        return noise / (noise + signal)
+
+    start, end = place(t), place(s)
+    count = max(round(teacher_steps * (start - end)), SEGMENT_STEPS)
+    places = [start + (end - start) * i / count for i in range(1, count)]
+    times = {round(num_timesteps * 3 * w**2 / (3 * w**2 + (1 - w) ** 2)) - 1 for w in places}
+    times = [t, *sorted((time for time in times if s < time < t), reverse=True)]
+    return list(zip(times, [*times[1:], s], strict=True))
 
 
-def default_teacher_steps(num_timesteps, steps):
-    return min(max(TEACHER_STEPS, 3 * steps), num_timesteps)
-
-
-def teacher_walk(teacher, student, x_T, alpha_bars, prediction, pairs, fine_pairs):
+def teacher_walk(teacher, student, x_T, alpha_bars, prediction, segments):
     """[(x_t, x_s), ...] for each step of the student: where it starts, and where it should end.
 
-    x_t is where the student's steps have led, x_s where the teacher walks to from there.
+    x_t is where the student's steps have led; from there the teacher walks to x_s by DPM-Solver++,
+    whose first step in each segment is that of DDIM.
 
-    teacher, student: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    fine_pairs: from teacher_pairs.
+    teacher, student: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  segments: of segment_pairs.
     """
-    walk = []
-    x_t = x_T
-    for t, s in pairs:
-        segment = [pair for pair in fine_pairs if s < pair[0] <= t]
+    x_t, walk = x_T, []
+    for segment in segments:
+        (t, _), (_, s) = segment[0], segment[-1]
         walk.append((x_t, dpm_sample(teacher, x_t, alpha_bars, segment, prediction)))
-        x_t = ddim_sample(student, x_t, alpha_bars, [(t, s)], prediction)
+        if s >= 0:
+            x_t = ddim_sample(student, x_t, alpha_bars, [(t, s)], prediction)
     return walk
 
 
@@ -108,18 +108,19 @@ def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
     """How far two images are from each other in the residual blocks of the teacher: (B,).
 
     The mean over blocks and pixels of || a - b ||^2, where a and b are scaled to length 1, as in
-    LPIPS (Zhang et al. 2018, arXiv:1801.03924): 2 - 2 cos(a, b).
+    LPIPS without its learned weights (Zhang et al. 2018, arXiv:1801.03924): 2 - 2 cos(a, b).
 
-    x_0, x_0_hat: (B, C, H, W) in [-1, 1]; the teacher sees them at the time SEEN_AT, without noise.
+    teacher: UNet, shown both without noise;  x_0: (B, C, H, W) in [-1, 1];  x_0_hat: like x_0, but
+    not limited, so that each pixel learns;  y: int64 (B,).
     """
-    t = int(SEEN_AT * len(alpha_bars))
+    t = max(int((alpha_bars > SEEN_AT).sum()) - 1, 0)
     found = []
     blocks = [block for block in teacher.modules() if isinstance(block, ResidualBlock)]
-    hooks = [block.register_forward_hook(lambda *hook: found.append(hook[-1])) for block in blocks]
-    for x in (x_0, x_0_hat):
-        teacher(alpha_bars[t].item() ** 0.5 * x, torch.full_like(y, t), y)
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda *hook: found.append(hook[-1])))
+        for x in (x_0, x_0_hat):
+            teacher(alpha_bars[t].item() ** 0.5 * x, torch.full_like(y, t), y)
     pairs = zip(found[: len(blocks)], found[len(blocks) :], strict=True)
     cosines = [F.cosine_similarity(a.float(), b.float(), dim=1).mean(dim=(1, 2)) for a, b in pairs]
     return 2 - 2 * torch.stack(cosines).mean(dim=0)
@@ -179,13 +180,12 @@ def read_teacher(args):
         args.guidance = ddim.default_guidance(config)
     length = ddim.max_steps(config)
     if args.teacher_steps is None:
-        args.teacher_steps = default_teacher_steps(length, args.steps)
+        args.teacher_steps = min(TEACHER_STEPS, length)
     ddim.check_sampling(config, args.steps, args.guidance)
     if args.teacher_steps > length:
         raise InputError(
             f"--teacher-steps {args.teacher_steps} is more than the {length} timesteps of a walk"
         )
-    teacher_pairs(length, args.teacher_steps, time_pairs(length, args.steps))
     return teacher
 
 
@@ -204,21 +204,21 @@ def train(args, checkpoint=None):
     config |= {key: getattr(args, key) for key in FIXED + FREE}
     print(f"teacher {args.teacher}, {args.teacher_steps} steps, guidance {args.guidance:g}")
 
-    # The teacher passes all times of the student, in smaller steps.
+    # The teacher takes several steps for each of the student's.
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, args.steps)
-    fine_pairs = teacher_pairs(length, args.teacher_steps, pairs)
+    segments = [segment_pairs(length, args.teacher_steps, t, s) for t, s in pairs]
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
 
     # The student starts as the teacher.
-    teacher_model = ema_network(teacher, device).requires_grad_(False)
+    teacher_model = ema_network(teacher, device)
     model = UNet(**teacher["network"]).to(device, memory_format=torch.channels_last)
     model.load_state_dict(teacher["ema"])
-    walker = copy.deepcopy(model).requires_grad_(False)  # the student as it was when a pool began
+    walker = ema_network(teacher, device)  # the student as it was when its pool of walks began
     forward = parallel(torch.compile(model) if args.compile else model)
     options = {"weight_decay": args.weight_decay, "fused": device.type != "mps"}
     optimizer = Muon(model.named_parameters(), args.lr, **options)
@@ -252,8 +252,8 @@ def train(args, checkpoint=None):
 
         denoise = guided(teacher_model, y, args.guidance, *interval)
         student = guided(walker, y, 1.0)
-        with precision:  # bfloat16 moves the images by a third of a grey level
-            return y, teacher_walk(denoise, student, x_T, alpha_bars, prediction, pairs, fine_pairs)
+        with precision:  # bfloat16 moves the states by a quarter of a grey level
+            return y, teacher_walk(denoise, student, x_T, alpha_bars, prediction, segments)
 
     def save():
         grid = sample(model=ema_model.module, config=config, labels=grid_labels)
@@ -267,15 +267,15 @@ def train(args, checkpoint=None):
 
     size = sum(p.numel() for p in model.parameters())
     print(f"run {run} on {device}, {size:,} parameters", flush=True)
-    walks = {}
+    walks = {}  # of each batch's number; 2 * steps * WALKS batches of images in all
     with run:
         for step in run.steps(save):
             # The rate ends at 0 just when the run does, whether that is by epochs or by minutes.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, run.progress)
 
-            # A walk is dear: each is used --passes times.  It depends on its number and on the
-            # student at the start of its pool alone, so that a resumed run repeats it exactly.
+            # A walk costs more than a step: each is used --passes times.  It depends on its number
+            # and the student at the start of its pool alone, so that a resumed run repeats it.
             epoch, i = divmod(step, WALKS)
             if step % (args.passes * WALKS) == 0:
                 walker.load_state_dict(model.state_dict())
@@ -283,13 +283,13 @@ def train(args, checkpoint=None):
             if batch not in walks:
                 walks = {key: value for key, value in walks.items() if key > batch - WALKS}
                 walks[batch] = walk(batch)
-            y, segments = walks[batch]
+            y, states = walks[batch]
 
             # Salimans & Ho 2022, algorithm 2, with all steps of the student at once.
             with precision:
                 losses = step_losses(
-                    forward, segments, y, alpha_bars, prediction, pairs, args.loss,
-                    teacher_model, args.feature_weight,
+                    forward, states, y, alpha_bars, prediction, pairs, args.loss, teacher_model,
+                    args.feature_weight,
                 )  # fmt: skip
             loss = losses.mean()
 
@@ -353,10 +353,10 @@ def build_parser():
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
-        help="number of steps of the teacher's walk, more than --steps "
-             f"({TEACHER_STEPS}; from --steps 7 on, three times as many)")
+        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); at least {SEGMENT_STEPS} "
+             "more for each of --steps where they would be fewer")
     add("--passes", type=number(int, 1, 1000), default=4,
-        help="how often each walk of the teacher is used, 1 to 1000 (4)")
+        help="how often each walk is used, 1 to 1000 (4)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
         help="distance between prediction and target (l2)")
     add("--feature-weight", type=number(float, 0), default=1.5,

@@ -393,7 +393,7 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
 def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None):
     """Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    The first step and the last are those of DDIM.  Arguments and result as in ddim_sample.
+    The first step is that of DDIM, and so is one to x_0.  Arguments and result as in ddim_sample.
     """
     x_t = x_T
     last = None  # x_0_hat and alpha_bar of the step before

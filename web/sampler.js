@@ -398,7 +398,7 @@ function dpmExtrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alp
 
 /** Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    The first step and the last are those of DDIM.  Arguments and result as in ddimSample. */
+    The first step is that of DDIM, and so is one to x_0.  Arguments and result as in ddimSample. */
 async function dpmSample(denoise, x_T, alpha_bars, pairs, prediction, clip, trace) {
   let x_t = x_T;
   let last = null; // x_0_hat and alpha_bar of the step before
