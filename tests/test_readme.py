@@ -337,6 +337,7 @@ def test_the_shipped_students_are_runs_of_the_commands_of_its_table(name):
     """Their cards and logs; flags that the command leaves out are the defaults."""
     command, epochs = re.search(rf"\| `{name}` \| `python (.+)` \| ([\d.]+) \|", RESULTS).groups()
     args = vars(distill.build_parser().parse_args(command.split()[1:]))
+    args["teacher_steps"] = args["teacher_steps"] or distill.TEACHER_STEPS
     training = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu").card["training"]
     kept = {*distill.FIXED, "lr"} - {"teacher", "guidance", "guidance_interval"}
     assert {key: training[key] for key in kept} == {key: args[key] for key in kept}
