@@ -586,6 +586,10 @@ def test_a_page_gets_its_tables(in_tmp):
     )
     scores, overview = report.scores_of(several[0]), report.overview(*several)
     assert report.overview(several[0], *several) == overview  # each model once
+    later = json.loads(json.dumps(several[0]))
+    later["rows"] = later["rows"][1:2]
+    later["rows"][0]["latency"]["batch"]["1"] = 87.65  # that of the last file which has one
+    assert "| 87.7 |" in report.overview(*several, later)
     assert report.filled(page, ROOT) == (
         f"one\n<!-- scores of results -->\n{scores}<!-- end -->\ntwo\n"
         f"<!-- overview of results results/ddpm -->\n{overview}<!-- end -->\n<!-- other -->\n"
