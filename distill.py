@@ -353,8 +353,8 @@ def build_parser():
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
-        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); at least {SEGMENT_STEPS} "
-             "more for each of --steps where they would be fewer")
+        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); where fewer than "
+             f"{SEGMENT_STEPS} would fall into a step of the student, {SEGMENT_STEPS} are taken")
     add("--passes", type=number(int, 1, 1000), default=4,
         help="how often each walk is used, 1 to 1000 (4)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",
