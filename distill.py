@@ -5,9 +5,9 @@ Sampling Speed", 2021 (arXiv:2101.02388): a student learns where the determinist
 ends.  Here the walk is cut into one segment for each step of the student, as in Simple and Fast
 Distillation (Zhou et al. 2024, arXiv:2409.19681).  The target is that of progressive distillation
 (Salimans & Ho 2022, arXiv:2202.00512), and guidance is distilled too, so that a step takes a single
-evaluation (Meng et al. 2022, arXiv:2210.03142).  A segment begins where the student's own steps
-have led (DAgger, Ross et al. 2011, arXiv:1011.0686), and the image at the end is compared in the
-features of the teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone leave it blurred.
+evaluation (Meng et al. 2022, arXiv:2210.03142).  A step begins where the student's own steps have
+led, so that it learns to make up for them; the image at the end is compared in the features of the
+teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone leave it blurred.
 
     implied_output  x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t),  r = sigma_s / sigma_t
                     v = (alpha_t * x_t - x_0) / sigma_t: the DDIM step from x_t with it ends at x_s
@@ -21,10 +21,9 @@ features of the teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone l
     python distill.py --class Sneaker         sample a Sneaker with the newest weights
 
 Differs from the papers: all steps of the student are learned at once; the teacher walks by
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095); walks are made 64 batches at a time, with the steps
-of the student at that moment, used --passes times and then dropped (DAgger keeps them all); the
-features are those of all residual blocks, at one t and without noise.  Muon and EMA are those of
-ddim.py.  An epoch is a pass over the 64 batches.
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), and each walk is used --passes times; the features
+are those of all residual blocks, at one t and without noise; Muon and EMA are those of ddim.py.  An
+epoch is a pass over the 64 batches of walks that are kept.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel
 import ddim
 from common import ImageData, InputError, ResidualBlock, UNet, next_noise, noise_streams, to_uint8
 from ddim import (
-    GUIDANCE_INTERVAL, ddim_sample, dpm_sample, ema_network, guided, guided_times,
+    GUIDANCE_INTERVAL, ddim_step, dpm_pairs, dpm_sample, ema_network, guided, guided_times,
     image_losses, predict_x_0_and_eps, schedule_of, target_of, time_pairs, walk_length,
 )  # fmt: skip
 
@@ -45,10 +44,9 @@ NAME = "distill"
 SAMPLES_FROM = ("distill",)
 TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
 STEPS = 4  # default number of sampling steps
-TEACHER_STEPS = 20  # default
-SEGMENT_STEPS = 4  # the teacher's in each of the student's, at least
+TEACHER_STEPS = 15  # default
 SEEN_AT = 0.9885  # alpha_bar at which the teacher is shown images to compare: little noise
-WALKS = 64  # batches of walks in a pool, which are kept and used --passes times
+WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
 FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
 
 # --- Method ---------------------------------------------------------------------------------------
@@ -68,40 +66,28 @@ def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
     return target_of(prediction, x_0, eps, alpha_bar_t)
 
 
-def segment_pairs(num_timesteps, teacher_steps, t, s):
-    """[(t, ...), ..., (..., s)]: the steps of the teacher in the student's step from t to s.
+def teacher_pairs(num_timesteps, teacher_steps, pairs):
+    """Pairs as of dpm_pairs, with each t of `pairs`, which takes the place of the nearest time.
 
-    As close as those of dpm_pairs(num_timesteps, teacher_steps), whose i / n is `place`, but at
-    least SEGMENT_STEPS, where there are as many timesteps.
+    pairs: from time_pairs.  Where several have the same nearest, there are more than teacher_steps.
     """
-
-    def place(t):
-        noise, signal = ((t + 1) / 3) ** 0.5, (num_timesteps - t - 1) ** 0.5
-        return noise / (noise + signal)
-
-    start, end = place(t), place(s)
-    count = max(round(teacher_steps * (start - end)), SEGMENT_STEPS)
-    places = [start + (end - start) * i / count for i in range(1, count)]
-    times = {round(num_timesteps * 3 * w**2 / (3 * w**2 + (1 - w) ** 2)) - 1 for w in places}
-    times = [t, *sorted((time for time in times if s < time < t), reverse=True)]
-    return list(zip(times, [*times[1:], s], strict=True))
+    times = {t for t, _ in dpm_pairs(num_timesteps, teacher_steps)}
+    own = {t for t, _ in pairs}
+    nearest = {min(times, key=lambda time: abs(time - t)) for t in own}
+    times = sorted(times - nearest | own, reverse=True)
+    return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def teacher_walk(teacher, student, x_T, alpha_bars, prediction, segments):
-    """[(x_t, x_s), ...] for each step of the student: where it starts, and where it should end.
+def teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs):
+    """The states of the teacher's walk at the times of the student's: [x_T, ..., x_0], steps + 1.
 
-    x_t is where the student's steps have led; from there the teacher walks to x_s by DPM-Solver++,
-    whose first step in each segment is that of DDIM.
-
-    teacher, student: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  segments: of segment_pairs.
+    denoise: of ddim.guided;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;  fine_pairs:
+    from teacher_pairs.
     """
-    x_t, walk = x_T, []
-    for segment in segments:
-        (t, _), (_, s) = segment[0], segment[-1]
-        walk.append((x_t, dpm_sample(teacher, x_t, alpha_bars, segment, prediction)))
-        if s >= 0:
-            x_t = ddim_sample(student, x_t, alpha_bars, [(t, s)], prediction)
-    return walk
+    times = {-1, *(t for t, _ in pairs)}
+    trace = []
+    dpm_sample(denoise, x_T, alpha_bars, fine_pairs, prediction, trace=trace)
+    return [x_t for t, x_t, _ in trace if t in times]
 
 
 def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
@@ -126,14 +112,17 @@ def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
     return 2 - 2 * torch.stack(cosines).mean(dim=0)
 
 
-def step_losses(model, walk, y, alpha_bars, prediction, pairs, loss, teacher=None, weight=0.0):
+def step_losses(model, states, y, alpha_bars, prediction, pairs, loss, teacher=None, weight=0.0):
     """The loss of each step of the student: (steps, B).
 
-    model: (x_t, t, y) -> output;  walk: of teacher_walk;  y: int64 (B,);  pairs: from time_pairs;
+    Each begins where the one before has ended, the first at x_T, and aims at the teacher's state.
+
+    model: (x_t, t, y) -> output;  states: of teacher_walk;  y: int64 (B,);  pairs: from time_pairs;
     teacher: UNet;  weight: of the distance in its features, 0 or more.
     """
     losses = []
-    for (t, s), (x_t, x_s) in zip(pairs, walk, strict=True):
+    x_t = states[0]
+    for (t, s), x_s in zip(pairs, states[1:], strict=True):
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_s = alpha_bars[s].item() if s >= 0 else 1.0
         output = model(x_t, torch.full_like(y, t), y).float()
@@ -142,6 +131,9 @@ def step_losses(model, walk, y, alpha_bars, prediction, pairs, loss, teacher=Non
         if s < 0 and weight > 0:
             x_0_hat, _ = predict_x_0_and_eps(output, x_t, prediction, alpha_bar_t)
             losses[-1] += weight * feature_losses(teacher, x_s, x_0_hat, y, alpha_bars)
+        # No gradient passes from a step to those before it.
+        x_0_hat, eps_hat = predict_x_0_and_eps(output.detach(), x_t, prediction, alpha_bar_t, True)
+        x_t = ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_s)
     return torch.stack(losses)
 
 
@@ -195,7 +187,7 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
-    if checkpoint and "walker" not in checkpoint:
+    if checkpoint and ("walker" in checkpoint or "own_states" in checkpoint["config"]):
         raise InputError("this run is of an older distill.py, and cannot go on: begin a new one")
     # A run keeps its teacher: the file may be another one when it is resumed.
     teacher = checkpoint["teacher"] if checkpoint else read_teacher(args)
@@ -204,12 +196,12 @@ def train(args, checkpoint=None):
     config |= {key: getattr(args, key) for key in FIXED + FREE}
     print(f"teacher {args.teacher}, {args.teacher_steps} steps, guidance {args.guidance:g}")
 
-    # The teacher takes several steps for each of the student's.
+    # The teacher passes all times of the student, in smaller steps.
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, args.steps)
-    segments = [segment_pairs(length, args.teacher_steps, t, s) for t, s in pairs]
+    fine_pairs = teacher_pairs(length, args.teacher_steps, pairs)
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
@@ -218,7 +210,6 @@ def train(args, checkpoint=None):
     teacher_model = ema_network(teacher, device)
     model = UNet(**teacher["network"]).to(device, memory_format=torch.channels_last)
     model.load_state_dict(teacher["ema"])
-    walker = ema_network(teacher, device)  # the student as it was when its pool of walks began
     forward = parallel(torch.compile(model) if args.compile else model)
     options = {"weight_decay": args.weight_decay, "fused": device.type != "mps"}
     optimizer = Muon(model.named_parameters(), args.lr, **options)
@@ -226,7 +217,6 @@ def train(args, checkpoint=None):
     sums = torch.zeros(args.steps, device=device)  # of the loss of each step of the walk
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
-        walker.load_state_dict(checkpoint["walker"])
         ema_model.module.load_state_dict(checkpoint["ema"])
         ema_model.n_averaged.fill_(checkpoint["step"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -244,41 +234,36 @@ def train(args, checkpoint=None):
 
     @torch.no_grad()
     def walk(batch):
-        """Classes and walk of the batch of this number, this process's rows."""
+        """Classes and teacher's states of the batch of this number, this process's rows."""
         [rows] = run.shard(torch.arange(args.batch_size) + batch * args.batch_size)
         y = (rows % num_classes).to(device)
         streams = noise_streams(args.seed, [FIRST_NOISE + i for i in rows.tolist()])
         x_T = torch.from_numpy(next_noise(streams, shape)).to(device)
-
         denoise = guided(teacher_model, y, args.guidance, *interval)
-        student = guided(walker, y, 1.0)
-        with precision:  # bfloat16 moves the states by a quarter of a grey level
-            return y, teacher_walk(denoise, student, x_T, alpha_bars, prediction, segments)
+        with precision:  # bfloat16 moves the images by a third of a grey level
+            return y, teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs)
 
     def save():
         grid = sample(model=ema_model.module, config=config, labels=grid_labels)
         state = {
             "config": config, "network": teacher["network"], "class_names": teacher["class_names"],
             "weights": model.state_dict(), "ema": ema_model.module.state_dict(),
-            "walker": walker.state_dict(), "optimizer": optimizer.state_dict(),
-            "sums": sums.tolist(), "teacher": teacher,
+            "optimizer": optimizer.state_dict(), "sums": sums.tolist(), "teacher": teacher,
         }  # fmt: skip
         run.save(state, grid, grid_labels)
 
     size = sum(p.numel() for p in model.parameters())
     print(f"run {run} on {device}, {size:,} parameters", flush=True)
-    walks = {}  # of each batch's number; 2 * steps * WALKS batches of images in all
+    walks = {}  # of each batch's number; (steps + 1) * WALKS batches of images in all
     with run:
         for step in run.steps(save):
             # The rate ends at 0 just when the run does, whether that is by epochs or by minutes.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, run.progress)
 
-            # A walk costs more than a step: each is used --passes times.  It depends on its number
-            # and the student at the start of its pool alone, so that a resumed run repeats it.
+            # A walk costs several times what is learned from it at once: each is used --passes
+            # times.  Its noise depends on its number alone: a resumed run repeats it exactly.
             epoch, i = divmod(step, WALKS)
-            if step % (args.passes * WALKS) == 0:
-                walker.load_state_dict(model.state_dict())
             batch = epoch // args.passes * WALKS + i
             if batch not in walks:
                 walks = {key: value for key, value in walks.items() if key > batch - WALKS}
@@ -353,8 +338,8 @@ def build_parser():
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
-        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); where fewer than "
-             f"{SEGMENT_STEPS} would fall into a step of the student, {SEGMENT_STEPS} are taken")
+        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}), or as many more as it takes "
+             "to pass all times of the student")
     add("--passes", type=number(int, 1, 1000), default=4,
         help="how often each walk is used, 1 to 1000 (4)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",

@@ -57,15 +57,6 @@ def schedule(prediction="v", steps=4):
     return alpha_bars, ddim.time_pairs(ddim.walk_length(alpha_bars, prediction), steps)
 
 
-def still(x_t, t):
-    """A denoiser whose output is 0."""
-    return torch.zeros_like(x_t)
-
-
-def segments_of(pairs, teacher_steps, num_timesteps=1000):
-    return [distill.segment_pairs(num_timesteps, teacher_steps, t, s) for t, s in pairs]
-
-
 def alpha_bar_of(alpha_bars, t):
     return alpha_bars[t].item() if t >= 0 else 1.0
 
@@ -86,7 +77,7 @@ def test_the_ddim_step_with_the_implied_output_lands_on_the_next_state(predictio
         assert (landed - x_s).abs().max() < 1e-10, (t, s)
 
 
-def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach():
+def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach(monkeypatch):
     """Its own network has loss 0; with guidance, or in a finer walk, it has not."""
     alpha_bars, pairs = schedule()
 
@@ -95,17 +86,20 @@ def test_a_teacher_of_as_many_ddim_steps_without_guidance_has_nothing_to_teach()
         x_0_hat = torch.tanh((y + 1).view(-1, 1, 1, 1) * x_t)  # never clipped
         return (alpha_bar_t**0.5 * x_t - x_0_hat) / (1 - alpha_bar_t) ** 0.5
 
-    def loss(segments, guidance=1.0):
-        denoise, student = (ddim.guided(network, y, weight) for weight in (guidance, 1.0))
-        walk = distill.teacher_walk(denoise, student, x_T, alpha_bars, "v", segments)
-        found = distill.step_losses(network, walk, y, alpha_bars, "v", pairs, "l2")
+    def loss(guidance=1.0, fine=pairs):
+        denoise = ddim.guided(network, y, guidance)
+        arguments = (alpha_bars, "v", pairs)
+        states = distill.teacher_walk(denoise, x_T, *arguments, fine)
+        found = distill.step_losses(network, states, y, *arguments, "l2")
         assert found.shape == (4, 5)
         return found.max()
 
     x_T, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.arange(5)
-    assert loss([[pair] for pair in pairs]) < 1e-10
-    assert loss([[pair] for pair in pairs], guidance=2.0) > 1e-3
-    assert loss(segments_of(pairs, 12)) > 1e-3
+    assert loss() > 1e-3  # DPM-Solver++ is of second order
+    monkeypatch.setattr(distill, "dpm_sample", ddim.ddim_sample)
+    assert loss() < 1e-10
+    assert loss(guidance=2.0) > 1e-3
+    assert loss(fine=ddim.time_pairs(1000, 12)) > 1e-3
 
 
 def test_the_targets_are_those_of_the_exact_flow_as_the_steps_of_the_teacher_grow():
@@ -124,10 +118,10 @@ def test_the_targets_are_those_of_the_exact_flow_as_the_steps_of_the_teacher_gro
     x_T = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     errors = []
     for steps in (24, 48, 96, 192):
+        fine = distill.teacher_pairs(1000, steps, pairs)
+        states = distill.teacher_walk(denoise, x_T, alpha_bars, "v", pairs, fine)
         worst = 0.0
-        segments = segments_of(pairs, steps)
-        walk = distill.teacher_walk(denoise, denoise, x_T, alpha_bars, "v", segments)
-        for (t, s), (x_t, x_s) in zip(pairs, walk, strict=True):
+        for (t, s), x_t, x_s in zip(pairs, states[:-1], states[1:], strict=True):
             alpha_bar_t, alpha_bar_s = alpha_bar_of(alpha_bars, t), alpha_bar_of(alpha_bars, s)
             exact = x_t * (variance(alpha_bar_s) / variance(alpha_bar_t)) ** 0.5
             outputs = (
@@ -141,43 +135,57 @@ def test_the_targets_are_those_of_the_exact_flow_as_the_steps_of_the_teacher_gro
     assert errors[0] / errors[2] > 3
 
 
-@pytest.mark.parametrize("teacher_steps", [1, 15, 20])
-def test_the_whole_walk_of_a_teacher_is_that_of_its_solver(teacher_steps):
-    [(t, s)] = ddim.time_pairs(1000, 1)
-    found = distill.segment_pairs(1000, teacher_steps, t, s)
-    assert found == ddim.dpm_pairs(1000, max(teacher_steps, 4))
-
-
 @pytest.mark.parametrize("length", [10, 996, 1000])
-@pytest.mark.parametrize("teacher_steps", [4, 20, 200])
-def test_the_teacher_takes_several_steps_in_each_of_the_student(length, teacher_steps):
-    """At least four where there are as many timesteps, and else one at each that there is."""
+@pytest.mark.parametrize("teacher_steps", [1, 10, 15])
+def test_the_teacher_passes_the_times_of_the_student(length, teacher_steps):
+    """In place of the nearest of its own times."""
+    own = {t for t, _ in ddim.dpm_pairs(length, min(teacher_steps, length))}
     for steps in [1, 2, 3, 4, 8, 10, *([100, length] if length > 10 else ())]:
         pairs = ddim.time_pairs(length, steps)
-        for (t, s), segment in zip(pairs, segments_of(pairs, teacher_steps, length), strict=True):
-            assert segment[0][0] == t and segment[-1][1] == s
-            assert all(a > b for a, b in segment)
-            assert all(a[1] == b[0] for a, b in itertools.pairwise(segment))
-            assert len(segment) >= (4 if t - s >= 40 else 1), (steps, segment)
-        assert len(segment) <= max(teacher_steps, 4)
+        fine = distill.teacher_pairs(length, len(own), pairs)
+        assert fine[0][0] == length - 1 and fine[-1][1] == -1
+        assert all(t > s for t, s in fine)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(fine))
+        times, students = {t for t, _ in fine}, {t for t, _ in pairs}
+        assert students <= times <= students | own
+        assert max(len(own), steps) <= len(fine) < len(own) + steps
+        for t in own - times:  # the nearest to a time of the student
+            assert any(abs(t - s) == min(abs(other - s) for other in own) for s in students)
+    # That of one step begins where every walk does.
+    [pair] = ddim.time_pairs(length, 1)
+    assert distill.teacher_pairs(length, len(own), [pair]) == ddim.dpm_pairs(length, len(own))
 
 
-def test_the_teacher_walks_on_from_where_the_steps_of_the_student_have_led():
+def test_a_step_of_the_student_starts_where_the_one_before_has_ended():
     alpha_bars, pairs = schedule()
-    segments = segments_of(pairs, 12)
+    states = torch.randn(5, 2, 1, 4, 4).unbind()
+    seen = []
 
-    def teacher(x_t, t):
-        return 0.1 * x_t
+    def model(x_t, t, y):
+        seen.append((x_t, t.tolist(), y.tolist()))
+        return torch.zeros_like(x_t)
 
-    x_T = torch.randn(2, 1, 4, 4)
-    walk = distill.teacher_walk(teacher, still, x_T, alpha_bars, "v", segments)
-    x = x_T
-    for (t, s), segment, (x_t, x_s) in zip(pairs, segments, walk, strict=True):
+    distill.step_losses(model, states, torch.tensor([3, 1]), alpha_bars, "v", pairs, "l2")
+    assert [(t, labels) for _, t, labels in seen] == [([t, t], [3, 1]) for t, _ in pairs]
+    x = states[0]
+    for (t, s), (x_t, *_) in zip(pairs, seen, strict=True):
         assert torch.equal(x_t, x)
-        assert torch.equal(x_s, ddim.dpm_sample(teacher, x_t, alpha_bars, segment, "v"))
         both = ddim.predict_x_0_and_eps(torch.zeros_like(x_t), x_t, "v", alpha_bars[t].item(), True)
         x = ddim.ddim_step(*both, alpha_bars[t].item(), alpha_bar_of(alpha_bars, s))
-    assert walk[-1][1].abs().max() <= 1
+
+
+def test_no_gradient_passes_from_a_step_to_those_before_it():
+    alpha_bars, pairs = schedule()
+    states = torch.randn(5, 2, 1, 4, 4).unbind()
+    weights = torch.ones(1000, requires_grad=True)
+
+    def model(x_t, t, y):
+        return weights[t].view(-1, 1, 1, 1) * x_t
+
+    losses = distill.step_losses(model, states, torch.tensor([3, 1]), alpha_bars, "v", pairs, "l2")
+    for (t, _), loss in zip(pairs, losses, strict=True):
+        [gradient] = torch.autograd.grad(loss.sum(), weights, retain_graph=True)
+        assert gradient.nonzero().flatten().tolist() == [t]
 
 
 def small_teacher():
@@ -203,17 +211,18 @@ def test_the_last_step_is_compared_in_the_features_too(prediction):
     """Of alpha times the image, at a time of little noise; the other steps are not."""
     alpha_bars, pairs = schedule(prediction, steps=2)
     teacher, y = small_teacher(), torch.tensor([1, 5, 9])
-    walk = [tuple(torch.randn(2, 3, 1, 32, 32).clamp(-1, 1).unbind()) for _ in pairs]
+    states, begun = torch.randn(3, 3, 1, 32, 32).clamp(-1, 1).unbind(), []
 
     def model(x_t, t, y):
+        begun.append(x_t)
         return 0.3 * x_t
 
     def losses(*options):
-        return distill.step_losses(model, walk, y, alpha_bars, prediction, pairs, "l2", *options)
+        return distill.step_losses(model, states, y, alpha_bars, prediction, pairs, "l2", *options)
 
     plain, weighted = losses(), losses(teacher, 0.5)
     assert torch.equal(plain[0], weighted[0])
-    x_t, x_0 = walk[1]
+    x_t, x_0 = begun[-1], states[-1]
     alpha_bar_t = alpha_bars[pairs[1][0]].item()
     x_0_hat, _ = ddim.predict_x_0_and_eps(0.3 * x_t, x_t, prediction, alpha_bar_t)
     alpha = alpha_bars[60].item() ** 0.5
@@ -287,9 +296,9 @@ def test_each_walk_of_a_run_has_its_own_noise(tiny_run, in_tmp, monkeypatch):
     seen = []
     walk = distill.teacher_walk
 
-    def spy(denoise, student, x_T, *rest):
+    def spy(denoise, x_T, *rest):
         seen.extend(x_T.flatten(1))
-        return walk(denoise, student, x_T, *rest)
+        return walk(denoise, x_T, *rest)
 
     monkeypatch.setattr(distill, "teacher_walk", spy)
     assert distill.main([*FLAGS, "--teacher", str(tiny_run)]) == 0
@@ -306,9 +315,9 @@ def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tm
         asked.append((y.tolist(), options))
         return guided(model, y, *options)
 
-    def spy_losses(model, segments, y, *options):
+    def spy_losses(model, states, y, *options):
         learned.append((y.tolist(), options[-3], options[-1]))
-        return losses(model, segments, y, *options)
+        return losses(model, states, y, *options)
 
     monkeypatch.setattr(distill, "guided", spy_guided)
     monkeypatch.setattr(distill, "step_losses", spy_losses)
@@ -316,12 +325,10 @@ def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tm
     flags = split("--feature-weight .7 --loss l1 --guidance 3 --compile")
     flags += split("--guidance-interval 0.2 0.6")
     assert distill.main([*FLAGS, *flags, "--teacher", str(tiny_run)]) == 0
-    # the teacher is guided, the student that walks before it is not
-    assert [options for _, options in asked] == [(3.0, 200.0, 600.0), (1.0,)] * 6
+    assert [options for _, options in asked] == [(3.0, 200.0, 600.0)] * 6
     assert {(loss, weight) for _, loss, weight in learned} == {("l1", 0.7)}
     assert len(calls) == 12 * 4  # steps of the run, and of the student's walk
-    batches = [y for y, _ in asked[::2]]
-    assert [y for y, _ in asked[1::2]] == batches
+    batches = [y for y, _ in asked]
     assert [y for y, *_ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
     assert {y for batch in batches for y in batch} == {*range(10)}
 
@@ -338,7 +345,7 @@ def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
     assert {key: config[key] for key in distill.TAUGHT} == {
         key: taught["config"][key] for key in distill.TAUGHT
     }
-    assert config["teacher_steps"] == 20 and config["guidance"] == ddim.GUIDANCE
+    assert config["teacher_steps"] == 15 and config["guidance"] == ddim.GUIDANCE
     assert checkpoint["step"] == 12 and checkpoint["network"] == taught["network"]
     assert all(torch.equal(a, taught["ema"][k]) for k, a in checkpoint["teacher"]["ema"].items())
     changed = [not torch.equal(a, taught["ema"][k]) for k, a in checkpoint["ema"].items()]
@@ -380,40 +387,14 @@ def test_a_run_that_ends_at_any_step_resumes_bit_for_bit(fault, student, tiny_ru
         assert equal(whole[key], broken[key]), key
 
 
-def test_a_pool_of_walks_is_of_the_student_at_its_start(tiny_run, in_tmp, monkeypatch):
-    """Pools of six steps: the walks of the second are those of the student after six."""
-    outputs, learned = [], []
-    walk, losses = distill.teacher_walk, distill.step_losses
-
-    def spy(denoise, student, x_T, *rest):
-        outputs.append(student(torch.ones_like(x_T), 500))
-        return walk(denoise, student, x_T, *rest)
-
-    def spy_losses(model, *rest):
-        learned.append({key: w.clone() for key, w in model.state_dict().items()})
-        return losses(model, *rest)
-
-    monkeypatch.setattr(distill, "teacher_walk", spy)
-    monkeypatch.setattr(distill, "step_losses", spy_losses)
-    assert distill.main([*FLAGS, "--no-bf16", "--teacher", str(tiny_run)]) == 0
-    checkpoint = torch.load("runs/distill/distill.pt", weights_only=True)
-    assert len(outputs) == 6 and len(learned) == 12
-    assert equal(checkpoint["walker"], learned[6]) and not equal(learned[0], learned[6])
-    network = UNet(**checkpoint["network"]).eval()
-    for weights, batches in ((learned[0], [0, 1, 2]), (learned[6], [3, 4, 5])):
-        network.load_state_dict(weights)
-        for i in batches:
-            y = torch.arange(4 * i, 4 * i + 4) % 10
-            with torch.no_grad():
-                expected = network(torch.ones(4, 1, 32, 32), torch.full_like(y, 500), y)
-            assert torch.allclose(outputs[i], expected, atol=1e-5), i
-
-
-def test_a_run_of_the_older_kind_is_refused(student, in_tmp, capsys):
+@pytest.mark.parametrize("kind", ["walker", "own_states"])
+def test_a_run_of_the_older_kinds_is_refused(kind, student, in_tmp, capsys):
     checkpoint = torch.load(student / "distill.pt", weights_only=True)
-    del checkpoint["walker"]
+    old = {"walker": checkpoint["ema"]}
+    if kind == "own_states":
+        old = {"config": {**checkpoint["config"], "own_states": True}}
     Path("old").mkdir()
-    torch.save(checkpoint, "old/distill.pt")
+    torch.save({**checkpoint, **old}, "old/distill.pt")
     error = refused(distill.main, ["--resume", "--run-dir", "old"], capsys)
     assert "older distill.py" in error and "begin a new one" in error
 
@@ -545,7 +526,7 @@ def test_small_weights_have_no_teacher_in_them(exported, student, in_tmp, monkey
     flags = ["--checkpoint", str(student), "--output", "x.onnx", "--weights", "x.pt"]
     assert export.main(["distill", *flags]) == 0
     kept = torch.load("x.pt", weights_only=True)
-    assert not {"teacher", "walker", "weights", "optimizer"} & kept.keys()
+    assert not {"teacher", "weights", "optimizer"} & kept.keys()
     assert kept["config"]["teacher"] == "ddim.pt"
     assert distill.main(["--checkpoint", "x.pt", "--class", "0", "--output", "x.png"]) == 0
     assert Path("x.pt").stat().st_size < 0.2 * (student / "distill.pt").stat().st_size
