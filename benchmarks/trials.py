@@ -2,11 +2,13 @@
 
     python benchmarks/trials.py              all trials not done yet, then results/trials.md
     python benchmarks/trials.py ddim steps   those of ddim.py, and spacings of the sampling steps
+    python benchmarks/trials.py distill      students of the included ddim
     python benchmarks/trials.py spread       each script three times, with other training seeds
     python benchmarks/trials.py --table      only write the table of the trials so far
 
 A trial is a script with its defaults and the flags of the trial, trained for --minutes on one core
 with --hold-out, and scored on what was held out; as many trials run at once as there are cores.
+Only students learn from a model that has seen the held-out images, the included ddim.
 Few minutes favour what learns fast: a verdict holds for runs of this length.  Two runs that differ
 in the seed of training alone differ, too: `spread` measures by how much, and a verdict has to lie
 beyond that.  Runs and samples stay in runs/trials/, so that a stopped trial resumes; the scores of
@@ -42,6 +44,7 @@ TAKEN = {
     "ldm": "--optimizer muon",
     "gan": "--penalty-every 8 --loss nonsaturating",
     "vae": "--latent-dim 64 --kl-weight 0.3",
+    "distill": "--feature-weight 1.5",
 }
 # Changes to the defaults.  results/trials.json has older ones, of other defaults.
 TRIALS = {
@@ -49,7 +52,10 @@ TRIALS = {
     "ldm": ["", "--latent-channels 4"],
     "gan": ["", "--gamma 0.3"],
     "vae": ["", "--latent-dim 128 --prior-components 5"],
+    "distill": ["", *(f"--steps {steps}" for steps in (1, 2, 8))],
 }
+PLAIN = "--feature-weight 0"  # tried with each of these students
+TAUGHT = "--teacher pretrained/ddim.pt"
 EPOCHS = {"ddim": 6, "ldm": 7, "gan": 4, "vae": 9}  # of the runs for the spread: ten minutes
 SEEDS = (0, 1, 2)  # of their training
 UNIFORM, LOGNORMAL = "--noise-levels uniform", "--noise-levels lognormal"
@@ -64,6 +70,7 @@ SEEDED = {  # changes tried with the seeds
 DRAWN = dict.fromkeys(("gan", "vae"), "--hold-out --num-samples 10000")
 WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10 --guidance-interval 0:0.8"
 DRAWN |= {"ddim": f"{WALK} --guidance 1.6", "ldm": f"{WALK} --guidance 2.5"}
+DRAWN |= {"distill": "--hold-out --num-samples 5000"}
 SPACINGS = ("1", "1.3", "2", "dpm_pairs")  # of steps: exponents, or that function
 SPACED = "--hold-out --num-samples 2500"  # where they are tried
 WALKS = (("ddim", 20), ("dpm++", 15))  # solver, steps
@@ -73,8 +80,14 @@ SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_
 def plan(minutes):
     """All trials with the keys of results/trials.json; two are the same if all of these agree."""
     trials = []
+    model = hashlib.sha256((ROOT / "pretrained/ddim.onnx").read_bytes()).hexdigest()
     for name in TRIALS:
         drawn = {"name": name, "drawn": DRAWN[name]}
+        if name == "distill":
+            students = {**drawn, "base": TAUGHT, "minutes": minutes, "model": model}
+            both = [(flags, f"{flags} {PLAIN}".strip()) for flags in TRIALS[name]]
+            trials += [{**students, "flags": flags} for pair in both for flags in pair]
+            continue
         base = "--hold-out"
         trials += [
             {**drawn, "base": base, "flags": flags, "minutes": minutes} for flags in TRIALS[name]
@@ -85,7 +98,6 @@ def plan(minutes):
             for flags in ("", *SEEDED.get(name, ()))
             for seed in SEEDS
         ]
-    model = hashlib.sha256((ROOT / "pretrained/ddim.onnx").read_bytes()).hexdigest()
     return trials + [
         {"name": "steps", "flags": f"{solver} {steps} {way}", "drawn": SPACED, "model": model}
         for solver, steps in WALKS
@@ -257,7 +269,7 @@ def script_table(trials, spreads):
     spreads: of training_spreads.
     """
     first = trials[0]
-    held_out = "--hold-out" in first["base"]
+    held_out = "--hold-out" in first["drawn"]
     of_then = (first["name"], UNIFORM)
     defaults = UNIFORM if not held_out and of_then in spreads else ""  # of the time of these trials
     text = f"## {first['name']}.py{'' if held_out else ', earlier'}\n\n`{first['base']}`, "
@@ -296,34 +308,32 @@ def verdict_of(ratio, spread):
     return "better" if ratio < 1 - limit else "worse" if ratio > 1 + limit else "open"
 
 
-LEGEND = (
-    "/ without: F-FID over that of the longest row above that the change starts with.  default: "
-    "what the scripts\n"
-    "do today.  better, worse: by more than 2 sqrt(2) times the spread over training seeds; open: "
-    "within that, one\n"
-    "run of each cannot tell.  ±: over sampling seeds.  Earlier trials trained on all images and "
-    "were chosen by\n"
-    "the test images.  Compare within a table: the machine was faster in some.  Rows of ddim and\n"
-    "ldm were drawn with the steps of time_pairs, before dpm_pairs: draw all anew before one is\n"
-    "added.\n"
-)
+LEGEND = """\
+/ without: F-FID over that of the longest row above that the change starts with.  default: what the
+scripts do today.  better, worse: by more than 2 sqrt(2) times the spread over training seeds; open:
+within that, one run of each cannot tell, or the spread was not measured.  ±: over sampling seeds.
+Earlier trials trained on all images and were chosen by the test images.  A student of distill
+learns from the included ddim, which has seen the held-out images.  Compare within a table: the
+machine was faster in some.  Rows of ddim and ldm were drawn with the steps of time_pairs, before
+dpm_pairs: draw all anew before one is added.
+"""
 
 
 def table(trials):
     """The figures of all trials as Markdown."""
     text = "# Recipes by trial\n\n"
     spreads = training_spreads(trials)
-    groups = {}
+    groups = {}  # of trials for so many minutes
     for trial in trials:
-        held_out = "--hold-out" in trial.get("base", "")
-        groups.setdefault((trial["name"], held_out, trial.get("minutes")), []).append(trial)
-    steps = groups.pop(("steps", False, None), [])
+        if "minutes" in trial:
+            which = trial["name"], "--hold-out" in trial["drawn"], trial["minutes"]
+            groups.setdefault(which, []).append(trial)
+    steps = [trial for trial in trials if is_of(trial, "steps")]
     if steps:
         text += spacing_table(steps)
     if spreads:
         text += spread_table([trial for trial in trials if is_of(trial, "spread")])
-    tables = [script_table(group, spreads) for place, group in groups.items() if place[2]]
-    return text + "".join(tables) + LEGEND
+    return text + "".join(script_table(group, spreads) for group in groups.values()) + LEGEND
 
 
 def build_parser():
@@ -332,7 +342,7 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME",
-        help="trials to run: ddim, ldm, gan, vae, steps or spread (all)")
+        help="trials to run: ddim, ldm, gan, vae, distill, steps or spread (all)")
     add("--minutes", type=float, default=25, help="minutes that each trial trains (25)")
     add("--flags", nargs="+",
         help="only the trials with these flags, those of each in quotes (all)")
