@@ -71,10 +71,10 @@ def teacher_pairs(num_timesteps, teacher_steps, pairs):
 
     pairs: from time_pairs.  Where several have the same nearest, there are more than teacher_steps.
     """
-    times = {t for t, _ in dpm_pairs(num_timesteps, teacher_steps)}
+    times = [t for t, _ in dpm_pairs(num_timesteps, teacher_steps)]
     own = {t for t, _ in pairs}
     nearest = {min(times, key=lambda time: abs(time - t)) for t in own}
-    times = sorted(times - nearest | own, reverse=True)
+    times = sorted({*times} - nearest | own, reverse=True)
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
@@ -194,14 +194,14 @@ def train(args, checkpoint=None):
     teacher = {key: teacher[key] for key in ("network", "class_names", "ema", "config")}
     config = {key: value for key, value in teacher["config"].items() if key in TAUGHT}
     config |= {key: getattr(args, key) for key in FIXED + FREE}
-    print(f"teacher {args.teacher}, {args.teacher_steps} steps, guidance {args.guidance:g}")
 
-    # The teacher passes all times of the student, in smaller steps.
+    # The teacher passes all times of the student.
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, args.steps)
     fine_pairs = teacher_pairs(length, args.teacher_steps, pairs)
+    print(f"teacher {args.teacher}, {len(fine_pairs)} steps, guidance {args.guidance:g}")
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
@@ -226,7 +226,7 @@ def train(args, checkpoint=None):
     num_classes = len(teacher["class_names"])
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
     images = ddim.sample(
-        model=teacher_model, config=config, labels=grid_labels, steps=args.teacher_steps,
+        model=teacher_model, config=config, labels=grid_labels, steps=len(fine_pairs),
         guidance=args.guidance, guidance_interval=args.guidance_interval, solver="dpm++",
     )  # fmt: skip
     data = ImageData(to_uint8(images), grid_labels, teacher["class_names"][:10], args.teacher)
@@ -261,8 +261,8 @@ def train(args, checkpoint=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, run.progress)
 
-            # A walk costs several times what is learned from it at once: each is used --passes
-            # times.  Its noise depends on its number alone: a resumed run repeats it exactly.
+            # A walk costs as much as a step of training, or more: each is used --passes times.
+            # Its noise depends on its number alone: a resumed run repeats it exactly.
             epoch, i = divmod(step, WALKS)
             batch = epoch // args.passes * WALKS + i
             if batch not in walks:
@@ -327,8 +327,9 @@ def build_parser():
     add("--teacher",
         help="a .pt file or a run's folder of ddim.py or ddpm.py to learn from (newest run, else "
              "the included weights)")
-    add("--steps", type=number(int, 1, 1000), default=STEPS,
-        help=f"number of sampling steps, 1 to 1000, of one network evaluation each ({STEPS})")
+    add("--steps", type=number(int, 1, 16), default=STEPS,
+        help="number of sampling steps, 1 to 16, of one network evaluation each; of many, a step "
+             f"can hardly make up for those before it ({STEPS})")
     add("--guidance", type=number(float, 0),
         help="guidance weight of the teacher: 0 ignores the class, 1 is conditional, above 1 "
              f"guided ({ddim.GUIDANCE:g})")
@@ -338,8 +339,8 @@ def build_parser():
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
-        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}), or as many more as it takes "
-             "to pass all times of the student")
+        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); it takes more where it "
+             "would not pass all times of the student")
     add("--passes", type=number(int, 1, 1000), default=4,
         help="how often each walk is used, 1 to 1000 (4)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",

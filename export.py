@@ -53,7 +53,7 @@ COMPARE_STEPS = 20  # sampling steps of that comparison, at most
 # What a checkpoint holds to resume its run, and --weights leaves out.
 TRAINING_STATE = (
     "weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty", "data",
-    "position", "teacher",
+    "position", "teacher", "walker",  # the last: of older runs
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python benchmarks/trials.py              all trials not done yet, then results/trials.md
     python benchmarks/trials.py ddim steps   those of ddim.py, and spacings of the sampling steps
     python benchmarks/trials.py distill      students of the included ddim
-    python benchmarks/trials.py spread       each script three times, with other training seeds
+    python benchmarks/trials.py spread       the others three times, with other training seeds
     python benchmarks/trials.py --table      only write the table of the trials so far
 
 A trial is a script with its defaults and the flags of the trial, trained for --minutes on one core
@@ -140,7 +140,7 @@ def run_trial(trial, cores):
     recipe = f"{trial['base']} {trial['flags']}"
     if "minutes" in trial:
         recipe += f" --minutes {trial['minutes']:g}"
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
+    digest = hashlib.sha256((recipe + trial.get("model", "")).encode()).hexdigest()[:8]
     place = RUNS / "-".join([name, digest, *(flag.lstrip("-").replace(",", ".") for flag in flags)])
 
     def command(*words):
@@ -278,13 +278,14 @@ def script_table(trials, spreads):
     head = ["change", "default", "verdict", "/ without", "epochs", "F-FID", "excess"]
     head += [score.replace("_", " ") for score in SCORES[1:]]
     rows = []
-    found = {}  # flags: F-FID
+    ffids = {trial["flags"]: trial["scores"]["ffid"] for trial in trials}
     for trial in trials:
         flags, ffid, spread = trial["flags"], trial["scores"]["ffid"], trial["spread"]
-        without = max((other for other in found if flags.startswith(other)), key=len, default=None)
+        shorter = [other for other in ffids if flags.startswith(other) and other != flags]
+        without = max(shorter, key=len, default=None)
         verdict = ratio = taken = ""
         if without is not None:
-            ratio = ffid / found[without]
+            ratio = ffid / ffids[without]
             taken = "yes" if pairs(flags) <= pairs(TAKEN[trial["name"]]) else ""
             verdict = verdict_of(ratio, spreads.get((trial["name"], defaults)))
             ratio = f"{ratio:.2f}"
@@ -292,7 +293,6 @@ def script_table(trials, spreads):
         cells += [f"{trial['epochs']:.1f}", f"{ffid:.3f} ± {spread:.3f}"]
         cells += [f"{ffid - trial['floor']:.3f}"]
         rows.append(cells + [f"{trial['scores'][score]:.3f}" for score in SCORES[1:]])
-        found[flags] = ffid
     return text + report.as_table(head, rows)
 
 
@@ -309,7 +309,7 @@ def verdict_of(ratio, spread):
 
 
 LEGEND = """\
-/ without: F-FID over that of the longest row above that the change starts with.  default: what the
+/ without: F-FID over that of the longest row that the change starts with.  default: what the
 scripts do today.  better, worse: by more than 2 sqrt(2) times the spread over training seeds; open:
 within that, one run of each cannot tell, or the spread was not measured.  ±: over sampling seeds.
 Earlier trials trained on all images and were chosen by the test images.  A student of distill
@@ -326,7 +326,7 @@ def table(trials):
     groups = {}  # of trials for so many minutes
     for trial in trials:
         if "minutes" in trial:
-            which = trial["name"], "--hold-out" in trial["drawn"], trial["minutes"]
+            which = (*map(trial.get, ("name", "minutes", "model")), "--hold-out" in trial["drawn"])
             groups.setdefault(which, []).append(trial)
     steps = [trial for trial in trials if is_of(trial, "steps")]
     if steps:

@@ -165,13 +165,17 @@ def test_a_step_of_the_student_starts_where_the_one_before_has_ended():
         seen.append((x_t, t.tolist(), y.tolist()))
         return torch.zeros_like(x_t)
 
-    distill.step_losses(model, states, torch.tensor([3, 1]), alpha_bars, "v", pairs, "l2")
+    y = torch.tensor([3, 1])
+    losses = distill.step_losses(model, states, y, alpha_bars, "v", pairs, "l2")
     assert [(t, labels) for _, t, labels in seen] == [([t, t], [3, 1]) for t, _ in pairs]
     x = states[0]
-    for (t, s), (x_t, *_) in zip(pairs, seen, strict=True):
+    for (t, s), (x_t, *_), x_s, loss in zip(pairs, seen, states[1:], losses, strict=True):
         assert torch.equal(x_t, x)
-        both = ddim.predict_x_0_and_eps(torch.zeros_like(x_t), x_t, "v", alpha_bars[t].item(), True)
-        x = ddim.ddim_step(*both, alpha_bars[t].item(), alpha_bar_of(alpha_bars, s))
+        alpha_bar_t, alpha_bar_s = alpha_bar_of(alpha_bars, t), alpha_bar_of(alpha_bars, s)
+        target = distill.implied_output(x, x_s, "v", alpha_bar_t, alpha_bar_s)
+        assert torch.allclose(loss, target.square().flatten(1).mean(dim=1))  # the output is 0
+        both = ddim.predict_x_0_and_eps(torch.zeros_like(x_t), x_t, "v", alpha_bar_t, True)
+        x = ddim.ddim_step(*both, alpha_bar_t, alpha_bar_s)
 
 
 def test_no_gradient_passes_from_a_step_to_those_before_it():
@@ -307,7 +311,7 @@ def test_each_walk_of_a_run_has_its_own_noise(tiny_run, in_tmp, monkeypatch):
 
 
 def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tmp, monkeypatch):
-    """Two pools of three batches, each walked once and learned from twice, compiled."""
+    """Two sets of three batches, each walked once and learned from twice, compiled."""
     asked, learned, calls = [], [], []
     guided, losses = distill.guided, distill.step_losses
 
@@ -331,6 +335,12 @@ def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tm
     batches = [y for y, _ in asked]
     assert [y for y, *_ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
     assert {y for batch in batches for y in batch} == {*range(10)}
+
+
+def test_a_teacher_of_fewer_steps_takes_those_of_the_student(tiny_run, in_tmp, capsys):
+    flags = ["--steps", "3", "--teacher-steps", "2", "--teacher", str(tiny_run)]
+    assert distill.main([*FLAGS, *flags]) == 0
+    assert "3 steps, guidance 2\n" in capsys.readouterr().out
 
 
 def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
@@ -412,7 +422,7 @@ def test_two_processes_train_what_one_does(tiny_run, in_tmp):
         [json.loads(line)[2] for line in Path(f"seen_{rank}.jsonl").read_text().splitlines()]
         for rank in (0, 1)
     ]
-    assert len(seen[0]) == 6  # batches of two pools, each walked once
+    assert len(seen[0]) == 6  # two sets of batches, each walked once
     assert sorted(itertools.chain(*seen[0], *seen[1])) == [*range(24)]
 
 
@@ -439,7 +449,7 @@ def test_any_size_colour_and_script_can_teach(name, channels, steps, in_tmp):
         ("--train --teacher-steps 1004", "--teacher-steps 1004 is more than the 1000 timesteps"),
         ("--train --guidance-interval .8 .2", "right is 0 <= LOW <= HIGH <= 1"),
         ("--train --data mnist", "unrecognized arguments: --data mnist"),
-        ("--train --steps 0", "from 1 to 1000"),
+        ("--train --steps 0", "from 1 to 16"),
         ("--steps 8", "--steps: to train a model, with --train or --resume"),
         ("--class Sneakr", "no class 'Sneakr'"),
         ("--output x.jpg", "must end in"),
