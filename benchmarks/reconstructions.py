@@ -55,9 +55,9 @@ def reconstructions(path, images, labels):
 def table(rows):
     """All scores as Markdown."""
     text = "# Training images, decoded from their codes\n\n"
-    text += "`python benchmarks/reconstructions.py`; N = "
-    text += f"{COUNT:,} training images, scored beside the test images.  Grey levels: mean "
-    text += "difference\nfrom the image, of 255.\n\n"
+    text += "`python benchmarks/reconstructions.py --output results/reconstructions`: "
+    text += f"{COUNT:,} training images,\nscored beside the test images.  Grey levels: mean "
+    text += "difference from the image, of 255.\n\n"
     head = ["model", "grey levels", *SCORES]
     lines = []
     for row in rows:

@@ -26,7 +26,7 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import report, settings, speed, start, trials
+from benchmarks import reconstructions, report, settings, speed, start, trials
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -277,6 +277,18 @@ def test_the_settings_are_those_of_the_table():
     newer = {**of_ddim[-1], "weights": "0"}
     others = [row for row in settings.comparable(rows) if row["name"] != "ddim"]
     assert settings.comparable([*rows, newer]) == [*others, newer]
+
+
+def test_what_a_code_loses_is_as_the_page_says():
+    folder = ROOT / "results/reconstructions"
+    rows = json.loads((folder / "reconstructions.json").read_text())
+    assert reconstructions.table(rows) == (folder / "reconstructions.md").read_text()
+    samples = {row["model"]: row["scores"]["ffid"]["mean"] for row in results_of(".")["rows"]}
+    for name, row in zip(("vae", "ldm"), rows[1:], strict=True):
+        shipped = (ROOT / f"pretrained/{name}.pt").read_bytes()
+        assert row["sha256"] == hashlib.sha256(shipped).hexdigest()
+        ratio = row["scores"]["ffid"] / samples[name]
+        assert ratio > 0.95 if name == "vae" else ratio < 0.5
 
 
 def test_few_pictures_were_learned_as_the_page_says():
