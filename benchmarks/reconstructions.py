@@ -37,6 +37,11 @@ SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_
 def reconstructions(path, images, labels):
     """What the model is, and uint8 images as its decoder makes them of the means of their codes."""
     checkpoint = load_checkpoint(path, NAMES)
+    config = checkpoint["config"]
+    given = config["data"], config["channels"], config.get("image_size", 32)
+    if given != ("fashion-mnist", 1, 32):
+        found = "{}, {} channels, {} pixels".format(*given)
+        raise infer_onnx.InputError(f"{path} is of {found}: right is fashion-mnist, 1, 32")
     if checkpoint["model"] == "vae":
         model = vae.ema_network(checkpoint, torch.device("cpu"))
         mu, _ = vae.encode(model, images, labels)
@@ -47,7 +52,7 @@ def reconstructions(path, images, labels):
     else:
         model = ldm.Autoencoder(**checkpoint["network"]).eval()
         model.load_state_dict(checkpoint["ema"])
-    channels, height, width = ldm.latent_shape(checkpoint["config"])
+    channels, height, width = ldm.latent_shape(config)
     decoded = [model.decoder(model.encode(to_float(x))[0]) for x in images.split(100)]
     return f"ldm, {channels} x {height} x {width} numbers", to_uint8(torch.cat(decoded))
 
