@@ -33,15 +33,20 @@ NAMES = ("vae", "ldm", "autoencoder")  # of checkpoints
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 
-@torch.no_grad()
-def reconstructions(path, images, labels):
-    """What the model is, and uint8 images as its decoder makes them of the means of their codes."""
+def load(path):
+    """A checkpoint of what is scored here, Fashion-MNIST, grey and in 32x32. Raises InputError."""
     checkpoint = load_checkpoint(path, NAMES)
     config = checkpoint["config"]
     given = config["data"], config["channels"], config.get("image_size", 32)
     if given != ("fashion-mnist", 1, 32):
         found = "{}, {} channels, {} pixels".format(*given)
         raise infer_onnx.InputError(f"{path} is of {found}: right is fashion-mnist, 1, 32")
+    return checkpoint
+
+
+@torch.no_grad()
+def reconstructions(checkpoint, images, labels):
+    """What the model is, and uint8 images as its decoder makes them of the means of their codes."""
     if checkpoint["model"] == "vae":
         model = vae.ema_network(checkpoint, torch.device("cpu"))
         mu, _ = vae.encode(model, images, labels)
@@ -52,7 +57,7 @@ def reconstructions(path, images, labels):
     else:
         model = ldm.Autoencoder(**checkpoint["network"]).eval()
         model.load_state_dict(checkpoint["ema"])
-    channels, height, width = ldm.latent_shape(config)
+    channels, height, width = ldm.latent_shape(checkpoint["config"])
     decoded = [model.decoder(model.encode(to_float(x))[0]) for x in images.split(100)]
     return f"ldm, {channels} x {height} x {width} numbers", to_uint8(torch.cat(decoded))
 
@@ -90,6 +95,7 @@ def run(args):
     """Score the reconstructions of each model, and write the scores."""
     paths = [find_checkpoint(("vae", "ldm", "autoencoder"), path) for path in args.models]
     paths = paths or [ROOT / f"pretrained/{name}.pt" for name in ("vae", "ldm")]
+    checkpoints = [load(path) for path in paths]
     data = evaluate.load_real("fashion-mnist", args.data_dir)
     (images, labels), test = data.parts()
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
@@ -98,8 +104,10 @@ def run(args):
     images, labels = images[:COUNT], labels[:COUNT]
     given, y = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
     rows = []
-    for path in [None, *paths]:
-        title, decoded = reconstructions(path, given, y) if path else ("real images", given)
+    for path, checkpoint in zip([None, *paths], [None, *checkpoints], strict=True):
+        title, decoded = "real images", given
+        if path:
+            title, decoded = reconstructions(checkpoint, given, y)
         scores = evaluate.score_images(reference, decoded.numpy(), labels)
         grey_levels = (decoded.int() - given.int()).abs().float().mean().item()
         row = {"title": title, "grey_levels": grey_levels}

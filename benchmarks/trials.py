@@ -62,7 +62,7 @@ UNIFORM, LOGNORMAL = "--noise-levels uniform", "--noise-levels lognormal"
 SEEDED = {  # changes tried with the seeds
     "ddim": [UNIFORM, f"{UNIFORM} --prediction eps"],
     "ldm": [LOGNORMAL, f"{LOGNORMAL} --latent-channels 4"],
-    "gan": ["--loss hinge"],
+    "gan": ["--loss hinge", "--gamma 0.1", "--gamma 0.01"],
     "vae": ["--latent-dim 128 --prior-components 5"],
 }
 # How samples are made for the scores.  Guidance is named, so that rows can be compared when the

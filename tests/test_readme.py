@@ -291,6 +291,18 @@ def test_what_a_code_loses_is_as_the_page_says():
         assert ratio > 0.95 if name == "vae" else ratio < 0.5
 
 
+def test_codes_of_other_data_are_not_compared(tmp_path, capsys):
+    checkpoint = torch.load(ROOT / "pretrained/vae.pt", weights_only=True)
+    checkpoint["config"]["data"] = "kmnist"
+    torch.save(checkpoint, tmp_path / "vae.pt")
+    output = tmp_path / "scores"
+    with pytest.raises(SystemExit, match="2"):
+        reconstructions.main([str(tmp_path / "vae.pt"), "--output", str(output)])
+    found = f"{tmp_path / 'vae.pt'} is of kmnist, 1 channels, 32 pixels"
+    assert f"error: {found}: right is fashion-mnist, 1, 32" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_few_pictures_were_learned_as_the_page_says():
     section = one_line(RESULTS.split("<!-- start -->")[1].split("<!-- end -->")[0])
     for row in json.loads((ROOT / "results/start/start.json").read_text())["rows"]:
