@@ -563,7 +563,10 @@ def _load_npz(path, train):
         raise InputError(f"{path} {_holds(path)}: {labels_key} must be {len(x)} integers from 0 up")
     last = max(int(labels.max()) for labels in every_y)
     if "class_names" in held:
-        names = [str(name) for name in arrays["class_names"].ravel()]
+        names = arrays["class_names"].ravel()
+        if names.dtype.kind == "S":
+            names = np.char.decode(names, "utf-8", "backslashreplace")
+        names = [str(name) for name in names]
     elif last < 10_000:
         names = [str(i) for i in range(last + 1)]
     else:
@@ -711,7 +714,7 @@ def note_on_all(class_names):
 # Options of `sample`: a kind of number and its range, or the choices.
 RANGES = {
     "steps": (Integral, 1, math.inf),
-    "guidance": (Real, 0, math.inf),
+    "guidance": (Real, 0, 1000),
     "guidance_interval": (Real, 0, 1),  # each of the two
     "eta": (Real, 0, 1),
     "truncation": (Real, 0.1, math.inf),
@@ -722,12 +725,13 @@ RANGES = {
 CHOICES = {
     "solver": ("ddim", "dpm++"), "variance": ("small", "large"), "prior": ("fitted", "normal"),
 }  # fmt: skip
+OPTIONAL = ("steps", "guidance", "truncation", "prior")  # None is the default, or none
 
 
 def check_options(**options):
-    """Raise InputError for an option of `sample` that is not one of its values; None is one."""
+    """Raise InputError for an option of `sample` that is not one of its values."""
     for name, value in options.items():
-        if value is None:
+        if value is None and name in OPTIONAL:
             continue
         if name in CHOICES:
             if value not in CHOICES[name]:

@@ -10,7 +10,7 @@ arXiv:2102.09672).
                          variance = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t            (7)
     ddpm_sample          x_prev = mean + sqrt(variance) * noise                          algorithm 2
     q_sample             x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps        DDPM (4)
-    image_losses         || target - model(x_t, t, y) ||^2,  target = eps or v                  (14)
+    image_losses         || target - model(x_t, t, y) ||^2,  target = eps or v             DDPM (14)
 
     python ddpm.py --train --epochs 50     train on Fashion-MNIST
     python ddpm.py --train --minutes 1     see it run
@@ -269,9 +269,10 @@ def sample(
     """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
-    tensor of class names or indices;  config: the checkpoint's;  steps, guidance: those of --help;
-    guidance_interval: as in guided_times;  the rest: as in the functions above;  trace: where
-    N <= batch_size.  Raises InputError.
+    tensor of class names or indices;  config: the checkpoint's, for another network the values of
+    the flags schedule, num_timesteps, prediction, label_dropout, channels, image_size;
+    steps, guidance: those of --help;  guidance_interval: as in guided_times;  the rest: as in the
+    functions above;  trace: where N <= batch_size.  Raises InputError.
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
@@ -492,8 +493,8 @@ def sampling_flags(parser):
     """Add the flags of a walk, which explore.py has too."""
     # fmt: off
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0),
-        help="guidance weight: 0 ignores the class, 1 is conditional, above 1 guided "
+    add("--guidance", type=number(float, 0, 1000),
+        help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided "
              f"({GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
@@ -503,7 +504,8 @@ def sampling_flags(parser):
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)
     add("--steps", type=number(int, 1),
-        help=f"number of sampling steps, 1 to T, the number of training timesteps ({STEPS})")
+        help="number of sampling steps, 1 to the number of training timesteps, or to some fewer "
+             f"where the network predicts eps ({STEPS})")
     add("--variance", choices=("small", "large"), default="small",
         help="variance of the noise: small is the posterior's, large is beta_t (small)")
     add("--clip", action=argparse.BooleanOptionalAction, default=True,

@@ -156,9 +156,9 @@ def sample(model, labels, *, config=None, seed=0, batch_size=100, trace=None):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, find_checkpoint, learning_rate,
-    load_checkpoint, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
-    power_ema, run_parser, save_samples, training_device,
+    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, check_finite, errors_in_one_line, find_checkpoint,
+    learning_rate, load_checkpoint, number, open_checkpoint, optimisation_flags, parallel,
+    parse_run, path_text, pick_device, power_ema, run_parser, save_samples, training_device,
 )  # fmt: skip
 
 
@@ -229,6 +229,7 @@ def train(args, checkpoint=None):
         model=teacher_model, config=config, labels=grid_labels, steps=len(fine_pairs),
         guidance=args.guidance, guidance_interval=args.guidance_interval, solver="dpm++",
     )  # fmt: skip
+    check_finite(images)
     data = ImageData(to_uint8(images), grid_labels, teacher["class_names"][:10], args.teacher)
     run = Run(NAME, args, data, checkpoint, walks=WALKS * args.batch_size)
 
@@ -324,15 +325,15 @@ def build_parser():
     parser = run_parser(NAME, __doc__, batch_size=32, data=False)
     # fmt: off
     add = parser.add_argument_group("method").add_argument
-    add("--teacher",
+    add("--teacher", type=path_text,
         help="a .pt file or a run's folder of ddim.py or ddpm.py to learn from (newest run, else "
              "the included weights)")
     add("--steps", type=number(int, 1, 16), default=STEPS,
         help="number of sampling steps, 1 to 16, of one network evaluation each; of many, a step "
              f"can hardly make up for those before it ({STEPS})")
-    add("--guidance", type=number(float, 0),
-        help="guidance weight of the teacher: 0 ignores the class, 1 is conditional, above 1 "
-             f"guided ({ddim.GUIDANCE:g})")
+    add("--guidance", type=number(float, 0, 1000),
+        help="guidance weight of the teacher, 0 to 1000: 0 ignores the class, 1 is conditional, "
+             f"above 1 guided ({ddim.GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,

@@ -897,7 +897,7 @@ def build_parser():
     )
     add = parser.add_argument
     # fmt: off
-    add("models", type=os.path.expanduser, nargs="*", metavar="MODEL",
+    add("models", type=infer_onnx.path_text, nargs="*", metavar="MODEL",
         help=f"models to score: {', '.join(NAMES)}, or .onnx files (all that are found)")
     add("--num-samples", type=number(int, 20, 1_000_000),
         help="number of samples of each seed, 20 to 1,000,000; of named sets a multiple of 10 "
@@ -906,8 +906,8 @@ def build_parser():
         help="number of sampling seeds, 1 to 100; the spread over them is reported (1)")
     add("--steps", type=several(number(int, 1)), metavar="S,...",
         help="numbers of sampling steps of diffusion models, 1 to T (the model's default)")
-    add("--guidance", type=several(number(float, 0)), metavar="W,...",
-        help="guidance weights: 0 ignores the class, 1 is conditional, above 1 guided "
+    add("--guidance", type=several(number(float, 0, 1000)), metavar="W,...",
+        help="guidance weights, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided "
              "(the model's default)")
     add("--guidance-interval", type=several(interval), metavar="LOW:HIGH,...",
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
@@ -916,7 +916,7 @@ def build_parser():
         const="--guidance-interval 0:HIGH", help=argparse.SUPPRESS)
     add("--solver", type=several(solver), metavar="NAME,...",
         help="samplers of ddim and ldm: ddim, dpm++ or both (the model's default)")
-    add("--data", type=os.path.expanduser, default="fashion-mnist",
+    add("--data", type=infer_onnx.path_text, default="fashion-mnist",
         help=f"the real images: {', '.join(IDX_SETS)}, a folder or .npz as for training "
              "(fashion-mnist)")
     add("--skip-broken", action="store_true",
@@ -927,7 +927,7 @@ def build_parser():
     add("--hold-out", action="store_true",
         help="compare with every sixth training image, which training with --hold-out leaves out, "
              "in place of the test images: to choose settings and recipes (off)")
-    add("--data-dir", type=os.path.expanduser, metavar="FOLDER",
+    add("--data-dir", type=infer_onnx.path_text, metavar="FOLDER",
         help="folder of the real images' IDX files; nothing is downloaded "
              "(data/, else Debian's folder)")
     add("--output", type=infer_onnx.file_path, default=Path("results"), metavar="FOLDER",
@@ -1170,7 +1170,7 @@ def write_results(args, results, settings, reference, train):
     folder = args.output
     file = folder / "results.json"
     text = json.dumps(results, indent=1) + "\n"
-    unchanged = file.is_file() and file.read_text() == text
+    unchanged = file.is_file() and file.read_bytes() == text.encode()
     with written_whole(file) as scratch:
         scratch.write_text(text)
     try:

@@ -23,8 +23,8 @@ import argparse
 import inspect
 import json
 import math
-import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,8 @@ from common import (
 )  # fmt: skip
 from runs import (
     Parser, as_typed, check_finite, check_output, errors_in_one_line, file_path, find_checkpoint,
-    grid_columns, image_grid, load_checkpoint, names_of_rows, number, output_path, pick_device,
-    save_images, save_png, written_whole,
+    grid_columns, image_grid, load_checkpoint, names_of_rows, number, output_path, path_text,
+    pick_device, save_images, save_png, written_whole,
 )  # fmt: skip
 
 # What several scripts have is the same in each (a test holds this): here it is taken from ddim.py
@@ -210,7 +210,7 @@ def save_map(axes, points, labels, class_names, path, lines=()):
     colours = colormaps["tab10" if few else "gist_rainbow"]
     for y in labels.unique().tolist():
         colour = colours(y if few else y / len(class_names))
-        name = class_names[y] if y < 40 else None  # more would not fit into the legend
+        name = legend_text(class_names[y]) if y < 40 else None  # more would not fit into the legend
         axes.scatter(*points[labels == y].T, 5, color=[colour], linewidths=0, label=name)
     for line, y in lines:
         colour = colours(y if few else y / len(class_names))
@@ -223,6 +223,11 @@ def save_map(axes, points, labels, class_names, path, lines=()):
         axes.figure.savefig(scratch, format="png")
 
 
+def legend_text(name):
+    """A name as matplotlib shows it as it is: it hides those after a _, and sets $...$ as maths."""
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")
+
+
 def read_log(path):
     """The lines of a log that have a loss, a list of dicts, each with `images`, trained on so far.
 
@@ -231,7 +236,10 @@ def read_log(path):
     """
     path = path / "log.jsonl" if path.is_dir() else path
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        *texts, last = path.read_text().splitlines()
+        lines = [json.loads(text) for text in texts]
+        with suppress(ValueError if lines else ()):  # a full disk leaves half a line at the end
+            lines.append(json.loads(last))
         lines = [line for line in lines if line.keys() & {*LOSSES} and "step" in line]
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not the log of a training ({error})") from error
@@ -264,7 +272,7 @@ def draw_log(logs, path):
         steps = [line["step"] for line in lines]
         for key, style in zip(LOSSES, ("-", "-", "--", "-", "--"), strict=True):
             if key in lines[0]:
-                text = name if key == "loss" else f"{name}: {key}"
+                text = legend_text(name if key == "loss" else f"{name}: {key}")
                 losses.plot(steps, [line[key] for line in lines], style, label=text, **colour)
         by_tenth = [line["loss_by_tenth_of_t"] for line in lines if "loss_by_tenth_of_t" in line]
         for part, alpha in ((10, 0.3), (2, 0.6), (1, 1)) if by_tenth else ():
@@ -342,6 +350,8 @@ class Trained:
             self.options["truncation"] = args.truncation
         if "prior" in args:
             self.options["prior"] = checkpoint["prior"] if args.prior == "fitted" else None
+            if self.options["prior"] is None:
+                self.settings["prior"] = "normal"
         self.device = pick_device(args.device)
         self.network = self.script.ema_network(checkpoint, self.device)
 
@@ -378,6 +388,7 @@ class Trained:
         is_dpm = self.options["solver"] == "dpm++" and strength == 1
         pairs_of = ddim.dpm_pairs if is_dpm else ddim.time_pairs
         pairs = pairs_of(length, min(self.options["steps"], length))
+        self.settings["steps"] = len(pairs)
         return alpha_bars, pairs, prediction
 
     def denoiser(self, y):
@@ -443,6 +454,8 @@ class Trained:
         if len(self.args.images) > 20:
             raise InputError(f"{len(self.args.images)} images are too many: at most 20")
         indices = [name.isdecimal() for name in self.args.images]
+        if not any(indices) and (self.args.data or self.args.data_dir):
+            raise InputError("--data and --data-dir are for indices of test images: leave them out")
         given = self.args.class_ != "all" and self.args.command not in ("inpaint", "edit")
         if given and all(indices):
             raise InputError("--class is for image files: a test image has a class of its own")
@@ -523,9 +536,10 @@ def interpolate(args, model):
     frames = noise_frames if args.name == "ddim" else code_frames
     weights = torch.linspace(0, 1, args.num_samples).split(args.batch_size)
     images = torch.cat([frames(model, *row, weight) for row in rows for weight in weights])
-    labels = torch.tensor([y_a for y_a, _, _, _ in rows]).repeat_interleave(args.num_samples)
+    count = args.num_samples  # a frame is of the class that is nearer
+    labels = [y_b if 2 * k >= count else y_a for y_a, y_b, _, _ in rows for k in range(count)]
     names = [" to ".join(model.names[y] for y in model.classes)] if vary == "class" else None
-    model.save(images, labels, args.num_samples, names)
+    model.save(images, torch.tensor(labels), count, names)
 
 
 def noise_frames(model, y_a, y_b, i, j, weight):
@@ -769,7 +783,7 @@ def add_flags(parser, command, name):
     # fmt: off
     if reads_images:
         count = {"inpaint": 1, "edit": 1, "between": 2}.get(command, "+")
-        add("images", type=os.path.expanduser, metavar="IMAGE", nargs=count,
+        add("images", type=path_text, metavar="IMAGE", nargs=count,
             help="index of a test image, from 0, or an image file")
         add("--class", dest="class_", metavar="NAME",
             help="class of the samples (that of the test image)" if changes else
@@ -821,9 +835,9 @@ def add_flags(parser, command, name):
         add("--names", action=argparse.BooleanOptionalAction, default=True,
             help="class names beside the rows of a .png grid (on)")
     if reads_images or command == "map":
-        add("--data", type=os.path.expanduser,
+        add("--data", type=path_text,
             help="the data of the training, where they have moved (where they were)")
-        add("--data-dir", type=os.path.expanduser,
+        add("--data-dir", type=path_text,
             help="folder with the files of the named data set (that of the training; data/, "
                  "Debian's folder, else a download)")
     if samples or changes:
@@ -832,8 +846,8 @@ def add_flags(parser, command, name):
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="device to compute on; auto is CUDA or MPS where available, else the CPU (auto)")
     if command == "interpolate" or (name in ("vae", "gan") and command != "map"):
-        add("--batch-size", type=number(int, 1), default=64,
-            help="images computed at a time, 1 or more (64)")
+        add("--batch-size", type=number(int, 1, 1_000_000), default=64,
+            help="images computed at a time, 1 to 1,000,000 (64)")
     if name != "distill" and (samples or changes or command == "invert"):  # it has one walk
         script.sampling_flags(parser)
     parser.conflict_handler = "resolve"  # these take the place of flags with other defaults
@@ -843,13 +857,16 @@ def add_flags(parser, command, name):
             help="noise added in each step, from 0 to 1, as in DDPM (1)")
         add("--solver", choices=("ddim",), default="ddim",
             help="sampler: ddim, since dpm++ adds no noise (ddim)")
+    if command in ("interpolate", "invert", "edit") and name in DIFFUSION:
+        add("--eta", type=number(float, 0, 1), default=0.0,
+            help="noise added in each step: must be 0, the walk is deterministic (0)")
     if command == "invert":
         add("--steps", type=number(int, 1),
-            help="number of steps each way, 1 to T, the number of training timesteps "
-                 f"({INVERT_STEPS})")
-        add("--guidance", type=number(float, 0),
-            help="guidance weight: 0 ignores the class, 1 is conditional; above 1 the way back "
-                 "misses the image (1)")
+            help="number of steps each way, 1 to the number of training timesteps, or to some "
+                 f"fewer where the network predicts eps ({INVERT_STEPS})")
+        add("--guidance", type=number(float, 0, 1000),
+            help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional; above 1 the "
+                 "way back misses the image (1)")
         add("--solver", choices=("ddim", "dpm++"), default="ddim",
             help="sampler of the way back: ddim, which the inversion is of, or dpm++ (ddim)")
     # fmt: on

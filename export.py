@@ -659,7 +659,10 @@ def sampler_contents(script, checkpoint, network, graphs):
     options = {"model": network, "config": checkpoint["config"], "labels": torch.tensor([0])}
     if not card.get("steps_fixed"):
         options |= {key: card[key] for key in ("steps", "guidance", "guidance_interval", "solver")}
-    image = to_uint8(script.sample(**options))
+    image = script.sample(**options)
+    if not image.isfinite().all():
+        raise ParityError("the sample of the checkpoint has values that are not finite")
+    image = to_uint8(image)
     probe = {"seed": 0, "y": 0, "output": image.flatten().tolist()}
     card |= {"kind": "sampler", "parts": {}, "probe": probe}
     proto = sampler_graph(protos[""], protos.get("decoder"), card)

@@ -37,8 +37,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
 
 from common import (
-    ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
-    to_float,
+    InputError, ResidualBlock, check_options, group_norm, label_indices, next_noise,
+    noise_streams, to_float,
 )  # fmt: skip
 
 NAME = "gan"
@@ -252,7 +252,7 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Run, autocast, errors_in_one_line, learning_rate,
+    LOG_EVERY, RUN_FLAGS, Run, as_flags, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
     power_ema, read_start, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
@@ -264,6 +264,9 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
+    of_penalty = {"gamma", "penalty_every"} & {*args.typed}
+    if of_penalty and args.loss not in PENALISED:
+        raise InputError(f"{as_flags(sorted(of_penalty))}: --loss {args.loss} has no penalty")
     torch.manual_seed(args.seed)  # for the initial weights
     data = load_run_data(args, checkpoint)
     images = data.images.to(device)

@@ -33,6 +33,7 @@ import argparse
 import base64
 import ctypes
 import difflib
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -115,7 +116,8 @@ def find_model(name):
     """
     if name.lower().endswith(".onnx") or "/" in name or os.sep in name or Path(name).is_file():
         return Path(name)
-    runs = sorted(Path("runs").glob(f"*/{name}.onnx"), key=lambda path: path.stat().st_mtime)
+    files = Path("runs").glob(f"*/{glob.escape(name)}.onnx")
+    runs = sorted(files, key=lambda path: path.stat().st_mtime)
     folders = (Path(__file__).resolve().parent / "pretrained", Path("pretrained"), Path())
     for path in [*reversed(runs), *(folder / f"{name}.onnx" for folder in folders)]:
         if path.is_file():
@@ -1046,7 +1048,7 @@ def note_on_all(class_names):
 # Options of `sample`: a kind of number and its range, or the choices.
 RANGES = {
     "steps": (Integral, 1, math.inf),
-    "guidance": (Real, 0, math.inf),
+    "guidance": (Real, 0, 1000),
     "guidance_interval": (Real, 0, 1),  # each of the two
     "eta": (Real, 0, 1),
     "truncation": (Real, 0.1, math.inf),
@@ -1057,12 +1059,15 @@ RANGES = {
 CHOICES = {
     "solver": SOLVERS, "variance": ("small", "large"), "prior": ("fitted", "normal"),
 }  # fmt: skip
+OPTIONAL = (  # None is the default, or none
+    "steps", "guidance", "guidance_interval", "solver", "eta", "variance", "truncation", "prior",
+)  # fmt: skip
 
 
 def check_options(**options):
-    """Raise InputError for an option of `sample` that is not one of its values; None is one."""
+    """Raise InputError for an option of `sample` that is not one of its values."""
     for name, value in options.items():
-        if value is None:
+        if value is None and name in OPTIONAL:
             continue
         if name in CHOICES:
             if value not in CHOICES[name]:
@@ -1317,7 +1322,8 @@ def images_of_flags(model, args, classes, options):
             streams = noise_streams(args.seed, [0, 0] if to_class else [0, 1])
             ends = sample_codes(prior, pair, streams, card["latent_dim"], args.truncation)
             images.append(decode_between(model, ends, pair, count, size))
-        return np.concatenate(images), [pair[0] for pair in pairs for _ in range(count)], count
+        labels = [pair[2 * k >= count] for pair in pairs for k in range(count)]  # the nearer end's
+        return np.concatenate(images), labels, count
     labels = [y for y in classes for _ in range(count)]
     images = sample(model, labels, seed=args.seed, batch_size=size, **options)
     return images, labels, count if 1 < count <= 20 else min(10, len(labels))
@@ -1380,9 +1386,16 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def path_text(text):
+    """An argparse type: a path, with the ~ that a shell leaves in --output=~/x.png expanded."""
+    if not text:  # as of a variable that is not set: the path of no name is this folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return os.path.expanduser(text)  # noqa: PTH111  Path's own fails without such a user
+
+
 def file_path(text):
-    """An argparse type: a Path, with the ~ that a shell leaves in --output=~/x.png expanded."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own fails without such a user
+    """An argparse type: path_text as a Path."""
+    return Path(path_text(text))
 
 
 def shard(text):
@@ -1395,7 +1408,8 @@ def shard(text):
 def output_path(text):
     """An argparse type: a name without an ending is a folder only if it exists or ends in /."""
     path = file_path(text)
-    if not path.suffix and not text.endswith(("/", os.sep)) and not path.exists():
+    exists = os.path.exists(path)  # noqa: PTH110  Path's own raises for names that are too long
+    if not path.suffix and not text.endswith(("/", os.sep)) and not exists:
         raise argparse.ArgumentTypeError(f"{text!r} has no ending: a new folder is {text}/")
     return path
 
@@ -1404,7 +1418,7 @@ def output_path(text):
 def add_model_flags(parser):
     """Add the flags that choose a model, where it runs and how it samples."""
     add = parser.add_argument
-    add("--model", type=os.path.expanduser, default="ddim",
+    add("--model", type=path_text, default="ddim",
         help="an .onnx file, or a name to look for in runs/, pretrained/ and this folder (ddim)")
     add("--provider", choices=("auto", "cuda", "cpu"), default="auto",
         help="where to run: auto is CUDA if it works, else CPU; cuda is CUDA or an error (auto)")
@@ -1414,10 +1428,10 @@ def add_model_flags(parser):
         help="on CUDA, multiply in full float32, which is slower (default: TF32)")
     # Where no value is given, the defaults of the sampling flags are those of the model.
     add("--steps", type=number(int, 1),
-        help="number of sampling steps, 1 to T, the number of training timesteps; "
-             "diffusion models only (the model's default)")
-    add("--guidance", type=number(float, 0),
-        help="guidance weight: 0 ignores the class, 1 is conditional, above 1 guided; "
+        help="number of sampling steps, 1 to the number of training timesteps, or to some fewer "
+             "where the network predicts eps; diffusion models only (the model's default)")
+    add("--guidance", type=number(float, 0, 1000),
+        help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided; "
              "diffusion models only (the model's default)")
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps; "
@@ -1457,14 +1471,15 @@ def build_parser():
     group.add_argument("--interpolate", choices=("noise", "class"),
         help="frames, --num-samples of them, between two noises of each class, or between "
              "two classes; vae and gan only")
-    group.add_argument("--reconstruct", type=os.path.expanduser, metavar="FILE", nargs="+",
+    group.add_argument("--reconstruct", type=path_text, metavar="FILE", nargs="+",
         help="these images, all of one --class, above the images decoded from their codes; "
              "vae only")
-    group.add_argument("--between", type=os.path.expanduser, metavar="FILE", nargs=2,
+    group.add_argument("--between", type=path_text, metavar="FILE", nargs=2,
         help="frames, --num-samples of them, between two images of one --class; vae only")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of the noise, 0 or more (0)")
-    add("--batch-size", type=number(int, 1), default=100, help="images per batch (100)")
+    add("--batch-size", type=number(int, 1, 1_000_000), default=100,
+        help="images per batch, 1 to 1,000,000 (100)")
     add("--output", type=output_path,
         help="a .png (grid), an .npz, or a folder for PNGs, as in out/ (sneaker.png, of several "
              "classes samples.png; of other models than ddim vae_sneaker.png, vae_between.png)")
@@ -1485,6 +1500,8 @@ def build_parser():
 def sampling_options(args, card):
     """The options of `sample` from the flags, with the model's defaults. Raises InputError."""
     check_use(card, vars(args))
+    if args.prior == "fitted" and card["prior"] is None:
+        raise InputError("--prior fitted: this model was exported without one: leave it out")
     flags = ("eta", "variance", "truncation", "prior")
     options = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     if card["kind"] == "codes":
@@ -1531,8 +1548,9 @@ def check_combination(args, classes):
         raise InputError("frames between two images need --num-samples 2 or more")
     if (args.reconstruct or args.between) and len(classes) != 1:
         raise InputError("--reconstruct and --between need one --class, that of the images")
-    if (args.reconstruct or args.between) and (args.truncation or args.prior):
-        raise InputError("--truncation and --prior are of noise, and these codes are of images")
+    of_noise = args.seed or args.truncation or args.prior
+    if (args.reconstruct or args.between) and of_noise:
+        raise InputError("--seed, --truncation and --prior are of noise: these codes are of images")
     if args.reconstruct and args.num_samples > 1:
         raise InputError("--reconstruct decodes each image once: leave out --num-samples")
 
@@ -1576,7 +1594,7 @@ def run(args):
     numbers = numbers_of_shard(args, len(classes) * args.num_samples)
     output = args.output or default_output(args, path.stem, names, classes)
     given = args.reconstruct or args.between or ()
-    settings = {**options, "seed": args.seed}
+    settings = {**options, **({} if given else {"seed": args.seed})}
     if "guidance_interval" in options:  # as it is typed
         settings["guidance_interval"] = "{:g} {:g}".format(*options["guidance_interval"])
     texts = {"model": card["model"], "model_sha256": model.sha256, **settings}

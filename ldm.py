@@ -448,9 +448,10 @@ def sample(
     """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
-    tensor of class names or indices;  config: the checkpoint's;  steps, guidance: those of --help;
-    guidance_interval: as in guided_times;  the rest: as in the functions above;  trace: where
-    N <= batch_size; it gets latents.  Raises InputError.
+    tensor of class names or indices;  config: the checkpoint's, for another network the values of
+    the flags schedule, num_timesteps, prediction, label_dropout, latent_channels, image_size;
+    steps, guidance: those of --help;  guidance_interval: as in guided_times;  the rest: as in the
+    functions above;  trace: where N <= batch_size; it gets latents.  Raises InputError.
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
@@ -539,10 +540,10 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, autocast, errors_in_one_line, find_checkpoint,
-    learning_rate, load_checkpoint, load_run_data, number, open_checkpoint, optimisation_flags,
-    parallel, parse_run, pick_device, power_ema, read_start, run_parser, save_samples,
-    training_device, whole_numbers,
+    LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, as_flags, autocast, errors_in_one_line,
+    find_checkpoint, learning_rate, load_checkpoint, load_run_data, note_on_held_out, number,
+    open_checkpoint, optimisation_flags, parallel, parse_run, path_text, pick_device, power_ema,
+    read_start, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
 
 
@@ -574,7 +575,8 @@ def train(args, checkpoint=None):
     if args.start and resumed != NAME:
         if fraction == 0:
             raise InputError("--start begins with both stages: leave out --stage 2, --autoencoder")
-        start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
+        start = resumed and checkpoint.get("start")  # the file may be another one by now
+        start = start or read_start(args, SAMPLES_FROM, FITTING, data.class_names)["ema"]
     if (resumed == "autoencoder" and fraction == 0) or (resumed == NAME and fraction == 1):
         left_out = f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in"
         raise InputError(f"{left_out}: resume without it")
@@ -591,6 +593,8 @@ def train(args, checkpoint=None):
 def stage_1_fraction(args):
     """The fraction of the length of training that stage 1 takes: 0 none, 1 all of it."""
     if args.stage == "1":
+        if args.autoencoder:
+            raise InputError("--stage 1 trains an autoencoder: leave out it, or --autoencoder")
         return 1.0
     if args.stage == "2" or args.autoencoder:
         return 0.0
@@ -615,7 +619,7 @@ def train_autoencoder(args, data, device, checkpoint, start, fraction):
     }  # fmt: skip
     model = Autoencoder(**network).to(device, memory_format=torch.channels_last)
     if start and not checkpoint:
-        model.load_state_dict(part_of(start["ema"], "autoencoder"))
+        model.load_state_dict(part_of(start, "autoencoder"))
     forward = parallel(torch.compile(model) if args.compile else model)
     fused = device.type != "mps"
     parameters = list(model.parameters())
@@ -646,7 +650,7 @@ def train_autoencoder(args, data, device, checkpoint, start, fraction):
             "config": config, "network": network, "class_names": data.class_names,
             "data": data.fingerprint, "weights": model.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
-            "sums": sums.tolist(),
+            "sums": sums.tolist(), "start": start,
         }  # fmt: skip
         run.save(state, grid, grid_labels, (x_hat.cpu(), data.labels[:400]), columns=10)
 
@@ -692,6 +696,26 @@ def train_autoencoder(args, data, device, checkpoint, start, fraction):
     return run, run.end()
 
 
+def adopt_autoencoder(args, stage_1, path):
+    """Set the flags of stage 1, which may be another run's, to those that it was trained with.
+
+    Raises InputError where one is typed as another, or the images are others.
+    """
+    network, config = stage_1["network"], stage_1["config"]
+    trained_with = {
+        "image_size": config.get("image_size", 32), "channels": network["channels"],
+        "latent_channels": network["latent_channels"], "autoencoder_widths": network["widths"],
+        "channel_attention": network["attention"], "kl_weight": config["kl_weight"],
+    }  # fmt: skip
+    for key, value in trained_with.items():
+        given = getattr(args, key)
+        if given != value and key in ("image_size", "channels", *args.typed):
+            flag = as_flags([key])
+            raise InputError(f"the autoencoder was trained with {flag} {value}, not {given}")
+        setattr(args, key, value)
+    note_on_held_out(args, stage_1, path)
+
+
 def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
     """Stage 2, the diffusion model on the autoencoder's latents. Returns the exit code."""
     torch.manual_seed(args.seed)  # for the initial weights
@@ -704,14 +728,7 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
         print(f"the autoencoder is {path}")
         autoencoder = stage_1["network"]
         stage_1_seconds = stage_1["seconds"]
-        size = stage_1["config"].get("image_size", 32)
-        if size != args.image_size:
-            raise InputError(f"the autoencoder is for --image-size {size}, not {args.image_size}")
-        # It may be from a run with other flags; this run's config says those that are true.
-        args.kl_weight = stage_1["config"]["kl_weight"]
-    if autoencoder["channels"] != args.channels:
-        channels = autoencoder["channels"]
-        raise InputError(f"the autoencoder is for --channels {channels}, not {args.channels}")
+        adopt_autoencoder(args, stage_1, path)
 
     # The denoiser beside the autoencoder, which stays as it is.
     keys = ("widths", "depths", "attention", "emb_channels")
@@ -725,7 +742,7 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
         model.denoiser.load_state_dict(checkpoint["weights"])
     else:
         if start:
-            weights = {**model.denoiser.state_dict(), **part_of(start["ema"], "denoiser")}
+            weights = {**model.denoiser.state_dict(), **part_of(start, "denoiser")}
             model.denoiser.load_state_dict(weights)
         model.autoencoder.load_state_dict(stage_1["ema"])
 
@@ -756,9 +773,6 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
     precision = autocast(device, args.bf16)
     run = Run(NAME, args, data, checkpoint, folder=folder, fraction=fraction)
     config = {key: getattr(args, key) for key in FIXED + FREE}
-    config["latent_channels"] = autoencoder["latent_channels"]
-    config["autoencoder_widths"] = autoencoder["widths"]
-    config["channel_attention"] = autoencoder["attention"]
     grid_labels = torch.arange(min(10, len(data.class_names))).repeat_interleave(8)
 
     def save():
@@ -856,8 +870,8 @@ def sampling_flags(parser):
     """Add the flags of a walk, which explore.py has too."""
     # fmt: off
     add = parser.add_argument_group("sampling").add_argument
-    add("--guidance", type=number(float, 0),
-        help="guidance weight: 0 ignores the class, 1 is conditional, above 1 guided "
+    add("--guidance", type=number(float, 0, 1000),
+        help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided "
              f"({GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
@@ -867,7 +881,8 @@ def sampling_flags(parser):
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)
     add("--steps", type=number(int, 1),
-        help=f"number of sampling steps, 1 to T, the number of training timesteps ({STEPS})")
+        help="number of sampling steps, 1 to the number of training timesteps, or to some fewer "
+             f"where the network predicts eps ({STEPS})")
     add("--solver", choices=("ddim", "dpm++"), default=SOLVER,
         help=f"sampler: ddim, or dpm++, of second order, for few steps ({SOLVER})")
     add("--eta", type=number(float, 0, 1), default=0.0,
@@ -885,7 +900,7 @@ def build_parser():
         help="stage to train: 1 the autoencoder, 2 the diffusion model on its latents (both)")
     add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.2,
         help="fraction of the length of training that stage 1 takes, if both (0.2)")
-    add("--autoencoder", metavar="PATH",
+    add("--autoencoder", type=path_text, metavar="PATH",
         help="autoencoder.pt, or its folder, for stage 2 alone (with --stage 2: the newest run's)")
     add("--latent-channels", type=number(int, 1, 256), default=8,
         help="channels of the latents, a quarter as high and wide as the images, 1 to 256 (8)")

@@ -94,9 +94,16 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def path_text(text):
+    """An argparse type: a path, with the ~ that a shell leaves in --output=~/x.png expanded."""
+    if not text:  # as of a variable that is not set: the path of no name is this folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return os.path.expanduser(text)  # noqa: PTH111  Path's own fails without such a user
+
+
 def file_path(text):
-    """An argparse type: a Path, with the ~ that a shell leaves in --output=~/x.png expanded."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own fails without such a user
+    """An argparse type: path_text as a Path."""
+    return Path(path_text(text))
 
 
 def whole_numbers(text):
@@ -121,7 +128,8 @@ def colour(text):
 def output_path(text):
     """An argparse type: a name without an ending is a folder only if it exists or ends in /."""
     path = file_path(text)
-    if not path.suffix and not text.endswith(("/", os.sep)) and not path.exists():
+    exists = os.path.exists(path)  # noqa: PTH110  Path's own raises for names that are too long
+    if not path.suffix and not text.endswith(("/", os.sep)) and not exists:
         raise argparse.ArgumentTypeError(f"{text!r} has no ending: a new folder is {text}/")
     return path
 
@@ -142,7 +150,7 @@ def run_parser(name, doc, batch_size=64, data=True):
              "--epochs or --minutes set a new length, and the learning rate follows its schedule: "
              "it rises in a longer run; --lr scales what is left of it")
     if data:
-        add("--start", type=os.path.expanduser, metavar="PATH",
+        add("--start", type=path_text, metavar="PATH",
             help="begin a new run with the averaged weights of a .pt file or a run's folder; a "
                  "table of other classes is made anew")
     add("--run-dir", type=file_path,
@@ -153,21 +161,22 @@ def run_parser(name, doc, batch_size=64, data=True):
         help="bit-identical training on CUDA too, where it is slower (off)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="seed of initial weights, data order and noise, 0 or more (0)")
-    add("--batch-size", type=number(int, 1), default=batch_size,
-        help=f"images in a training step, or sampled at a time, 1 or more ({batch_size})")
+    add("--batch-size", type=number(int, 1, 1_000_000), default=batch_size,
+        help="images in a training step, or sampled at a time, 1 to 1,000,000 "
+             f"({batch_size})")
     add = parser.add_argument_group("length of training, one of the two").add_argument
-    add("--epochs", type=number(float, 0, above=True),
+    add("--epochs", type=number(float, 0, 1e9, above=True),
         help="length in passes over the data, fractions allowed (20)")
-    add("--minutes", type=number(float, 0, above=True),
+    add("--minutes", type=number(float, 0, 1e9, above=True),
         help="length in minutes of training, summed over resumed sessions (none: --epochs 20)")
     add("--save-every", type=number(float, 0), default=3.0,
         help="minutes between checkpoints, 0 or more, each with a grid of samples (3)")
     if data:
         add = parser.add_argument_group("data").add_argument
-        add("--data", type=os.path.expanduser, default="fashion-mnist",
+        add("--data", type=path_text, default="fashion-mnist",
             help=f"{', '.join(NAMED_SETS)}; a folder of class folders, or of pictures alone, which "
                  "are one class; or an .npz of x and y")
-        add("--data-dir", type=os.path.expanduser,
+        add("--data-dir", type=path_text,
             help="folder with the files of a named set (data/, Debian's folder, else a download)")
         add("--image-size", type=int, choices=IMAGE_SIZES, default=32,
             help="height and width of the images, of which the middle square is resized; 28x28 "
@@ -243,8 +252,9 @@ def parse_run(parser, argv, names, fixed, free):
     """The flags, and with --resume the checkpoint, whose flags count where none are given.
 
     names: stems of the checkpoint files that can be resumed;  fixed, free: flags of the training
-    that a resumed run cannot or can change.  Returns (args, checkpoint or None).  Raises InputError
-    for flags that do not go together, or would be ignored.
+    that a resumed run cannot or can change.  Returns (args, checkpoint or None); args.typed has the
+    names of the flags that are typed.  Raises InputError for flags that do not go together, or
+    would be ignored.
     """
     argv = sys.argv[1:] if argv is None else argv
     script = Path(parser.prog).stem
@@ -278,6 +288,7 @@ def parse_run(parser, argv, names, fixed, free):
     if not args.resume:
         if not args.minutes:
             args.epochs = args.epochs or 20.0
+        args.typed = typed
         return args, None
     path = find_checkpoint(names, args.run_dir)
     checkpoint = load_checkpoint(path, names)
@@ -290,6 +301,7 @@ def parse_run(parser, argv, names, fixed, free):
         defaults |= {"epochs": None, "minutes": None}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)  # again: what is typed wins over the checkpoint
+    args.typed = typed
     args.new_length = new_length
     args.run_dir = path.parent
     for key in fixed:
@@ -355,8 +367,14 @@ def errors_in_one_line(parser):
             parser.exit(
                 2, f"{parser.prog}: error: another process has ended: see the output of torchrun\n"
             )
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            hint = "train without it; a run that has begun: --resume --no-compile"
+            parser.exit(2, f"{parser.prog}: error: --compile failed ({reason}): {hint}\n")
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out_of_memory and "allocate memory" not in str(error):  # on a CPU: RuntimeError
+        # On a CPU, in cuBLAS, and where another program holds the card, these are RuntimeErrors.
+        texts = ("allocate memory", "out of memory", "ALLOC_FAILED")
+        if not out_of_memory and not any(text in str(error) for text in texts):
             raise
         hint = "lower --batch-size, with --resume too, or --num-samples; what was saved is kept"
         parser.exit(2, f"{parser.prog}: error: out of memory: {hint}\n")
@@ -577,7 +595,14 @@ def read_start(args, names, fitting, class_names):
             start[part] = {name: w for name, w in weights if "label" not in name.split(".")}
         table = "a new class table, since it was of other classes"
     print(f"started from {path}, step {start['step']}, with {table}")
+    note_on_held_out(args, start, path)
     return start
+
+
+def note_on_held_out(args, checkpoint, path):
+    """Say that a run with --hold-out begins with weights of one without it."""
+    if args.hold_out and not checkpoint["config"].get("hold_out"):
+        print(f"warning: {path} was trained without --hold-out: it may know what is held out here")
 
 
 def load_run_data(args, checkpoint=None):
@@ -703,7 +728,8 @@ def signals_caught():
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, handlers[number])
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
     handlers = {number: signal.signal(number, catch) for number in signal_numbers()}
     try:
@@ -852,6 +878,9 @@ class Run:
                 ) from error
             except OSError:
                 pass  # a file system without locks
+            path = self.folder / f"{self.stem}.pt"
+            if self.resumed and load_checkpoint(path, (self.stem,))["step"] != self.step:
+                raise InputError(f"{path} was saved anew just now, by another run: resume again")
             path = self.folder / self.log_file
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]

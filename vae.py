@@ -35,8 +35,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from common import (
-    ResidualBlock, check_options, group_norm, label_indices, next_noise, noise_streams,
-    subsample, to_float,
+    InputError, ResidualBlock, check_options, group_norm, label_indices, next_noise,
+    noise_streams, subsample, to_float,
 )  # fmt: skip
 
 NAME = "vae"
@@ -511,6 +511,10 @@ def draw(args):
     opened = open_checkpoint(args, NAME, SAMPLES_FROM)
     _, checkpoint, classes, _ = opened
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
+    if not checkpoint["prior"] and args.prior == "fitted":
+        if "prior" in args.typed:
+            raise InputError("--prior fitted: this model was trained without one: leave it out")
+        args.prior = "normal"
     images = sample(
         model=ema_network(checkpoint, pick_device(args.device)),
         prior=checkpoint["prior"] if args.prior == "fitted" else None, labels=labels,

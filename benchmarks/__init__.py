@@ -1,15 +1,27 @@
 """What the figures of results/ were measured with; each file says how it is run."""
 
+import ctypes
 import os
+import signal
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def pinned(core):
-    """Options of subprocess for a program with one thread on one core, in the repository."""
+    """Options of subprocess for a program with one thread on one core, in the repository.
+
+    It is stopped when this process ends, however that is.
+    """
+    prctl = ctypes.CDLL(None).prctl
+
+    def begin():
+        os.sched_setaffinity(0, {core})
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
     return {
         "cwd": Path(__file__).resolve().parent.parent,
         "env": {**os.environ, **dict.fromkeys(THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""},
-        "preexec_fn": lambda: os.sched_setaffinity(0, {core}),
+        "preexec_fn": begin,
     }

@@ -13,7 +13,6 @@ the files come out the same.  What is read as test images is in evaluate.py's --
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -177,7 +176,7 @@ def build_parser():
     )
     add = parser.add_argument
     # fmt: off
-    add("--data", type=os.path.expanduser, default="fashion-mnist",
+    add("--data", type=infer_onnx.path_text, default="fashion-mnist",
         help=f"data set to classify: {', '.join(evaluate.IDX_SETS)}, a folder or .npz as for "
              "training (fashion-mnist)")
     add("--channels", type=int, choices=(1, 3), default=1,

@@ -322,7 +322,8 @@ def main():
     }  # fmt: skip
     file = output / "cuda.json"
     report = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
-    report["machine"] = machine
+    if report.setdefault("machine", machine) != machine:
+        parser.error(f"{file} is of another machine: name another --output")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for part in arguments.only:
             begun = time.monotonic()

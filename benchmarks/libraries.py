@@ -142,7 +142,8 @@ def build_parser():
     add = parser.add_argument
     add("what", nargs="?", choices=("speed", "train"), default="speed",
         help="what is compared: speed, or quality after equal time (speed)")
-    add("--rounds", type=int, default=3, help="of speed: number of rounds of the three (3)")
+    add("--rounds", type=int, default=3,
+        help="of speed: number of rounds of the three, 1 or more (3)")
     add("--subject", choices=SUBJECTS, help="only measure this one, and print JSON")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # of train, in a process of its own
     add = parser.add_argument_group("train").add_argument
@@ -172,6 +173,8 @@ def main(argv=None):
             flag = "--" + key.replace("_", "-")
             said = f"{flag} has no meaning for {args.what} (see --help)"
             parser.exit(2, f"{parser.prog}: error: {said}\n")
+    if args.rounds < 1:
+        parser.exit(2, f"{parser.prog}: error: --rounds {args.rounds}: right is 1 or more\n")
     if args.subject:
         print(json.dumps(measure(args.subject)))
     elif args.job:

@@ -239,7 +239,10 @@ def _load_npz(path, train):
         raise InputError(f"{path} {_holds(path)}: {labels_key} must be {len(x)} integers from 0 up")
     last = max(int(labels.max()) for labels in every_y)
     if "class_names" in held:
-        names = [str(name) for name in arrays["class_names"].ravel()]
+        names = arrays["class_names"].ravel()
+        if names.dtype.kind == "S":
+            names = np.char.decode(names, "utf-8", "backslashreplace")
+        names = [str(name) for name in names]
     elif last < 10_000:
         names = [str(i) for i in range(last + 1)]
     else:

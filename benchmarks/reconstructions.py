@@ -65,9 +65,10 @@ def reconstructions(checkpoint, images, labels):
 def table(rows):
     """All scores as Markdown."""
     text = "# Training images, decoded from their codes\n\n"
-    text += "`python benchmarks/reconstructions.py --output results/reconstructions`: "
-    text += f"{COUNT:,} training images,\nscored beside the test images.  Grey levels: mean "
-    text += "difference from the image, of 255.\n\n"
+    text += (
+        f"Of `python benchmarks/reconstructions.py`: {COUNT:,} training images, scored beside the "
+    )
+    text += "test images.\nGrey levels: mean difference from the image, of 255.\n\n"
     head = ["model", "grey levels", *SCORES]
     lines = []
     for row in rows:
@@ -93,9 +94,10 @@ def build_parser():
 
 def run(args):
     """Score the reconstructions of each model, and write the scores."""
-    paths = [find_checkpoint(("vae", "ldm", "autoencoder"), path) for path in args.models]
+    paths = [find_checkpoint(NAMES, path) for path in args.models]
     paths = paths or [ROOT / f"pretrained/{name}.pt" for name in ("vae", "ldm")]
     checkpoints = [load(path) for path in paths]
+    args.output.mkdir(parents=True, exist_ok=True)
     data = evaluate.load_real("fashion-mnist", args.data_dir)
     (images, labels), test = data.parts()
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
@@ -116,7 +118,6 @@ def run(args):
             row["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         rows.append(row)
         print(f"{title}: F-FID {scores['ffid']:.4f}", flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
     with infer_onnx.written_whole(args.output / "reconstructions.json") as scratch:
         scratch.write_text(json.dumps(rows, indent=1) + "\n")
     report.write_text(table(rows), args.output / "reconstructions.md")

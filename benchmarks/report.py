@@ -1,13 +1,14 @@
 """Show results.json, which evaluate.py writes: a table in Markdown and diagrams.
 
     python benchmarks/report.py                  write results/table.md and the diagrams there anew
-    python benchmarks/report.py results/steps    those of another folder
+    python benchmarks/report.py runs/steps       those of another folder
     python benchmarks/report.py --pages          the tables in README.md and results/README.md
 
 Nothing is sampled or scored. Diagrams need matplotlib.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -248,7 +249,15 @@ def write_picture(picture, path):
 
 def write_text(text, path):
     with written_whole(path) as scratch:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
+
+
+def stem_of(title):
+    """A title as part of a file's name; of a long one a sum of it, and its end."""
+    folded = fold(title)
+    if len(folded.encode()) > 150:
+        return f"{hashlib.sha256(title.encode()).hexdigest()[:8]}_{folded[-40:]}"
+    return folded
 
 
 def write_samples(folder, title, images, neighbours, class_names, labels=None):
@@ -263,13 +272,13 @@ def write_samples(folder, title, images, neighbours, class_names, labels=None):
         ten = images[labels == y][:10]  # of a rare class there are fewer
         rows += [ten, np.full((10 - len(ten), *images.shape[1:]), 255, np.uint8)]
     grid = to_picture(np.concatenate(rows), 10)
-    write_picture(with_names(grid, class_names[:MOST]), folder / f"samples_{fold(title)}.png")
+    write_picture(with_names(grid, class_names[:MOST]), folder / f"samples_{stem_of(title)}.png")
     both = images[: len(neighbours)], neighbours
     inner = [array[:, :, 2:-2, 2:-2] for array in both]
     shape = inner[0].shape[1:]
     tiles = np.stack([array.reshape(-1, 10, *shape) for array in inner], axis=1).reshape(-1, *shape)
     grid = with_names(to_picture(tiles, 10), ["sample", "nearest real"] * (len(tiles) // 20))
-    write_picture(grid, folder / f"nearest_{fold(title)}.png")
+    write_picture(grid, folder / f"nearest_{stem_of(title)}.png")
 
 
 def write_side_by_side(path, rows):
@@ -351,7 +360,7 @@ def write_tsne(folder, title, real, samples, class_names, labels=None):
     perplexity = min(30, len(both) / 4)
     points = TSNE(random_state=0, perplexity=perplexity).fit_transform(both)
     heading = f"t-SNE of {len(real):,} real images and {len(samples):,} samples: {title}"
-    path = folder / f"tsne_{fold(title)}.png"
+    path = folder / f"tsne_{stem_of(title)}.png"
     labels = np.arange(len(samples)) % len(class_names) if labels is None else labels
     plot_map(path, heading, points[: len(real)], points[len(real) :], labels, class_names)
 
@@ -410,12 +419,17 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.pages and args.folders != parser.get_default("folders"):
+        parser.error("--pages is of the folders that the pages name: leave out the others")
     try:
         for page in (ROOT / "README.md", ROOT / "results/README.md") if args.pages else ():
-            write_text(filled(page.read_text(), ROOT), page)
+            write_text(filled(page.read_text(encoding="utf-8"), ROOT), page)
             print(f"wrote {page}")
         for folder in () if args.pages else args.folders:
-            results = json.loads((folder / "results.json").read_text())
+            file = folder / "results.json"
+            results = json.loads(file.read_text())
+            if not isinstance(results, dict) or not {"rows", "protocol", "floor"} <= results.keys():
+                raise ValueError(f"{file} is not of evaluate.py")
             write_text(table(results), folder / "table.md")
             plot_results(results, folder)
             print(f"wrote {folder}: table.md and diagrams")

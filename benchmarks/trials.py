@@ -62,7 +62,7 @@ UNIFORM, LOGNORMAL = "--noise-levels uniform", "--noise-levels lognormal"
 SEEDED = {  # changes tried with the seeds
     "ddim": [UNIFORM, f"{UNIFORM} --prediction eps"],
     "ldm": [LOGNORMAL, f"{LOGNORMAL} --latent-channels 4"],
-    "gan": ["--loss hinge", "--gamma 0.1", "--gamma 0.01"],
+    "gan": ["--loss hinge", "--gamma 0.1", "--gamma 0.01", "--gamma 3"],
     "vae": ["--latent-dim 128 --prior-components 5"],
 }
 # How samples are made for the scores.  Guidance is named, so that rows can be compared when the
@@ -343,7 +343,8 @@ def build_parser():
     # fmt: off
     add("names", nargs="*", metavar="NAME",
         help="trials to run: ddim, ldm, gan, vae, distill, steps or spread (all)")
-    add("--minutes", type=float, default=25, help="minutes that each trial trains (25)")
+    add("--minutes", type=infer_onnx.number(float, 0, above=True), default=25,
+        help="minutes that each trial trains (25)")
     add("--flags", nargs="+",
         help="only the trials with these flags, those of each in quotes (all)")
     add("--table", action="store_true", help="only write the table of the trials so far (off)")

@@ -390,16 +390,17 @@ def test_noise_of_an_image_does_not_depend_on_the_batch():
 # --- Signals --------------------------------------------------------------------------------------
 
 
-def test_the_second_ctrl_c_ends_the_program():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_the_program(first):
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may ignore it
     try:
         with pytest.raises(KeyboardInterrupt), runs.signals_caught() as caught:
-            signal.raise_signal(signal.SIGINT)
-            assert caught == [signal.SIGINT]
+            signal.raise_signal(first)
+            assert caught == [first]
             signal.raise_signal(signal.SIGINT)
     finally:
         after = signal.signal(signal.SIGINT, was)
-    assert caught == [signal.SIGINT] and after is signal.default_int_handler
+    assert caught == [first] and after is signal.default_int_handler
 
 
 # --- Files ----------------------------------------------------------------------------------------

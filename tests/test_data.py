@@ -280,6 +280,12 @@ def test_a_folder_with_the_name_of_a_set_is_ambiguous(in_tmp, data_dir):
 X, Y = RNG.integers(0, 256, (4, 28, 28), dtype=np.uint8), np.array([0, 2, 1, 2], np.uint8)
 
 
+def test_class_names_of_bytes_are_text(in_tmp):
+    names = np.array([b"cat", "h\u00e9".encode(), b"\xff"])
+    np.savez("x.npz", x=X, y=Y % 3, class_names=names)
+    assert load_data("x.npz").class_names == ["cat", "h\u00e9", r"\xff"]
+
+
 @pytest.mark.parametrize("keys", common.NPZ_KEYS[1:])
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_npz_files_of_keras_and_medmnist(in_tmp, keys, shape):

@@ -506,6 +506,9 @@ def test_a_report_of_nothing_is_one_line(in_tmp, capsys, monkeypatch):
     Path("broken").mkdir()
     Path("broken/results.json").write_text('{"rows": [')
     results = json.loads((ROOT / "results/results.json").read_text())
+    for name, text in (("list", "[]"), ("other", "{}")):
+        Path(name).mkdir()
+        Path(name, "results.json").write_text(text)
     Path("whole").mkdir()
     Path("whole/results.json").write_text(json.dumps(results))
     Path("whole/steps.png").write_bytes(b"")
@@ -513,10 +516,13 @@ def test_a_report_of_nothing_is_one_line(in_tmp, capsys, monkeypatch):
     for folder, message in (
         ("none", "results.json"),
         ("broken", "Expecting value"),
+        ("list", "list/results.json is not of evaluate.py"),
+        ("other", "other/results.json is not of evaluate.py"),
+        ("--pages whole", "leave out the others"),
         ("whole", "pip install matplotlib"),
     ):
         with pytest.raises(SystemExit) as caught:
-            report.main([folder])
+            report.main(folder.split())
         error = capsys.readouterr().err
         assert caught.value.code == 2 and error.count("\n") == 1 and message in error
     assert Path("whole/steps.png").exists()
@@ -709,6 +715,23 @@ def test_without_a_class_there_is_no_label_accuracy(workplace, in_tmp):
     evaluate.main(["ddim", *workplace, "--steps", "1", "--guidance", "0,1"])
     rows = json.loads((in_tmp / "results/results.json").read_text())["rows"]
     assert ["label_accuracy" in row["scores"] for row in rows] == [False, True]
+
+
+def test_pictures_of_long_names_have_short_ones_of_their_own():
+    plain = "ddim, steps 15, guidance 2"
+    assert report.stem_of(plain) == infer_onnx.fold(plain)
+    stems = [report.stem_of(f"{place * 200}/{plain}") for place in ("a", "b", "\u7301")]
+    assert len(set(stems)) == 3 and all(len(stem.encode()) < 100 for stem in stems)
+    assert all("steps-15" in stem for stem in stems)
+
+
+def test_tables_are_utf_8_in_any_locale(in_tmp):
+    code = "from benchmarks import report; from pathlib import Path; "
+    code += "report.write_text('N \u2192 \u221e', Path('table.md'))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "POSIX"}
+    env |= {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert Path("table.md").read_text(encoding="utf-8") == "N \u2192 \u221e"
 
 
 def test_pictures_have_a_row_for_each_class(sets, in_tmp):

@@ -365,6 +365,14 @@ def test_a_map_has_dots_by_class_and_a_line_for_each_walk(tmp_path):
     assert ends[1] > 1.4 * ends[0]  # a small marker, and a large one at the end
 
 
+def test_names_are_in_the_legend_whatever_they_begin_with(tmp_path):
+    axes = explore.new_figure(10.5, 9, "a map").add_subplot()
+    names = ["_cat", "$x$", "$_$", "dog"]
+    explore.save_map(axes, torch.randn(4, 2), torch.arange(4), names, tmp_path / "x.png")
+    [legend] = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [" _cat", r"\$x\$", r"\$_\$", "dog"]
+
+
 def test_a_map_of_many_classes_has_a_legend_of_40(tmp_path):
     names = [f"class {i}" for i in range(100)]
     axes = explore.new_figure(10.5, 9, "a map").add_subplot()
@@ -388,6 +396,7 @@ def test_an_interpolation_goes_from_one_plain_sample_to_another(name, draw, tiny
     noise, classes = images("noise.npz"), images("class.npz")
     assert len(noise) == 8 and len(classes) == 4
     assert np.load("noise.npz")["y"].tolist() == [0] * 4 + [1] * 4
+    assert np.load("class.npz")["y"].tolist() == [0] * 2 + [1] * 2  # of the nearer end
     for found, expected in (
         (noise[0], plain[0]), (noise[3], plain[1]), (classes[0], plain[0]), (classes[3], noise[4])
     ):  # fmt: skip
@@ -527,11 +536,14 @@ def test_an_inpainting_keeps_what_is_known_and_fills_in_the_rest(name, draw, dat
 
 
 @pytest.mark.parametrize("name", COMMANDS["edit"])
-def test_an_edit_is_the_image_at_little_strength_and_a_plain_sample_at_full(name, draw, tiny_runs):
+def test_an_edit_is_the_image_at_little_strength_and_a_plain_sample_at_full(
+    name, draw, tiny_runs, capsys
+):
     draw("edit", name, "3", "--strength", "0.001", "--class", "o", "--output", "little.npz")
     draw("edit", name, "3", "--strength", "1", "--class", "o", "--output", "full.npz")
     flags = ["--class", "o", "--num-samples", "8", "--steps", "3"]
     plain = script_images(name, *flags, "--checkpoint", str(tiny_runs(name)))
+    assert capsys.readouterr().out.count("steps 1,") == 1  # of the 1000 timesteps one is left
     little, full = images("little.npz"), images("full.npz")
     assert len(little) == len(full) == 10 and set(np.load("full.npz")["y"]) == {0}
     if name == "ddim":
@@ -746,6 +758,8 @@ def test_a_gif_of_a_gan_has_ten_samples(draw, frames_of):
         ("reconstruct vae 99", "there is no test image 99: indices are 0 to 59"),
         ("reconstruct vae nowhere.png --class o", "nowhere.png is not a readable image"),
         ("reconstruct vae nowhere.png", "needs a single --class"),
+        ("reconstruct vae given.png --class o --data x", "--data and --data-dir are for indices"),
+        ("edit ddim given.png --data-dir x", "--data and --data-dir are for indices"),
         (f"reconstruct vae {' '.join(map(str, range(21)))}", "21 images are too many: at most 20"),
         ("between vae 1", "the following arguments are required: IMAGE"),
         ("between vae 0 given.png --class o --output given.png", "is one of the input images"),
@@ -834,6 +848,9 @@ def test_a_log_is_drawn_as_curves(in_tmp, lines_of):
     assert [y for _, y in early] == tenths[0] and [y for _, y in late] == [2, *[0.5] * 9]
     assert [x for x, _ in late] == pytest.approx([0.05 + i / 10 for i in range(10)])
     assert rates == [[[50, 0.5], [100, 0.1]]]
+    with Path("a/log.jsonl").open("a") as log:  # as a full disk leaves it
+        log.write('{"step": 150, "los')
+    assert lines_of("a", "b.jsonl")[0] == losses
     assert speeds == [[[100, 200]]]  # 1000 images in 5 seconds
 
 
@@ -922,7 +939,10 @@ def sampling_flags_of(name):
 
 
 SAMPLED = {"interpolate", "invert", "inpaint", "edit", "filmstrip", "gif"}  # and map, of ldm
-CHANGED = {"invert": {"--steps", "--guidance", "--solver"}, "inpaint": {"--eta", "--solver"}}
+CHANGED = {
+    "invert": {"--steps", "--guidance", "--solver", "--eta"}, "inpaint": {"--eta", "--solver"},
+    "interpolate": {"--eta"}, "edit": {"--eta"},
+}  # fmt: skip
 PAIRS = [(command, name) for command, names in COMMANDS.items() for name in names]
 
 
@@ -936,7 +956,7 @@ def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
     expected = sampling_flags_of(name) if sampled else {}
     assert found.keys() & every == expected.keys()
     changed = {flag for flag in expected if found[flag] != expected[flag]}
-    assert changed == CHANGED.get(command, set())
+    assert changed == CHANGED.get(command, set()) & expected.keys()
     assert ("--seed" in found) == (sampled and command != "invert")
     reads = command in ("invert", "inpaint", "edit", "reconstruct", "between", "map")
     assert ("--data-dir" in found) == reads
@@ -951,7 +971,7 @@ def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
 
 def test_the_help_of_a_model_has_its_true_defaults(capsys):
     text = help_of(capsys, "invert", "ddim")
-    assert "number of training timesteps (100)" in text and "misses the image (1)" in text
+    assert "the network predicts eps (100)" in text and "misses the image (1)" in text
     assert "(15)" not in text and "guided (2)" not in text
     assert "(15)" in help_of(capsys, "interpolate", "ddim")
     assert "(250)" in help_of(capsys, "filmstrip", "ddpm")

@@ -12,6 +12,9 @@ COMMANDS = [*TINY_FLAGS, "distill", "export", "infer_onnx", "evaluate"]
 REQUIRED = {"export": ["ddim"]}  # arguments without which nothing is parsed
 WRONG = {  # values for the argparse types that are no plain number
     "whole_numbers": ("", "x", "0", "-1", "1.5", "8,", "1,2,3,4,5,6", "65537", "8 16"),
+    "path_text": ("",),
+    "file_path": ("",),
+    "output_path": ("", "x", "x" * 300),
     "shard": ("", "1", "0/3", "4/3", "-1/3", "1/0", "1/x", "x/2", "1/2/3", "1.5/2"),
 }
 SYMBOLS = ("", "x", "nan", "inf", "-inf", "1e999", "½")
@@ -122,6 +125,12 @@ COMBINATIONS = [
     (DIFFUSION, ["--filmstrip"], "python explore.py filmstrip "),
     (("ldm",), ["--train", "--autoencoder-widths", "8"], "must be two numbers"),
     (("ldm",), ["--train", "--stage", "2", "--autoencoder", "nowhere"], "there is no nowhere"),
+    (("ldm",), ["--train", "--stage", "1", "--autoencoder", "nowhere"], "or --autoencoder"),
+    (
+        ("gan",),
+        ["--train", "--loss", "hinge", "--gamma", "1", "--penalty-every", "2"],
+        "--gamma, --penalty-every: --loss hinge has no penalty",
+    ),
 ]
 COMBINED = [(name, flags, message) for names, flags, message in COMBINATIONS for name in names]
 

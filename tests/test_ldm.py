@@ -101,14 +101,14 @@ def test_sampling_ends_in_the_decoded_latents_of_an_oracle(loaded, steps):
 def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatch):
     monkeypatch.setattr(ldm, "LOG_EVERY", 2)
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
-    assert ldm.main([*flags, "--stage", "1", "--run-dir", "first"]) == 0
+    assert ldm.main([*flags, "--stage", "1", "--kl-weight", "0.02", "--run-dir", "first"]) == 0
     assert not Path("first/ldm.pt").exists()
     log = Path("first/autoencoder_log.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in log]
     assert [line["step"] for line in lines if "kl" in line] == [2, 4, 6]
     errors = [line["grey_level_error"] for line in lines if "grey_level_error" in line]
     assert len(errors) == 2 and 0 < errors[1] < errors[0]
-    others = ["--autoencoder", "first/autoencoder.pt", "--kl-weight", "5", "--run-dir", "second"]
+    others = ["--autoencoder", "first/autoencoder.pt", "--run-dir", "second"]
     assert ldm.main([*flags, "--stage", "2", *others]) == 0
     assert not Path("second/autoencoder.pt").exists()
     # --autoencoder also takes a folder, and implies --stage 2
@@ -119,7 +119,7 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     for key, value in first["ema"].items():
         assert torch.equal(value, second["ema"][f"autoencoder.{key}"])
     assert torch.equal(second["ema"]["latent_std"], third["ema"]["latent_std"])
-    assert second["config"]["kl_weight"] == first["config"]["kl_weight"]
+    assert second["config"]["kl_weight"] == first["config"]["kl_weight"] == 0.02
 
 
 @pytest.mark.parametrize("flags", (["--stage", "2"], ["--stage", "both", "--autoencoder", "x"]))
@@ -178,14 +178,21 @@ def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):
     assert ldm.main(["--class", "o", "--steps", "3"]) == 0 and Path("ldm_o.png").is_file()
 
 
-@pytest.mark.parametrize(("flag", "was", "now"), [("channels", 1, 3), ("image-size", 32, 64)])
-def test_an_autoencoder_for_other_images_is_refused(
+@pytest.mark.parametrize(
+    ("flag", "was", "now"),
+    [
+        ("channels", 1, 3), ("image-size", 32, 64), ("latent-channels", 8, 4),
+        ("autoencoder-widths", (8, 16), "8,8"), ("kl-weight", 0.01, 5.0),
+    ],
+)  # fmt: skip
+def test_an_autoencoder_that_is_not_of_the_flags_is_refused(
     tiny_runs, in_tmp, data_dir, capsys, flag, was, now
 ):
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
     flags += [f"--{flag}", str(now)]
     flags += ["--autoencoder", tiny_runs("ldm") / "autoencoder.pt"]
-    message = f"the autoencoder is for --{flag} {was}, not {now}"
+    now = (8, 8) if now == "8,8" else now
+    message = f"the autoencoder was trained with --{flag} {was}, not {now}"
     assert message in refused(ldm.main, flags, capsys, alone=False)
     assert not (in_tmp / "runs").exists()
 

@@ -2,14 +2,16 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, refused
 
 import common
 import infer_onnx
@@ -41,6 +43,25 @@ class Peer:
 
     def averaged(self):
         return self.network.state_dict()
+
+
+@TWO_CORES
+def test_a_program_on_a_core_of_its_own_ends_with_the_benchmark():
+    code = """
+import subprocess, time
+from benchmarks import pinned
+print(subprocess.Popen(["sleep", "60"], **pinned(0)).pid, flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as benchmark:
+        program = Path("/proc", benchmark.stdout.readline().strip(), "stat")
+        assert program.read_text().split()[2] == "S"
+        benchmark.kill()
+        end = time.monotonic() + 10
+        while program.exists() and program.read_text().split()[2] != "Z":
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 def test_a_library_trains_on_what_is_not_held_out(fashion, tmp_path, monkeypatch):

@@ -87,7 +87,8 @@ NUMBERS = [
 WALKS = [
     ({"guidance": -1}, "guidance -1 is not a number from 0"),
     ({"guidance": float("nan")}, "guidance nan is not a number from 0"),
-    ({"guidance": float("inf")}, "guidance inf is not a number from 0"),
+    ({"guidance": float("inf")}, "guidance inf is not a number from 0 to 1000"),
+    ({"guidance": 1001}, "guidance 1001 is not a number from 0 to 1000"),
     ({"guidance": "2"}, "guidance '2' is not a number from 0"),
     ({"steps": 0}, "steps 0 is not a whole number from 1"),
     ({"steps": 2.5}, "steps 2.5 is not a whole number from 1"),

@@ -124,7 +124,9 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
     flags += ["--data-dir", data_dir, *TINY_FLAGS[name]]
     error = refused(script.main, flags, capsys, alone=False)
     assert f"not finite, stopped; what runs/{name} holds is kept" in error
-    for path in (in_tmp / "runs" / name).glob("*.pt"):
+    kept = [*(in_tmp / "runs" / name).glob("*.pt")]
+    assert kept
+    for path in kept:
         weights = torch.load(path, weights_only=True)["weights"]
         assert all(value.isfinite().all() for value in weights.values())
 

@@ -409,6 +409,26 @@ def test_a_sampler_that_differs_from_torch_in_one_setting_is_not_written(
     assert "grey levels from torch's" in capsys.readouterr().err
 
 
+def test_a_sampler_whose_samples_are_not_finite_is_not_written(tiny_run, exported, in_tmp, capsys):
+    checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
+    checkpoint["ema"]["head.bias"][:] = torch.nan
+    torch.save(checkpoint, "broken.pt")
+    argv = ["ddim", "--sampler", "--checkpoint", "broken.pt", "--output", "x.onnx"]
+    error = refused(export.main, argv, capsys, code=5, alone=False)
+    assert "not finite" in error and not Path("x.onnx").exists()
+
+
+def test_a_model_s_name_is_no_pattern(exported, in_tmp, capsys):
+    """In runs/ the newest file of this very name is found."""
+    for name in ("ddim[1]", "ddim1"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, f"{name}.onnx").write_bytes(exported.read_bytes())
+    assert infer_onnx.find_model("ddim[1]") == Path("runs/ddim[1]/ddim[1].onnx")
+    for name in ("dd*1", "ddim?", "**"):
+        argv = ["--model", name, "--list-classes"]
+        assert f"no model {name!r}" in refused(infer_onnx.main, argv, capsys, code=3)
+
+
 OPTIONS = {
     "ddpm": [
         {"steps": 12, "guidance": 1.5, "guidance_interval": (0.1, 0.4)},
@@ -467,7 +487,7 @@ def test_interpolation_and_truncation_equal_those_of_torch(
 
 
 def test_reconstruction_and_interpolation_of_images_equal_those_of_torch(
-    tiny_runs, exports, in_tmp
+    tiny_runs, exports, in_tmp, capsys
 ):
     config = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)["config"]
     images = common.load_data("kmnist", config["data_dir"], train=False).images
@@ -485,6 +505,7 @@ def test_reconstruction_and_interpolation_of_images_equal_those_of_torch(
         assert infer_onnx.main(argv) == 0
         found = np.load("onnx.npz")["x"]
         assert np.abs(np.load("torch.npz")["x"].astype(int) - found).max() <= 1
+        assert "seed" not in capsys.readouterr().out  # it would change nothing
     assert len(found) == 5
 
 
@@ -563,7 +584,7 @@ def test_a_prior_of_mixtures_and_single_gaussians(tiny_runs, exports, in_tmp, mo
     assert np.abs(found.astype(int) - common.to_uint8(images).numpy()).max() <= 1
 
 
-def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
+def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp, capsys):
     """It interpolates on straight lines between codes, not on a GAN's arcs of constant norm."""
     checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
     torch.save({**checkpoint, "prior": None}, "vae.pt")
@@ -576,6 +597,16 @@ def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp):
         assert (explore.main([*vary, *at]) if way else vae.main(at)) == 0
         assert infer_onnx.main(["--model", "vae.onnx", *flags, "--output", "onnx.npz"]) == 0
         assert np.abs(np.load("torch.npz")["x"].astype(int) - np.load("onnx.npz")["x"]).max() <= 1
+    capsys.readouterr()
+    assert vae.main([*at[:2], "--output", "torch.png"]) == 0
+    assert "prior normal" in capsys.readouterr().out
+    assert explore.main([*vary, *at[:2], "--output", "torch.png"]) == 0
+    assert "prior normal" in capsys.readouterr().out
+    fitted = ["--prior", "fitted"]
+    for main, argv in ((vae.main, at[:2]), (infer_onnx.main, ["--model", "vae.onnx"])):
+        assert "--prior fitted: this model was" in refused(
+            main, [*argv, *fitted], capsys, alone=False
+        )
 
 
 def test_samples_of_a_range_of_indices_are_those_of_the_whole(exports):
@@ -635,6 +666,11 @@ def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys
         (["--reconstruct", "a.png", "--interpolate", "noise"], "not allowed with"),
         (["--reconstruct", "a.png"], "need one --class"),
         (["--reconstruct", "a.png", "--class", "o", "--prior", "normal"], "--prior are of noise"),
+        (["--reconstruct", "a.png", "--class", "o", "--seed", "5"], "--seed, --truncation and"),
+        (
+            ["--between", "a.png", "a.png", "--class", "o", "--num-samples", "2", "--seed", "5"],
+            "--seed",
+        ),
         (["--reconstruct", "a.png", "--class", "o", "--num-samples", "2"], "leave out --num"),
         (
             ["--reconstruct", "a.png", "--class", "o", "--output", "./a.png"],

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import LOOPS, ROOT, TINY_FLAGS, equal, forked, state
+from conftest import LOOPS, ROOT, TINY_FLAGS, equal, forked, refused, state
 
 import ddim
 import runs
@@ -103,17 +105,36 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data
     assert all(equal(whole[key], found[key]) for key in ("ddim.pt", "grid"))
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_deterministic_changes_nothing_on_a_cpu(name, unbroken, in_tmp, data_dir, monkeypatch):
-    script = importlib.import_module(name)
+def test_deterministic_changes_nothing_on_a_cpu(unbroken, in_tmp, data_dir, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    flags = [*FLAGS[name], "--data-dir", data_dir, "--run-dir", "run"]
+    flags = [*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]
     try:
-        assert script.main([*flags, "--deterministic"]) == 0
+        assert ddim.main([*flags, "--deterministic"]) == 0
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(equal(value, state(in_tmp / "run")[key]) for key, value in unbroken(name).items())
+    assert all(equal(value, state(in_tmp / "run")[key]) for key, value in unbroken("ddim").items())
+
+
+def test_what_another_run_saves_while_this_one_resumes_is_kept(
+    in_tmp, data_dir, monkeypatch, capsys
+):
+    """A run that is told to stop may save between the reading of its checkpoint and its end."""
+    assert ddim.main([*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]) == 0
+    old, load = Path("run/ddim.pt").read_bytes(), ddim.load_run_data
+    longer = split("--resume --run-dir run --epochs 20")
+    assert ddim.main(longer) == 0
+    new, log = Path("run/ddim.pt").read_bytes(), Path("run/log.jsonl").read_text()
+    Path("run/ddim.pt").write_bytes(old)
+
+    def saves_meanwhile(*given):
+        Path("run/ddim.pt").write_bytes(new)
+        return load(*given)
+
+    monkeypatch.setattr(ddim, "load_run_data", saves_meanwhile)
+    error = refused(ddim.main, longer, capsys, alone=False)
+    assert "run/ddim.pt was saved anew just now, by another run: resume again" in error
+    assert Path("run/ddim.pt").read_bytes() == new and Path("run/log.jsonl").read_text() == log
 
 
 def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):

@@ -1,6 +1,7 @@
 """--start: a new run from a checkpoint's averaged weights, on other data and classes."""
 
 import importlib
+import signal
 from pathlib import Path
 from shlex import split
 
@@ -104,6 +105,43 @@ def test_a_resumed_run_needs_neither_the_flag_nor_the_file(tiny_runs, others, in
     assert "started from" not in capsys.readouterr().out.split("run new on")[1]
     config = torch.load("new/ddim.pt", weights_only=True)["config"]
     assert export.names_of_files(config)["start"] == "start.pt"  # in the card
+
+
+def test_a_first_stage_is_resumed_without_the_file_that_the_second_begins_with(
+    tiny_runs, others, in_tmp, monkeypatch
+):
+    ldm = importlib.import_module("ldm")
+    Path("start.pt").write_bytes((tiny_runs("ldm") / "ldm.pt").read_bytes())
+    start = torch.load("start.pt", weights_only=True)["ema"]
+    save = ldm.Run.save
+
+    def interrupted(run, *given, **options):
+        save(run, *given, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.Run, "save", interrupted)
+        assert ldm.main([*FLAGS, "--start", "start.pt", *TINY_FLAGS["ldm"][2:]]) == 130
+    Path("start.pt").unlink()
+    saved = began_with("ldm", ["--resume", "--run-dir", "new"], monkeypatch, network=[])
+    weights = saved["ldm"]["weights"]
+    assert "autoencoder" not in saved and len(weights) > 10
+    for key, weight in weights.items():
+        assert is_of_classes(key) or torch.equal(weight, start[f"denoiser.{key}"]), key
+
+
+def test_weights_that_may_know_the_held_out_images_are_named(
+    name, tiny_runs, in_tmp, data_dir, capsys
+):
+    folder = tiny_runs(name)
+    said = f"{name}.pt was trained without --hold-out: it may know what is held out here"
+    flags = [*split("--train --epochs 0.1 --data kmnist --data-dir"), data_dir]
+    flags += [*TINY_FLAGS[name][2:], "--start", str(folder)]
+    script = importlib.import_module(name)
+    assert script.main([*flags, "--hold-out"]) == 0
+    assert said in capsys.readouterr().out
+    assert script.main(flags) == 0
+    assert said not in capsys.readouterr().out
 
 
 WRONG = [

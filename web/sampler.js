@@ -509,8 +509,8 @@ export function checkedOptions(card, labels, options = {}) {
   if (card.steps_fixed && steps !== card.steps) {
     throw new InputError(`this model supports no other number of steps than ${card.steps}`);
   }
-  if (!(guidance >= 0 && guidance < Infinity)) {
-    throw new InputError(`guidance ${guidance} is not a number from 0`);
+  if (!(guidance >= 0 && guidance <= 1000)) {
+    throw new InputError(`guidance ${guidance} is not a number from 0 to 1000`);
   }
   const interval = options.guidance_interval ?? card.guidance_interval;
   const times = guidedTimes(interval, card.alpha_bars.length);
