@@ -236,10 +236,10 @@ def read_log(path):
     """
     path = path / "log.jsonl" if path.is_dir() else path
     try:
-        *texts, last = path.read_text().splitlines()
-        lines = [json.loads(text) for text in texts]
+        texts = path.read_text().splitlines()
+        lines = [json.loads(text) for text in texts[:-1]]
         with suppress(ValueError if lines else ()):  # a full disk leaves half a line at the end
-            lines.append(json.loads(last))
+            lines += [json.loads(text) for text in texts[-1:]]
         lines = [line for line in lines if line.keys() & {*LOSSES} and "step" in line]
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not the log of a training ({error})") from error
@@ -350,7 +350,8 @@ class Trained:
             self.options["truncation"] = args.truncation
         if "prior" in args:
             self.options["prior"] = checkpoint["prior"] if args.prior == "fitted" else None
-            if self.options["prior"] is None:
+            if checkpoint["prior"] is None and args.prior == "fitted":
+                print(f"{self.path} has no fitted prior: codes are samples of N(0, 1)")
                 self.settings["prior"] = "normal"
         self.device = pick_device(args.device)
         self.network = self.script.ema_network(checkpoint, self.device)
@@ -677,7 +678,8 @@ def between(args, model):
     class_a, class_b = model.one_hot(labels)
     frames = model.decode(torch.lerp(z_a, z_b, weight), torch.lerp(class_a, class_b, weight))
     names = [" to ".join(dict.fromkeys(model.names[y] for y in labels))]
-    model.save(frames, labels[:1].expand(len(frames)), len(frames), names)
+    labels = labels[(weight[:, 0] >= 0.5).long()]  # of the image that is nearer
+    model.save(frames, labels, len(frames), names)
 
 
 def draw_map(args, model):

@@ -264,9 +264,11 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
-    of_penalty = {"gamma", "penalty_every"} & {*args.typed}
-    if of_penalty and args.loss not in PENALISED:
-        raise InputError(f"{as_flags(sorted(of_penalty))}: --loss {args.loss} has no penalty")
+    unused = {"gamma", "penalty_every"} if args.loss not in PENALISED else set()
+    unused |= {"penalty_every"} if args.gamma == 0 else set()
+    if unused := sorted(unused & {*args.typed}):
+        why = f"--loss {args.loss} --gamma {args.gamma:g} is without a penalty"
+        raise InputError(f"{as_flags(unused)} has no effect: {why}")
     torch.manual_seed(args.seed)  # for the initial weights
     data = load_run_data(args, checkpoint)
     images = data.images.to(device)

@@ -1566,6 +1566,10 @@ def numbers_of_shard(args, count):
 
 
 def run(args):
+    for flag in ("list_classes", "info", "card", "check"):
+        if getattr(args, flag) and (args.output or args.shard):
+            name = flag.replace("_", "-")
+            raise InputError(f"--{name} makes no images: leave out --output and --shard")
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
     card = model.card
@@ -1630,9 +1634,9 @@ def run(args):
         write_images(images, labels, names, output, columns, texts, rows)
         count = len(images)
     there = f" ({found} were there)" if found else ""
-    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
-    what = f"{count} image{'s' * (count != 1)}{there}"
-    print(f"wrote {output}: {what} in {seconds:.2f} s, {said}, model {path}")
+    said = [f"{count} image{'s' * (count != 1)}{there} in {seconds:.2f} s"]
+    said += [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
+    print(f"wrote {output}: {', '.join(said)}, model {path}")
 
 
 def one_line(error):

@@ -571,6 +571,10 @@ def train(args, checkpoint=None):
     # Stage 1, unless another run's autoencoder is given or a resumed run is past it; then stage 2.
     fraction = stage_1_fraction(args)
     resumed = checkpoint["model"] if checkpoint else None
+    if {"stage", "autoencoder"} <= {*args.typed} and args.stage != "2" and not resumed:
+        raise InputError(f"--autoencoder is for stage 2: leave out it, or --stage {args.stage}")
+    if "stage_1_share" in args.typed and fraction in (0, 1):
+        raise InputError("--stage-1-share is for the training of both stages: leave it out")
     start = None
     if args.start and resumed != NAME:
         if fraction == 0:
@@ -593,8 +597,6 @@ def train(args, checkpoint=None):
 def stage_1_fraction(args):
     """The fraction of the length of training that stage 1 takes: 0 none, 1 all of it."""
     if args.stage == "1":
-        if args.autoencoder:
-            raise InputError("--stage 1 trains an autoencoder: leave out it, or --autoencoder")
         return 1.0
     if args.stage == "2" or args.autoencoder:
         return 0.0

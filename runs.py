@@ -303,6 +303,7 @@ def parse_run(parser, argv, names, fixed, free):
     args = parser.parse_args(argv)  # again: what is typed wins over the checkpoint
     args.typed = typed
     args.new_length = new_length
+    args.resumed_from = path
     args.run_dir = path.parent
     for key in fixed:
         before = config.get(key, parser.get_default(key))  # an older run lacks newer flags
@@ -728,8 +729,8 @@ def signals_caught():
 
     def catch(number, frame):
         caught.append(number)
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+        for each in (number, signal.SIGINT):  # of a log-out, SIGHUP may follow SIGTERM at once
+            signal.signal(each, handlers[each])
 
     handlers = {number: signal.signal(number, catch) for number in signal_numbers()}
     try:
@@ -878,9 +879,12 @@ class Run:
                 ) from error
             except OSError:
                 pass  # a file system without locks
-            path = self.folder / f"{self.stem}.pt"
-            if self.resumed and load_checkpoint(path, (self.stem,))["step"] != self.step:
-                raise InputError(f"{path} was saved anew just now, by another run: resume again")
+            if self.resumed:  # read before the folder was this process's
+                path = self.args.resumed_from
+                if load_checkpoint(path, (self.stem,))["step"] != self.step:
+                    raise InputError(
+                        f"{path} was saved anew just now, by another run: resume again"
+                    )
             path = self.folder / self.log_file
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]

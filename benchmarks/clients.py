@@ -147,7 +147,7 @@ def build_parser():
     # fmt: off
     add("--python", action="append", default=[], metavar="FILE",
         help="the Python of an environment with onnxruntime or openvino; may be repeated (none)")
-    add("--node", action="append", default=[], type=Path, metavar="FOLDER",
+    add("--node", action="append", default=[], type=infer_onnx.file_path, metavar="FOLDER",
         help="a folder whose node_modules has onnxruntime-node and onnxruntime-web (none)")
     # fmt: on
     return parser

@@ -191,7 +191,8 @@ def build_parser():
         help="folder of its IDX files; nothing is downloaded (data/, else Debian's folder)")
     add("--epochs", type=infer_onnx.number(int, 1, 1000),
         help=f"passes over the training images, 1 to 1000 ({EPOCHS[1]}, then {EPOCHS[2]})")
-    add("--output", type=Path, default=Path(evaluate.__file__).parent / "pretrained",
+    add("--output", type=infer_onnx.file_path,
+        default=Path(evaluate.__file__).parent / "pretrained",
         metavar="FOLDER", help="folder for the two files (pretrained/, where they ship)")
     # fmt: on
     return parser

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.report import write_text  # noqa: E402
+from infer_onnx import file_path  # noqa: E402
 from common import UNet  # noqa: E402
 
 SCRIPTS = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
@@ -301,8 +302,8 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
-    add("--output", type=Path, required=True, help="folder of the report")
-    add("--data-dir", type=Path, default=ROOT / "data", help="folder of Fashion-MNIST (data/)")
+    add("--output", type=file_path, required=True, help="folder of the report")
+    add("--data-dir", type=file_path, default=ROOT / "data", help="folder of Fashion-MNIST (data/)")
     add("--steps", type=int, default=300, help="steps of a training of part train (300)")
     add("--limit", type=float, default=300, help="seconds that a program may take (300)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")

@@ -85,9 +85,10 @@ def build_parser():
     # fmt: off
     add("models", nargs="*", metavar="PATH",
         help=".pt files or folders of runs of vae.py and ldm.py (the included ones)")
-    add("--output", type=Path, required=True,
+    add("--output", type=infer_onnx.file_path, required=True,
         help="folder of reconstructions.json and reconstructions.md")
-    add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    add("--data-dir", type=infer_onnx.file_path,
+        help="folder of Fashion-MNIST (data/, else Debian's folder)")
     # fmt: on
     return parser
 

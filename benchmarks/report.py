@@ -21,7 +21,9 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer_onnx import Parser, fold, one_line, to_picture, with_names, written_whole
+from infer_onnx import (
+    Parser, file_path, fold, one_line, to_picture, with_names, written_whole,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
@@ -300,6 +302,11 @@ def new_diagram(title, x_label="", y_label=""):
     return figure, axes
 
 
+def legend_text(name):
+    """A name as matplotlib shows it as it is: it hides those after a _, and sets $...$ as maths."""
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")
+
+
 def write_diagram(figure, path):
     figure.legend(loc="outside right upper")
     write_picture(figure, path)
@@ -313,7 +320,7 @@ def plot_curves(path, x_label, curves, floor):
     axes.set(xscale="log", yscale="log", xmargin=0.1, ymargin=0.1)
     for name, points in curves.items():
         xs, ys, texts = zip(*sorted(points), strict=True)
-        [line] = axes.plot(xs, ys, "o-", label=name)
+        [line] = axes.plot(xs, ys, "o-", label=legend_text(name))
         for x, y, text in zip(xs, ys, texts, strict=True):
             above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
             axes.annotate(text, (x, y), color=line.get_color(), **above)
@@ -331,21 +338,23 @@ def plot_classes(path, rows, class_names, balanced=True):
     width = 0.84 / len(rows)
     for i, (name, fractions) in enumerate(rows.items()):
         places = np.arange(len(class_names)) + (i + 0.5) * width - 0.42
-        axes.bar(places, fractions, width, label=name)
+        axes.bar(places, fractions, width, label=legend_text(name))
     if balanced:
         axes.axhline(1 / len(class_names), color="black", linewidth=1, label="balanced")
     ticks = range(len(class_names))
-    axes.set_xticks(ticks, class_names, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        ticks, [*map(legend_text, class_names)], rotation=30, ha="right", rotation_mode="anchor"
+    )
     write_diagram(figure, path)
 
 
 def plot_map(path, title, real, samples, labels, class_names):
     """Points in the plane: real, grey, and samples, by class.  Both (N, 2);  labels: (N,)."""
-    figure, axes = new_diagram(title)
+    figure, axes = new_diagram(legend_text(title))
     axes.scatter(*real.T, s=14, color="#cccccc", label="real images")
     for y, name in enumerate(class_names[:MOST]):
         colour = f"C{y % 10}" if y % 10 != 7 else "black"  # C7 is grey
-        axes.scatter(*samples[labels == y].T, s=14, color=colour, label=name)
+        axes.scatter(*samples[labels == y].T, s=14, color=colour, label=legend_text(name))
     write_diagram(figure, path)
 
 
@@ -408,7 +417,7 @@ def build_parser():
     parser = Parser("report.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     # fmt: off
-    add("folders", nargs="*", type=Path, default=[Path("results")], metavar="FOLDER",
+    add("folders", nargs="*", type=file_path, default=[Path("results")], metavar="FOLDER",
         help="folders that hold a results.json each (results)")
     add("--pages", action="store_true",
         help="only write the tables in README.md and results/README.md anew (off)")

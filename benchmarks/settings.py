@@ -178,7 +178,8 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME", help="ddim, ddpm or ldm (all)")
-    add("--output", type=Path, required=True, help="folder of settings.json and settings.md")
+    add("--output", type=infer_onnx.file_path, required=True,
+        help="folder of settings.json and settings.md")
     add("--num-samples", type=infer_onnx.number(int, 100, 50_000), default=10_000,
         help="samples of each setting and seed, 100 to 50,000 (10000); rows of fewer than others "
              "are in no table")
@@ -186,7 +187,8 @@ def build_parser():
         help="only these, each in quotes: solver, steps, guidance, LOW:HIGH (all)")
     add("--seeds", type=infer_onnx.number(int, 1), default=3,
         help="sampling seeds of each setting (3)")
-    add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    add("--data-dir", type=infer_onnx.file_path,
+        help="folder of Fashion-MNIST (data/, else Debian's folder)")
     add("--table", action="store_true", help="only write the table of settings.json (off)")
     # fmt: on
     return parser

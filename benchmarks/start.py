@@ -96,8 +96,12 @@ def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = infer_onnx.Parser(prog="start.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder of start.json and start.md")
-    add("--data-dir", type=Path, help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    # fmt: off
+    add("--output", type=infer_onnx.file_path, required=True,
+        help="folder of start.json and start.md")
+    add("--data-dir", type=infer_onnx.file_path,
+        help="folder of Fashion-MNIST (data/, else Debian's folder)")
+    # fmt: on
     return parser
 
 

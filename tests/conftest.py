@@ -46,7 +46,7 @@ export.COMPARE_STEPS = 5
 TINY = split("--data kmnist --widths 8,16 --depths 1,2 --emb-channels 16 --batch-size 20")
 # The same for each script.
 SHARED = "--data kmnist --emb-channels 16 --batch-size 20"
-LDM = "--widths 16 --depths 1 --autoencoder-widths 8,16 --stage-1-share 0.25"
+LDM = "--widths 16 --depths 1 --autoencoder-widths 8,16"
 TINY_FLAGS = {
     "ddim": TINY,
     "ddpm": TINY,

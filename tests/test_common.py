@@ -403,6 +403,14 @@ def test_the_second_signal_ends_the_program(first):
     assert caught == [first] and after is signal.default_int_handler
 
 
+def test_a_log_out_is_one_signal():
+    """A desktop or systemd may send SIGHUP at once after SIGTERM: the run is still saved."""
+    with runs.signals_caught() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+    assert caught == [signal.SIGTERM, signal.SIGHUP]
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_FLAGS, refused
 
 COMMANDS = [*TINY_FLAGS, "distill", "export", "infer_onnx", "evaluate"]
+BENCHMARKS = ["clients", "extractor", "reconstructions", "report", "settings", "start"]
 REQUIRED = {"export": ["ddim"]}  # arguments without which nothing is parsed
 WRONG = {  # values for the argparse types that are no plain number
     "whole_numbers": ("", "x", "0", "-1", "1.5", "8,", "1,2,3,4,5,6", "65537", "8 16"),
@@ -63,6 +65,13 @@ def test_a_value_out_of_range_is_refused_in_a_line(command, capsys):
     for flag, values in cases:
         for value in values:
             refuse(command, parser, [f"{flag}={value}"], capsys, flag)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_takes_no_path_without_a_name(name):
+    parser = importlib.import_module(f"benchmarks.{name}").build_parser()
+    types = [action.type for action in parser._actions]
+    assert Path not in types and any(getattr(t, "__name__", "") == "file_path" for t in types)
 
 
 def refuse(command, parser, argv, capsys, said):
@@ -125,12 +134,20 @@ COMBINATIONS = [
     (DIFFUSION, ["--filmstrip"], "python explore.py filmstrip "),
     (("ldm",), ["--train", "--autoencoder-widths", "8"], "must be two numbers"),
     (("ldm",), ["--train", "--stage", "2", "--autoencoder", "nowhere"], "there is no nowhere"),
-    (("ldm",), ["--train", "--stage", "1", "--autoencoder", "nowhere"], "or --autoencoder"),
+    (("ldm",), ["--train", "--stage", "1", "--autoencoder", "nowhere"], "or --stage 1"),
     (
         ("gan",),
         ["--train", "--loss", "hinge", "--gamma", "1", "--penalty-every", "2"],
-        "--gamma, --penalty-every: --loss hinge has no penalty",
+        "--gamma, --penalty-every has no effect: --loss hinge --gamma 1 is without a penalty",
     ),
+    (
+        ("gan",),
+        ["--train", "--gamma", "0", "--penalty-every", "2"],
+        "--penalty-every has no effect",
+    ),
+    (("ldm",), ["--train", "--stage", "1", "--stage-1-share", "0.3"], "training of both stages"),
+    (("ldm",), ["--train", "--autoencoder", "x", "--stage-1-share", "0.3"], "of both stages"),
+    (("ldm",), ["--train", "--autoencoder", "x", "--stage", "both"], "or --stage both"),
 ]
 COMBINED = [(name, flags, message) for names, flags, message in COMBINATIONS for name in names]
 

@@ -165,8 +165,8 @@ def test_a_finished_first_stage_cannot_be_resumed(tiny_runs, tmp_path, capsys):
 def test_both_stages_share_the_epochs(tiny_runs):
     files = [tiny_runs("ldm") / f"{name}.pt" for name in ("autoencoder", "ldm")]
     stages = [torch.load(file, weights_only=True) for file in files]
-    # of 18 steps, a quarter and the rest, both rounded up
-    assert [checkpoint["step"] for checkpoint in stages] == [5, 14]
+    # of 18 steps, a fifth and the rest, both rounded up
+    assert [checkpoint["step"] for checkpoint in stages] == [4, 15]
 
 
 def test_latents_of_64_numbers_without_channel_attention(in_tmp, data_dir):

@@ -418,6 +418,12 @@ def test_a_sampler_whose_samples_are_not_finite_is_not_written(tiny_run, exporte
     assert "not finite" in error and not Path("x.onnx").exists()
 
 
+@pytest.mark.parametrize("flag", ["--list-classes", "--info", "--card", "--check"])
+def test_what_makes_no_images_takes_no_output(flag, in_tmp, capsys):
+    error = refused(infer_onnx.main, [flag, "--output", "x.png"], capsys)
+    assert f"{flag} makes no images: leave out --output and --shard" in error
+
+
 def test_a_model_s_name_is_no_pattern(exported, in_tmp, capsys):
     """In runs/ the newest file of this very name is found."""
     for name in ("ddim[1]", "ddim1"):
@@ -505,7 +511,8 @@ def test_reconstruction_and_interpolation_of_images_equal_those_of_torch(
         assert infer_onnx.main(argv) == 0
         found = np.load("onnx.npz")["x"]
         assert np.abs(np.load("torch.npz")["x"].astype(int) - found).max() <= 1
-        assert "seed" not in capsys.readouterr().out  # it would change nothing
+        said = capsys.readouterr().out
+        assert "seed" not in said and " s, model " in said  # it would change nothing
     assert len(found) == 5
 
 

@@ -105,15 +105,16 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(unbroken, in_tmp, data
     assert all(equal(whole[key], found[key]) for key in ("ddim.pt", "grid"))
 
 
-def test_deterministic_changes_nothing_on_a_cpu(unbroken, in_tmp, data_dir, monkeypatch):
+@pytest.mark.parametrize("name", RECOVERED)
+def test_deterministic_changes_nothing_on_a_cpu(name, unbroken, in_tmp, data_dir, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    flags = [*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]
+    flags = [*FLAGS[name], "--data-dir", data_dir, "--run-dir", "run"]
     try:
-        assert ddim.main([*flags, "--deterministic"]) == 0
+        assert importlib.import_module(name).main([*flags, "--deterministic"]) == 0
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(equal(value, state(in_tmp / "run")[key]) for key, value in unbroken("ddim").items())
+    assert all(equal(value, state(in_tmp / "run")[key]) for key, value in unbroken(name).items())
 
 
 def test_what_another_run_saves_while_this_one_resumes_is_kept(
@@ -135,6 +136,15 @@ def test_what_another_run_saves_while_this_one_resumes_is_kept(
     error = refused(ddim.main, longer, capsys, alone=False)
     assert "run/ddim.pt was saved anew just now, by another run: resume again" in error
     assert Path("run/ddim.pt").read_bytes() == new and Path("run/log.jsonl").read_text() == log
+
+
+def test_a_copy_of_a_checkpoint_is_resumed_by_its_name(in_tmp, data_dir):
+    """A run goes back to where it was when it was copied."""
+    assert ddim.main([*FLAGS["ddim"], "--data-dir", data_dir, "--run-dir", "run"]) == 0
+    Path("run/ddim.pt").rename("run/best.pt")
+    for _ in range(2):
+        assert ddim.main(split("--resume --run-dir run/best.pt --epochs 5")) == 0
+        assert torch.load("run/ddim.pt", weights_only=True)["step"] == 15
 
 
 def test_the_log_may_end_anywhere(in_tmp, data_dir, monkeypatch):

@@ -155,14 +155,19 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
     monkeypatch.setattr(gan, "generator_loss", spy_generator)
     monkeypatch.setattr(gan, "LOG_EVERY", 1)
     monkeypatch.setattr(gan, "gradient_penalty", spy_penalty)
-    assert gan.main(flags_of("gan", data_dir, "--loss", loss, "--penalty-every", "2")) == 0
+    penalties = ["--penalty-every", "2"] if loss in gan.PENALISED else []
+    assert gan.main(flags_of("gan", data_dir, "--loss", loss, *penalties)) == 0
     assert steps == [20, 20, 20]
     once = {"nonsaturating": [True], "relativistic": [True, False]}.get(loss, [])
     assert penalised == 2 * once  # R1 of real images, R2 of fake ones, at steps 0 and 2
-    lines = [line for line in lines_of("runs/gan/log.jsonl") if "loss_g" in line]
-    assert len(lines) == 3
+    every = lines_of("runs/gan/log.jsonl")
+    assert [len(line["diversity"]) for line in every if "diversity" in line] == [10, 10]
+    lines = [line for line in every if "loss_g" in line]
+    assert len(lines) == 3 and (lines[0]["penalty"] > 0) == (loss in gan.PENALISED)
     for line, values in zip(lines, told, strict=True):
         assert [line[key] for key in values] == pytest.approx([v.item() for v in values.values()])
+    checkpoint = torch.load("runs/gan/gan.pt", weights_only=True)
+    assert checkpoint["optimizer"]["state"] and checkpoint["optimizer_d"]["state"]
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -341,6 +346,7 @@ def test_the_bar_is_whole_lines_where_there_is_no_terminal(in_tmp, data_dir, cap
 
 def test_the_stages_share_the_minutes(clock, in_tmp, data_dir):
     argv = ["--train", "--minutes", "0.19", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    argv += ["--stage-1-share", "0.25"]
     # 11.4 seconds, a quarter of them for stage 1
     assert ldm.main([*argv, "--run-dir", "run"]) == 0
     files = [f"run/{stem}.pt" for stem in ("autoencoder", "ldm")]
