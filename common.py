@@ -643,7 +643,7 @@ def same_classes(text, class_names, exact):
     def form(name):
         if exact:
             return unicodedata.normalize("NFC", name)
-        # A comma in the text is none of the signs that may be another.
+        # A comma matches only a comma: fold would make it a dash.
         return [fold(part.strip()) for part in name.split(",")] if "," in text else fold(name)
 
     return [y for y, name in enumerate(class_names) if form(name) == form(text)]
@@ -690,7 +690,7 @@ def class_index(text, class_names, where="the model"):
 def parse_classes(text, class_names, where="the model"):
     """'Sneaker', 'sneaker,bag', '7', 'T-shirt' or 'all' -> list of class indices.
 
-    The whole text may be a name with commas in it, else commas part the names: an exact match of
+    The whole text may be a name with commas in it, else commas separate names: an exact match of
     the whole comes first, then exact ones of all parts, then folded ones in the same order.  Parts
     are as in class_index.  Raises InputError.
     """

@@ -2,9 +2,9 @@
 
 Jiaming Song, Chenlin Meng, Stefano Ermon, "Denoising Diffusion Implicit Models", 2020
 (arXiv:2010.02502).  Training is that of DDPM (Ho et al. 2020, arXiv:2006.11239); what is new is the
-sampler, which skips steps: here uneven ones from t = T-1 on (Lin et al. 2023, arXiv:2305.08891).
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) stands beside it.  The DDIM paper writes
-alpha_bar as plain alpha.
+sampler, which skips steps: here unevenly and from t = T-1 (Lin et al. 2023, arXiv:2305.08891).
+The default sampler, though, is DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095); --solver ddim is
+the paper's.  The DDIM paper writes alpha_bar as plain alpha.
 
     predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)  DDIM (9)
     ddim_step            x_prev = sqrt(alpha_bar_prev) * x_0_hat
@@ -20,8 +20,8 @@ Differs from the paper: class labels with classifier-free guidance (Ho & Saliman
 arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
 v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified log-normal noise levels (Karras et
 al. 2022, arXiv:2206.00364), an EMA over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat limited to [-1, 1]
-(--no-clip), and a smaller network.
+arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat clipped to [-1, 1]
+(unless --no-clip), and a smaller network.
 """
 
 import argparse
@@ -59,10 +59,10 @@ def make_alpha_bars(schedule, num_timesteps, image_size=32):
     (arXiv:2301.11093) do.
 
     linear     beta from 1e-4 to 0.02, DDPM section 4
-    quadratic  sqrt(beta) linear between the roots of the same ends
+    quadratic  sqrt(beta) linear in t, beta from and to the same values
     cosine     alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008,
                beta <= 0.999, Nichol & Dhariwal eq. (17)
-    The ends of linear and quadratic suit T = 1000; times 1000 / T, a smaller T ends in noise too.
+    The betas of linear and quadratic, made for T = 1000, are scaled by 1000 / T for other T.
     """
     if schedule == "cosine":
         u = (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008
@@ -132,14 +132,14 @@ def image_losses(output, target, loss):
 
 
 def draw_t(batch_size, num_timesteps, noise_levels, generator):
-    """The timestep of each image of a batch: int64 (B,), of 0 ... T-1.
+    """The timestep of each image of a batch: int64 (B,) in 0 ... T-1.
 
-    uniform    all t alike, DDPM algorithm 1
+    uniform    all t equally likely, DDPM algorithm 1
     lognormal  t / T = 2 / pi * atan(sigma), ln sigma ~ N(-0.5, 1.2^2): fewer t of much noise and
                of next to none.  Karras et al. 2022 (arXiv:2206.00364), table 1, N(-1.2, 1.2^2) for
                data of std 0.5, which is this for std 1.  In the cosine schedule of 32 pixels
                sigma^2 is nearly (1 - alpha_bar_t) / alpha_bar_t; in others it is not.
-    Each B-th part of the distribution gives one t: less variance than B independent ones.
+    Stratified: one t from each of B equally likely ranges, less variance than B independent t.
     """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
     u = (torch.arange(batch_size, device=generator.device) + u) / batch_size
@@ -153,11 +153,11 @@ def draw_t(batch_size, num_timesteps, noise_levels, generator):
 
 
 def walk_length(alpha_bars, prediction):
-    """How many timesteps, counted from t = 0, a walk covers: T, or fewer where eps is predicted.
+    """How many timesteps, from t = 0, a walk (sampling) covers: T, or fewer where eps is predicted.
 
     x_0_hat divides by sqrt(alpha_bar_t).  At the end of the cosine schedule, alpha_bar = 2.4e-9, an
-    error of eps_hat would count 20,000 times: there a walk starts at the largest t whose alpha_bar
-    is above 3e-5 instead, where x_t is as good as noise.
+    error of eps_hat would be amplified 20,000 times, so there a walk starts at the largest t whose
+    alpha_bar is above 3e-5, where x_t is nearly pure noise.
 
     alpha_bars: (T,), falling.
     """
@@ -169,7 +169,7 @@ def walk_length(alpha_bars, prediction):
 def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
-    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free.  DDIM's
+    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, but at least i, so that all differ.  DDIM's
     appendix D.2 has the exponents 1 and 2; benchmarks/trials.py compares them.
     Raises ValueError unless 1 <= steps <= T.
     """
@@ -196,11 +196,11 @@ def guided_times(interval, num_timesteps):
 def guided(model, y, guidance, start=0, stop=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
-    Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both
-    take one pass.  It holds for v as for eps, since either is an affine function of the other at a
-    given x_t.  Above 1 it acts only at start <= t < stop.
+    Ho & Salimans 2022 eq. (6), whose w is guidance - 1: 0 is unconditional, 1 plain conditional;
+    both take one pass.  Eq. (6) holds for v too, an affine function of eps at a given x_t.
+    Guidance above 1 acts at start <= t < stop; at other t it counts as 1.
 
-    y: int64 (B,);  start, stop: of guided_times.
+    y: int64 (B,);  start, stop: from guided_times.
     """
     null = torch.full_like(y, NULL_LABEL)
 
@@ -231,12 +231,12 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None
 
 
 def dpm_pairs(num_timesteps, steps):
-    """Pairs as of time_pairs, but closer near noise, too: for dpm_sample.
+    """Pairs like those of time_pairs, but closer near noise, too: for dpm_sample.
 
-    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free;
+    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
-    arXiv:2206.00927).  The brightness of an image shows through much noise: it is settled near T,
-    where time_pairs has so few steps, of 15 in all, that up to a quarter of its spread is lost.
+    arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
+    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -249,12 +249,12 @@ def dpm_pairs(num_timesteps, steps):
 
 
 def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
-    """D and its noise: what ddim_step takes for x_0_hat and eps_hat to be of second order.
+    """D and its noise: with them for x_0_hat and eps_hat, ddim_step is a step of second order.
 
     Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat -
     x_0_last), where h and h_last are this step and the one before, measured in lambda =
-    log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of DDIM eq. (12) with D, and with the
-    noise that makes up x_t together with D.
+    log(alpha_bar / (1 - alpha_bar)) / 2.  The noise is such that x_t = sqrt(alpha_bar_t) * D +
+    sqrt(1 - alpha_bar_t) * noise.
 
     x_t, x_0_hat, x_0_last: (B, C, H, W);  all alpha_bar: numbers in (0, 1).
     """
@@ -268,7 +268,7 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
 def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None):
     """Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    The first step is that of DDIM, and so is one to x_0.  Arguments and result as in ddim_sample.
+    The first step is DDIM's, and so is one to x_0.  pairs: from dpm_pairs;  rest as in ddim_sample.
     """
     x_t = x_T
     last = None  # x_0_hat and alpha_bar of the step before
@@ -295,7 +295,7 @@ def ddim_sample(
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T;
+    alpha_bars: (T,);  prediction: eps or v;  noise: () -> N(0, 1) like x_T, where steps add it;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -323,10 +323,10 @@ def sample(
     """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
-    tensor of class names or indices;  config: the checkpoint's, for another network the values of
+    tensor of class names or indices;  config: None is model.config; for another network a dict of
     the flags schedule, num_timesteps, prediction, label_dropout, channels, image_size;
-    steps, guidance: those of --help;  guidance_interval: as in guided_times;  the rest: as in the
-    functions above;  trace: where N <= batch_size.  Raises InputError.
+    steps, guidance: None is the default of --help;  guidance_interval: as in guided_times;
+    trace: a list, for N <= batch_size;  the rest: as in the functions above.  Raises InputError.
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
@@ -366,7 +366,7 @@ def sample(
 
 
 def schedule_of(config):
-    """The table of a checkpoint's config; a config without image_size is of 32x32."""
+    """alpha_bars, float64 (T,), of a checkpoint's config; one without image_size is of 32x32."""
     image_size = config.get("image_size", 32)
     return make_alpha_bars(config["schedule"], config["num_timesteps"], image_size)
 
@@ -378,7 +378,7 @@ def max_steps(config):
 
 
 def default_guidance(config):
-    """The guidance that the training allows: with labels never or always dropped, only one."""
+    """The default: GUIDANCE, but 1 if training never dropped a label and 0 if it always did."""
     if config["label_dropout"] == 0:
         return 1.0
     if config["label_dropout"] == 1:
@@ -387,7 +387,7 @@ def default_guidance(config):
 
 
 def check_sampling(config, steps, guidance):
-    """Raise InputError for what the training does not allow."""
+    """Raise InputError for a guidance or number of steps that the training does not allow."""
     only = default_guidance(config)
     if config["label_dropout"] in (0, 1) and guidance != only:
         raise InputError(f"the label dropout of the training leaves only --guidance {only}")
@@ -608,7 +608,7 @@ def build_parser():
         help="fraction of labels dropped in training, for guidance, 0 to 1 (0.1)")
     add = optimisation_flags(parser, lr=5e-3)
     add("--optimizer", choices=("muon", "adamw", "adam"), default="muon",
-        help="optimiser; muon takes AdamW for the outer layers and all vectors (muon)")
+        help="optimiser; muon uses AdamW for first and last layer, embedding, vectors (muon)")
     # fmt: on
     sampling_flags(parser)
     return parser

@@ -1,7 +1,7 @@
 """DDPM: denoising diffusion probabilistic models, class-conditional, in one file (with common.py).
 
 Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", 2020
-(arXiv:2006.11239).  Its sampler may skip steps here, uneven ones (Nichol & Dhariwal 2021,
+(arXiv:2006.11239).  Here its sampler may skip steps, unevenly (Nichol & Dhariwal 2021,
 arXiv:2102.09672).
 
     predict_x_0_and_eps  x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t) DDPM (15)
@@ -20,8 +20,8 @@ Differs from the paper: class labels with classifier-free guidance (Ho & Saliman
 arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
 v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified log-normal noise levels (Karras et
 al. 2022, arXiv:2206.00364), an EMA over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat limited to [-1, 1]
-(--no-clip), and a smaller network.
+arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat clipped to [-1, 1]
+(unless --no-clip), and a smaller network.
 """
 
 import argparse
@@ -58,10 +58,10 @@ def make_alpha_bars(schedule, num_timesteps, image_size=32):
     (arXiv:2301.11093) do.
 
     linear     beta from 1e-4 to 0.02, DDPM section 4
-    quadratic  sqrt(beta) linear between the roots of the same ends
+    quadratic  sqrt(beta) linear in t, beta from and to the same values
     cosine     alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008,
                beta <= 0.999, Nichol & Dhariwal eq. (17)
-    The ends of linear and quadratic suit T = 1000; times 1000 / T, a smaller T ends in noise too.
+    The betas of linear and quadratic, made for T = 1000, are scaled by 1000 / T for other T.
     """
     if schedule == "cosine":
         u = (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008
@@ -131,14 +131,14 @@ def image_losses(output, target, loss):
 
 
 def draw_t(batch_size, num_timesteps, noise_levels, generator):
-    """The timestep of each image of a batch: int64 (B,), of 0 ... T-1.
+    """The timestep of each image of a batch: int64 (B,) in 0 ... T-1.
 
-    uniform    all t alike, DDPM algorithm 1
+    uniform    all t equally likely, DDPM algorithm 1
     lognormal  t / T = 2 / pi * atan(sigma), ln sigma ~ N(-0.5, 1.2^2): fewer t of much noise and
                of next to none.  Karras et al. 2022 (arXiv:2206.00364), table 1, N(-1.2, 1.2^2) for
                data of std 0.5, which is this for std 1.  In the cosine schedule of 32 pixels
                sigma^2 is nearly (1 - alpha_bar_t) / alpha_bar_t; in others it is not.
-    Each B-th part of the distribution gives one t: less variance than B independent ones.
+    Stratified: one t from each of B equally likely ranges, less variance than B independent t.
     """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
     u = (torch.arange(batch_size, device=generator.device) + u) / batch_size
@@ -152,11 +152,11 @@ def draw_t(batch_size, num_timesteps, noise_levels, generator):
 
 
 def walk_length(alpha_bars, prediction):
-    """How many timesteps, counted from t = 0, a walk covers: T, or fewer where eps is predicted.
+    """How many timesteps, from t = 0, a walk (sampling) covers: T, or fewer where eps is predicted.
 
     x_0_hat divides by sqrt(alpha_bar_t).  At the end of the cosine schedule, alpha_bar = 2.4e-9, an
-    error of eps_hat would count 20,000 times: there a walk starts at the largest t whose alpha_bar
-    is above 3e-5 instead, where x_t is as good as noise.
+    error of eps_hat would be amplified 20,000 times, so there a walk starts at the largest t whose
+    alpha_bar is above 3e-5, where x_t is nearly pure noise.
 
     alpha_bars: (T,), falling.
     """
@@ -168,7 +168,7 @@ def walk_length(alpha_bars, prediction):
 def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
-    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free.  DDIM's
+    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, but at least i, so that all differ.  DDIM's
     appendix D.2 has the exponents 1 and 2; benchmarks/trials.py compares them.
     Raises ValueError unless 1 <= steps <= T.
     """
@@ -195,11 +195,11 @@ def guided_times(interval, num_timesteps):
 def guided(model, y, guidance, start=0, stop=math.inf):
     """denoise(x_t, t) -> output_u + guidance * (output_c - output_u), classifier-free guidance.
 
-    Ho & Salimans 2022 eq. (6), whose w is ours - 1: 0 is unconditional, 1 plain conditional; both
-    take one pass.  It holds for v as for eps, since either is an affine function of the other at a
-    given x_t.  Above 1 it acts only at start <= t < stop.
+    Ho & Salimans 2022 eq. (6), whose w is guidance - 1: 0 is unconditional, 1 plain conditional;
+    both take one pass.  Eq. (6) holds for v too, an affine function of eps at a given x_t.
+    Guidance above 1 acts at start <= t < stop; at other t it counts as 1.
 
-    y: int64 (B,);  start, stop: of guided_times.
+    y: int64 (B,);  start, stop: from guided_times.
     """
     null = torch.full_like(y, NULL_LABEL)
 
@@ -241,7 +241,7 @@ def ddpm_sample(
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T;
+    alpha_bars: (T,);  prediction: eps or v;  noise: () -> N(0, 1) like x_T, where steps add it;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -269,10 +269,10 @@ def sample(
     """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
-    tensor of class names or indices;  config: the checkpoint's, for another network the values of
+    tensor of class names or indices;  config: None is model.config; for another network a dict of
     the flags schedule, num_timesteps, prediction, label_dropout, channels, image_size;
-    steps, guidance: those of --help;  guidance_interval: as in guided_times;  the rest: as in the
-    functions above;  trace: where N <= batch_size.  Raises InputError.
+    steps, guidance: None is the default of --help;  guidance_interval: as in guided_times;
+    trace: a list, for N <= batch_size;  the rest: as in the functions above.  Raises InputError.
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
@@ -306,7 +306,7 @@ def sample(
 
 
 def schedule_of(config):
-    """The table of a checkpoint's config; a config without image_size is of 32x32."""
+    """alpha_bars, float64 (T,), of a checkpoint's config; one without image_size is of 32x32."""
     image_size = config.get("image_size", 32)
     return make_alpha_bars(config["schedule"], config["num_timesteps"], image_size)
 
@@ -318,7 +318,7 @@ def max_steps(config):
 
 
 def default_guidance(config):
-    """The guidance that the training allows: with labels never or always dropped, only one."""
+    """The default: GUIDANCE, but 1 if training never dropped a label and 0 if it always did."""
     if config["label_dropout"] == 0:
         return 1.0
     if config["label_dropout"] == 1:
@@ -327,7 +327,7 @@ def default_guidance(config):
 
 
 def check_sampling(config, steps, guidance):
-    """Raise InputError for what the training does not allow."""
+    """Raise InputError for a guidance or number of steps that the training does not allow."""
     only = default_guidance(config)
     if config["label_dropout"] in (0, 1) and guidance != only:
         raise InputError(f"the label dropout of the training leaves only --guidance {only}")
@@ -545,7 +545,7 @@ def build_parser():
         help="fraction of labels dropped in training, for guidance, 0 to 1 (0.1)")
     add = optimisation_flags(parser, lr=5e-3)
     add("--optimizer", choices=("muon", "adamw", "adam"), default="muon",
-        help="optimiser; muon takes AdamW for the outer layers and all vectors (muon)")
+        help="optimiser; muon uses AdamW for first and last layer, embedding, vectors (muon)")
     # fmt: on
     sampling_flags(parser)
     return parser

@@ -5,8 +5,8 @@ Sampling Speed", 2021 (arXiv:2101.02388): a student learns where the determinist
 ends.  Here the walk is cut into one segment for each step of the student, as in Simple and Fast
 Distillation (Zhou et al. 2024, arXiv:2409.19681).  The target is that of progressive distillation
 (Salimans & Ho 2022, arXiv:2202.00512), and guidance is distilled too, so that a step takes a single
-evaluation (Meng et al. 2022, arXiv:2210.03142).  A step begins where the student's own steps have
-led, so that it learns to make up for them; the image at the end is compared in the features of the
+evaluation (Meng et al. 2022, arXiv:2210.03142).  A step starts where the student's own steps have
+led, so that it learns to correct them; the image at the end is compared in the features of the
 teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone leave it blurred.
 
     implied_output  x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t),  r = sigma_s / sigma_t
@@ -45,7 +45,7 @@ SAMPLES_FROM = ("distill",)
 TEACHERS = ("ddim", "ddpm")  # scripts whose networks can teach
 STEPS = 4  # default number of sampling steps
 TEACHER_STEPS = 15  # default
-SEEN_AT = 0.9885  # alpha_bar at which the teacher is shown images to compare: little noise
+SEEN_AT = 0.9885  # alpha_bar of the t, of little noise, at which the teacher compares images
 WALKS = 64  # batches of the teacher's walks that are kept, and used --passes times
 FIRST_NOISE = 2**63  # index of the first noise of the training; those of samples start at 0
 
@@ -67,9 +67,9 @@ def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
 
 
 def teacher_pairs(num_timesteps, teacher_steps, pairs):
-    """Pairs as of dpm_pairs, with each t of `pairs`, which takes the place of the nearest time.
+    """Pairs like those of dpm_pairs, in which each t of `pairs` replaces the time nearest to it.
 
-    pairs: from time_pairs.  Where several have the same nearest, there are more than teacher_steps.
+    pairs: from time_pairs.  If several replace the same time, there are more than teacher_steps.
     """
     times = [t for t, _ in dpm_pairs(num_timesteps, teacher_steps)]
     own = {t for t, _ in pairs}
@@ -96,8 +96,8 @@ def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
     The mean over blocks and pixels of || a - b ||^2, where a and b are scaled to length 1, as in
     LPIPS without its learned weights (Zhang et al. 2018, arXiv:1801.03924): 2 - 2 cos(a, b).
 
-    teacher: UNet, shown both without noise;  x_0: (B, C, H, W) in [-1, 1];  x_0_hat: like x_0, but
-    not limited, so that each pixel learns;  y: int64 (B,).
+    teacher: UNet, given both at the t of SEEN_AT, but no noise;  x_0: (B, C, H, W) in [-1, 1];
+    x_0_hat: like x_0, not clipped, so that each pixel gets a gradient;  y: int64 (B,).
     """
     t = max(int((alpha_bars > SEEN_AT).sum()) - 1, 0)
     found = []
@@ -235,7 +235,7 @@ def train(args, checkpoint=None):
 
     @torch.no_grad()
     def walk(batch):
-        """Classes and teacher's states of the batch of this number, this process's rows."""
+        """Classes and teacher's states of batch number `batch`: this process's rows of it."""
         [rows] = run.shard(torch.arange(args.batch_size) + batch * args.batch_size)
         y = (rows % num_classes).to(device)
         streams = noise_streams(args.seed, [FIRST_NOISE + i for i in rows.tolist()])
@@ -255,7 +255,7 @@ def train(args, checkpoint=None):
 
     size = sum(p.numel() for p in model.parameters())
     print(f"run {run} on {device}, {size:,} parameters", flush=True)
-    walks = {}  # of each batch's number; (steps + 1) * WALKS batches of images in all
+    walks = {}  # {batch number: (y, states)}; (steps + 1) * WALKS batches of images in all
     with run:
         for step in run.steps(save):
             # The rate ends at 0 just when the run does, whether that is by epochs or by minutes.
@@ -329,8 +329,8 @@ def build_parser():
         help="a .pt file or a run's folder of ddim.py or ddpm.py to learn from (newest run, else "
              "the included weights)")
     add("--steps", type=number(int, 1, 16), default=STEPS,
-        help="number of sampling steps, 1 to 16, of one network evaluation each; of many, a step "
-             f"can hardly make up for those before it ({STEPS})")
+        help="number of sampling steps, 1 to 16, of one network evaluation each; with many, a step "
+             f"can hardly correct those before it ({STEPS})")
     add("--guidance", type=number(float, 0, 1000),
         help="guidance weight of the teacher, 0 to 1000: 0 ignores the class, 1 is conditional, "
              f"above 1 guided ({ddim.GUIDANCE:g})")

@@ -15,11 +15,11 @@ Frechet distance is called F-FID: compare it with the row "real images" of the s
 a published FID.  A second extractor, of another architecture and seed, checks that the order of the
 models does not depend on the first.  benchmarks/extractor.py trains both.
 
-What is chosen by its score, a setting or a recipe, is chosen with --hold-out: by a sixth of the
-training images, so that the test images judge only what was chosen.
+Choose settings and recipes by their scores with --hold-out, on a sixth of the training images, so
+that the test images judge only the final choice.
 
-For your own data, size, channels and background are those of the model, and samples have classes as
-often as the training images.  The test images are those of a folder test (or val) beside --data
+For your own data, size, channels and background are those of the model, and samples have the class
+frequencies of the training images.  Test images are those of a folder test (or val) beside --data
 .../train, or of the .npz; else every sixth image, which training with --hold-out leaves out.
 
 results.json goes to results/, and benchmarks/report.py adds its table, diagrams and pictures of
@@ -129,7 +129,7 @@ class RealImages:
     class_names: list | None  # None of a named set: its extractor has them
     train: tuple
     test: tuple | None
-    in_turn: bool  # whether a sample has as many images of each class: of named sets
+    in_turn: bool  # whether samples are balanced over the classes: True for named sets
 
     def parts(self, hold_out=False):
         """What samples are compared with as training images and as test images.
@@ -238,10 +238,10 @@ def read_split(name, data_dir, train):
 
 
 def in_order(images, labels, in_turn):
-    """Images and labels in an order of which any first part is like the whole.
+    """Images and labels in an order whose first n images are like the whole, for any n.
 
-    in_turn: it has one image of each class after the other, as long as there are any; else the
-    classes as often as the whole.
+    in_turn: one image of each class after the other, as long as there are any; else in the class
+    frequencies of the whole.
     """
     rank = np.empty(len(labels))  # of an image among those of its class
     shuffled = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(labels))
@@ -303,7 +303,7 @@ def extract(session, images):
 def task(images, labels, classes):
     """The images and labels that an extractor learns, and is tested with.
 
-    Where there is a single class, it learns by how many quarters each image is turned (Gidaris et
+    Where there is a single class, it learns how many quarter turns each image was given (Gidaris et
     al. 2018, arXiv:1803.07728).
     """
     if classes > 1:
@@ -984,7 +984,7 @@ def marked(n, reference):
 
 
 def score_floor(reference, train, test, accuracy, args):
-    """The scores of real images: of all disjoint parts of the training images as large as a sample.
+    """The scores of real images: of disjoint parts of the training images, num_samples images each.
 
     At most FLOOR_PARTS of them.  Label accuracy, copy ratio and copies are those of images that are
     not training images: of training images they say nothing.  accuracy: of the first extractor.

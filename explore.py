@@ -112,8 +112,8 @@ def repaint(
 ):
     """Sample what is not known of an image: RePaint, Lugmayr et al. 2022 (arXiv:2201.09865).
 
-    Equation (8): after each step the known part is that of the image, noised to this step.  With
-    repeats, algorithm 1, a step is taken so often, from noise added anew, so that both parts fit.
+    Equation (8): after each step the known part is that of the image, noised to this step.
+    Algorithm 1: a step is taken `repeats` times, noised back to t in between, so that parts fit.
 
     x_0: (1, C, H, W), or as many as noise() has;  known: bool (H, W);  noise: () -> (B, C, H, W);
     the rest: as in ddim_sample.  Returns (B, C, H, W).
@@ -414,7 +414,7 @@ class Trained:
         return mu
 
     def start_of(self, images, labels):
-        """Where a walk from uint8 images begins: they in [-1, 1], or their latents."""
+        """Where a walk from uint8 images begins: the images in [-1, 1], or their latents."""
         start = self.encode(images, labels) if self.latent else to_float(images)
         return start.to(self.device)
 
@@ -437,7 +437,7 @@ class Trained:
         return [(t, x_t.cpu(), x_0_hat.cpu()) for t, x_t, x_0_hat in trace]
 
     def test_data(self):
-        """The test images of the data set of the training, or those of a set that has no others."""
+        """The test images of the data set of the training, or all images if it has no others."""
         name, folder = self.args.data, self.args.data_dir
         if not name:  # that of the training, with its folder
             name, folder = self.config["data"], folder or self.config["data_dir"]
@@ -638,7 +638,7 @@ def inpaint(args, model):
 
 
 def edit(args, model):
-    """Samples made from an image that is noised and denoised, SDEdit: it, noised, and the samples.
+    """SDEdit, an image noised and denoised again: the image, the noised image, and the samples.
 
     Meng et al. 2021 (arXiv:2108.01073), here with deterministic steps.  More --strength is more
     noise, and leaves less of the image.
@@ -794,7 +794,7 @@ def add_flags(parser, command, name):
         add("--class", dest="class_", metavar="NAME", required=True, help="class of the images")
     elif samples:
         add("--class", dest="class_", metavar="NAME",
-            help="class names, beginnings of names or indices, separated by commas, or all (all)")
+            help="class names, unique prefixes or indices, separated by commas, or all (all)")
     if command == "interpolate":
         add("--vary", choices=("noise", "class"),
             help="what changes from frame to frame (class if two are given, else noise)")
@@ -870,7 +870,7 @@ def add_flags(parser, command, name):
             help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional; above 1 the "
                  "way back misses the image (1)")
         add("--solver", choices=("ddim", "dpm++"), default="ddim",
-            help="sampler of the way back: ddim, which the inversion is of, or dpm++ (ddim)")
+            help="sampler of the way back: ddim, whose steps are inverted, or dpm++ (ddim)")
     # fmt: on
 
 

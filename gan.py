@@ -17,8 +17,8 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
 
 Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018,
 arXiv:1802.05637), residual convolutions, no batch norm, the R1 penalty (Mescheder et al. 2018,
-arXiv:1801.04406), on every n-th step alone (Karras et al. 2019, arXiv:1912.04958; theirs is a step
-more of Adam, for which they correct it, ours is added to the loss of that step), no momentum, an
+arXiv:1801.04406), lazily, every n-th step only (Karras et al. 2019, arXiv:1912.04958; theirs is
+an extra Adam step with adjusted settings, ours a term of that step's loss), no momentum, an
 annealed learning rate, and an EMA of the generator over a fraction of the run (Karras et al. 2024,
 arXiv:2312.02696).  Losses of later papers: hinge (Miyato et al. 2018, arXiv:1802.05957),
 relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties: Huang et al. 2024,
@@ -89,7 +89,7 @@ class Generator(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """x + f(x) without a norm, then half the size and out_channels, unless these are None.
+    """x + f(x) without a norm, then a stride-2 convolution to out_channels, none where it is None.
 
     f starts small, unless conv2 is spectrally normalised, which undoes any scale.
     """
@@ -112,7 +112,7 @@ class Discriminator(nn.Module):
     """(x, classes) -> logits (B,): how real x is, as an image of its class.
 
     Projection discriminator, Miyato & Koyama eq. (4): logit = <out, h(x)> + <row of the class,
-    h(x)>.  The latter is divided by the square root of h's length here, but not where it is
+    h(x)>.  Here the latter is divided by sqrt(128), the square root of h's size; not where it is
     spectrally normalised: the class would hardly count.
 
     x: (B, channels, H, W) in [-1, 1];  classes, widths, image_size: as in Generator;
@@ -362,7 +362,7 @@ def train(args, checkpoint=None):
             real_logits, fake_logits = both.float().chunk(2)
             loss_d = discriminator_loss(real_logits, fake_logits, args.loss)
 
-            # The penalty keeps its slopes flat; it is dear, so it comes rarely and weighs more.
+            # The penalty keeps its slopes flat; being costly, it comes every n-th step, n times over.
             loss = loss_d
             if penalised and step % args.penalty_every == 0:
                 penalty = gradient_penalty(discriminator, x, classes)  # R1

@@ -22,7 +22,7 @@ The model is the newest runs/*/NAME.onnx (written by export.py), else pretrained
 NAME.onnx. The file contains everything that is needed to use it. The same seed gives the same image
 as in torch, whatever the batch size.
 
-A class is named exactly, or by its index, or without regard to case and signs, or by a beginning
+A class is named exactly, by its index, without regard to case and punctuation, or by a prefix
 that no other class has; a name that fits several classes is refused, with their indices.
 
 Exit codes: 0 done, 2 wrong flags, 3 model file cannot be used, 4 provider not available,
@@ -287,7 +287,7 @@ def denoiser(session, y, guidance, null_label, start, stop):
     """denoise(x_t, t) -> network output, with classifier-free guidance (Ho & Salimans 2022).
 
     output = output_u + guidance * (output_c - output_u), where u is without a class and c is with
-    class y, int64 (B,);  start, stop: of guided_times; at other t, guidance above 1 is 1.
+    class y, int64 (B,);  start, stop: from guided_times; at other t, guidance above 1 counts as 1.
     """
     null = np.full_like(y, null_label)
 
@@ -314,11 +314,11 @@ def is_guided(guidance, t, start, stop):
 
 
 def walk_length(alpha_bars, prediction):
-    """How many timesteps, counted from t = 0, a walk covers: T, or fewer where eps is predicted.
+    """How many timesteps, from t = 0, a walk (sampling) covers: T, or fewer where eps is predicted.
 
     x_0_hat divides by sqrt(alpha_bar_t).  At the end of the cosine schedule, alpha_bar = 2.4e-9, an
-    error of eps_hat would count 20,000 times: there a walk starts at the largest t whose alpha_bar
-    is above 3e-5 instead, where x_t is as good as noise.
+    error of eps_hat would be amplified 20,000 times, so there a walk starts at the largest t whose
+    alpha_bar is above 3e-5, where x_t is nearly pure noise.
 
     alpha_bars: (T,), falling.
     """
@@ -330,7 +330,7 @@ def walk_length(alpha_bars, prediction):
 def time_pairs(num_timesteps, steps):
     """[(t, t_prev), ..., (t, -1)]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
-    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free.  DDIM's
+    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, but at least i, so that all differ.  DDIM's
     appendix D.2 has the exponents 1 and 2; benchmarks/trials.py compares them.
     Raises ValueError unless 1 <= steps <= T.
     """
@@ -396,7 +396,7 @@ def ddim_sample(
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T;
+    alpha_bars: (T,);  prediction: eps or v;  noise: () -> N(0, 1) like x_T, where steps add it;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -417,12 +417,12 @@ def ddim_sample(
 
 
 def dpm_pairs(num_timesteps, steps):
-    """Pairs as of time_pairs, but closer near noise, too: for dpm_sample.
+    """Pairs like those of time_pairs, but closer near noise, too: for dpm_sample.
 
-    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free;
+    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
-    arXiv:2206.00927).  The brightness of an image shows through much noise: it is settled near T,
-    where time_pairs has so few steps, of 15 in all, that up to a quarter of its spread is lost.
+    arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
+    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -435,12 +435,12 @@ def dpm_pairs(num_timesteps, steps):
 
 
 def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_bar_last):
-    """D and its noise: what ddim_step takes for x_0_hat and eps_hat to be of second order.
+    """D and its noise: with them for x_0_hat and eps_hat, ddim_step is a step of second order.
 
     Lu et al. 2022 (arXiv:2211.01095) algorithm 2: D = x_0_hat + h / (2 h_last) * (x_0_hat -
     x_0_last), where h and h_last are this step and the one before, measured in lambda =
-    log(alpha_bar / (1 - alpha_bar)) / 2.  Its x_prev is that of DDIM eq. (12) with D, and with the
-    noise that makes up x_t together with D.
+    log(alpha_bar / (1 - alpha_bar)) / 2.  The noise is such that x_t = sqrt(alpha_bar_t) * D +
+    sqrt(1 - alpha_bar_t) * noise.
 
     x_t, x_0_hat, x_0_last: (B, C, H, W);  all alpha_bar: numbers in (0, 1).
     """
@@ -454,7 +454,7 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
 def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None):
     """Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    The first step is that of DDIM, and so is one to x_0.  Arguments and result as in ddim_sample.
+    The first step is DDIM's, and so is one to x_0.  pairs: from dpm_pairs;  rest as in ddim_sample.
     """
     x_t = x_T
     last = None  # x_0_hat and alpha_bar of the step before
@@ -500,7 +500,7 @@ def ddpm_sample(
     """Walk from noise to images.
 
     denoise: (x_t, t) -> network output;  x_T: (B, C, H, W) ~ N(0, 1);  pairs: from time_pairs;
-    noise: () -> standard normal noise like x_T;
+    alpha_bars: (T,);  prediction: eps or v;  noise: () -> N(0, 1) like x_T, where steps add it;
     trace: a list that gets (t, x_t, x_0_hat) of every step, and (-1, x_0, x_0) at the end.
     Returns x_0, like x_T, in [-1, 1] with clip.
     """
@@ -977,7 +977,7 @@ def same_classes(text, class_names, exact):
     def form(name):
         if exact:
             return unicodedata.normalize("NFC", name)
-        # A comma in the text is none of the signs that may be another.
+        # A comma matches only a comma: fold would make it a dash.
         return [fold(part.strip()) for part in name.split(",")] if "," in text else fold(name)
 
     return [y for y, name in enumerate(class_names) if form(name) == form(text)]
@@ -1024,7 +1024,7 @@ def class_index(text, class_names, where="the model"):
 def parse_classes(text, class_names, where="the model"):
     """'Sneaker', 'sneaker,bag', '7', 'T-shirt' or 'all' -> list of class indices.
 
-    The whole text may be a name with commas in it, else commas part the names: an exact match of
+    The whole text may be a name with commas in it, else commas separate names: an exact match of
     the whole comes first, then exact ones of all parts, then folded ones in the same order.  Parts
     are as in class_index.  Raises InputError.
     """
@@ -1461,7 +1461,7 @@ def build_parser():
                     allow_abbrev=False)
     add = parser.add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
-        help="class names, beginnings of names or indices, separated by commas, or all (all)")
+        help="class names, unique prefixes or indices, separated by commas, or all (all)")
     add("--list-classes", action="store_true",
         help="print the model's classes and their indices, and stop (off)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,

@@ -147,12 +147,12 @@ def run_parser(name, doc, batch_size=64, data=True):
     add("--train", action="store_true", help="train a model; without it, sample from one")
     add("--resume", action="store_true",
         help="resume training, the newest run or that of --run-dir; no other flag is needed. "
-             "--epochs or --minutes set a new length, and the learning rate follows its schedule: "
-             "it rises in a longer run; --lr scales what is left of it")
+             "--epochs or --minutes set a new length, and the learning rate jumps to its place in "
+             "the new schedule, up in a longer run; --lr scales the rest of the schedule")
     if data:
         add("--start", type=path_text, metavar="PATH",
-            help="begin a new run with the averaged weights of a .pt file or a run's folder; a "
-                 "table of other classes is made anew")
+            help="begin a new run with the averaged weights of a .pt file or a run's folder; for "
+                 "other classes the class embedding is new")
     add("--run-dir", type=file_path,
         help="folder of the training run (runs/NAME, or runs/NAME-2, ... where that is taken)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
@@ -194,7 +194,7 @@ def run_parser(name, doc, batch_size=64, data=True):
                  "recipes are not chosen by the test images (off)")
     add = parser.add_argument_group("what to sample").add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
-        help="class names, beginnings of names or indices, separated by commas, or all (all)")
+        help="class names, unique prefixes or indices, separated by commas, or all (all)")
     add("--list-classes", action="store_true",
         help="print the model's classes and their indices, and stop (off)")
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
@@ -222,7 +222,7 @@ def optimisation_flags(parser, lr, clipped=True):
     add("--warmup", type=number(int, 0), default=200,
         help="steps of linear warm-up of the learning rate, 0 or more (200)")
     add("--ema-length", type=number(float, 0, 0.5, above=True), default=0.08,
-        help="EMA length as a fraction of the run, above 0 to 0.5 (0.08)")
+        help="mean age of the averaged weights, a fraction of the run, above 0 to 0.5 (0.08)")
     add("--bf16", action=on_off,
         help="bfloat16 autocast (on for CPUs with AMX or AVX512-BF16, else off)")
     if clipped:
@@ -468,11 +468,11 @@ def learning_rate(args, step, progress):
 
 
 def power_ema(length):
-    """Average weights over the last `length` of the run so far: w_n <- d * w_n-1 + (1 - d) * w.
+    """EMA of weights, of mean age `length` times the run so far: w_n <- d * w_n-1 + (1 - d) * w.
 
     d = (1 - 1/n)^(1/length - 1), the power function EMA of Karras et al. 2024 (arXiv:2312.02696;
-    gamma = 1/length - 2): the mean age of what is averaged is length * n steps.  It starts as a
-    copy and needs neither a warm-up nor the length of the run.
+    gamma = 1/length - 2), whose own EMA length, sigma_rel, is a standard deviation, not a mean.  It
+    starts as a copy and needs neither a warm-up nor the length of the run.
     """
 
     def average(ema_weights, weights, num_averaged):
@@ -607,7 +607,7 @@ def note_on_held_out(args, checkpoint, path):
 
 
 def load_run_data(args, checkpoint=None):
-    """The training data that the flags name, which of a resumed run must be those it began with.
+    """The training data that the flags name, ImageData; a resumed run must have the same as before.
 
     Sets the flags that depend on the data.  Raises InputError.
     """
@@ -664,7 +664,7 @@ def check_same_data(data, checkpoint):
 def adopt_batch_size(args, num_images, checkpoint):
     """Let a resumed run take its place in the epoch in batches of another size.
 
-    Its position counts batches of the present size since its begin; its step counts those taken.
+    Its step counts the batches taken; its position is what they amount to in the present size.
     """
     before = checkpoint["config"]["batch_size"]
     checkpoint.setdefault("position", checkpoint["step"])
@@ -761,8 +761,8 @@ class Run:
     name: of the script;  args: its flags;  data: ImageData;  checkpoint: to resume;
     part: what is trained, if not all of it;  folder: that of an earlier part;  fraction: of
     --epochs or --minutes that this part takes;  walks: of a student, whose data are images of its
-    teacher, how many of them it learns from in an epoch.  `progress` is the fraction of it that is
-    over.
+    teacher: the number of teacher walks in an epoch.  `progress`: the fraction of this part that is
+    over, 0 to 1.
     """
 
     def __init__(
@@ -1016,8 +1016,8 @@ class Run:
     def save(self, content, grid, labels, judged=None, columns=8):
         """Write the checkpoint, `content` and where the run stands, and a grid of images.
 
-        grid: (N, C, H, W) in [-1, 1];  labels: its classes, int64 (N,);  judged: other images and
-        their classes for what the log says of them.  Raises InputError if the grid is not finite.
+        grid: (N, C, H, W) in [-1, 1];  labels: its classes, int64 (N,);  judged: (images, labels)
+        whose diversity and flatness are logged, else the grid's.  Raises InputError unless finite.
         """
         self.watch(samples=grid.abs().max().item())
         if self.step > self.first_step or not self.resumed:  # else the log has this line

@@ -116,7 +116,7 @@ class VAE(nn.Module):
         self.latent_dim = network["latent_dim"]
         self.num_classes = network["num_classes"]
         self.class_names = [str(y) for y in range(self.num_classes)]  # until ema_network knows them
-        self.prior = None  # of fit_prior
+        self.prior = None  # or from fit_prior; None is N(0, 1)
         self.encoder = Encoder(**network)
         self.decoder = Decoder(**network)
 
@@ -179,12 +179,12 @@ def reconstruction_loss(logits, x, kind, sigma_squared=None):
 def fit_prior(codes, labels, num_classes, components, seed):
     """A Gaussian mixture over the codes of each class, by scikit-learn's EM.
 
-    codes: (N, D);  labels: (N,);  components: K; where K is 1, scikit-learn is not needed, and a
-    class of fewer than 2 K images gets one Gaussian, a class without images N(0, 1).
+    codes: (N, D);  labels: (N,);  components: K (K = 1 needs no scikit-learn).  A class of fewer
+    than 2 K images gets one Gaussian, a class without images N(0, 1).
     Returns {"weights": (classes, K), "means": (classes, K, D), "scales": (classes, K, D (D + 1) /
-    2)}, float32, but the scales, which are many, float16: each is the lower triangle of the
-    Cholesky factor of a covariance, row by row.  K is 1 if no class gets more; if only some do,
-    see by_class.
+    2)}, float32, but the scales float16, to save space: each is the lower triangle, row by row, of
+    the Cholesky factor of a covariance.  If all classes get one Gaussian, K is 1 here; if only
+    some do, see by_class.
     """
     dim = codes.shape[1]
     weights = np.zeros((num_classes, components))
@@ -293,8 +293,8 @@ def sample(model, labels, *, prior="fitted", truncation=None, seed=0, batch_size
     """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
-    tensor of class names or indices;  prior: fitted, which is the model's, normal or None, N(0, 1),
-    or a mixture of fit_prior;  truncation: as in sample_codes.  Raises InputError.
+    tensor of class names or indices;  prior: "fitted" (model.prior), "normal" or None (N(0, 1)), or
+    a result of fit_prior;  truncation: as in sample_codes.  Raises InputError.
     """
     if isinstance(prior, str):
         check_options(prior=prior)
@@ -435,13 +435,13 @@ def train(args, checkpoint=None):
 
             # Clipping bounds what one bad batch can do; a loss that is not finite ends the run.
             optimizer.zero_grad(set_to_none=True)
-            (loss / x[0].numel()).backward()  # per pixel: the size that --grad-clip is meant for
+            (loss / x[0].numel()).backward()  # per value: the size that --grad-clip is meant for
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             run.watch(loss=loss.item(), kl=kl.item(), gradient=grad_norm.item())
             optimizer.step()
             ema_model.update_parameters(model)
 
-            # How much of the loss is what the image costs, and how much what the code does?
+            # Log the two terms of the loss apart: what the image costs, and what the code does.
             sums += run.mean(torch.stack([reconstruction, kl]).detach())
             if (step + 1) % LOG_EVERY == 0:
                 means = (sums / LOG_EVERY).tolist()

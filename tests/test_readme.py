@@ -230,7 +230,7 @@ def test_the_gpu_section_says_what_the_report_says():
     ) in section
     short = ".".join(torch_version.split(".")[:2])
     assert f"on one {machine['card']} with torch {short} " in one_line(README)
-    assert "cut off before its last one, speed" in section
+    assert "cut off before the last, speed" in section
     assert set(parts) == {"train", "compile", "resume", "torchrun", "samples", "memory"}
 
     scripts = {"vae", "gan", "ddpm", "ddim", "ldm", "distill"}
@@ -332,7 +332,7 @@ def test_what_is_said_of_noise_levels_is_in_the_trials():
     few_channels = scores("ldm", f"{trials.LOGNORMAL} --latent-channels 4", "ffid")
     assert len(few_channels) == 2 and max(few_channels) < min(map(min, ffids))
     page = one_line(RESULTS)
-    assert "`--noise-levels lognormal` by default since this table" in page
+    assert "the default of `ddim` and `ddpm` is `--noise-levels lognormal`" in page
     spreads = trials.training_spreads(json.loads(trials.KEPT.read_text()))
     found = [spreads[name, ""][1] for name in ("vae", "ddim", "ldm", "gan")]
     low, high, gans = (round(100 * x) for x in (min(found[:3]), max(found[:3]), found[3]))

@@ -294,7 +294,7 @@ export function walkLength(card) {
 
 /** [[t, t_prev], ..., [t, -1]]: exactly `steps` pairs from t = T-1 down, closer near the image.
 
-    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, or the lowest that is still free. */
+    t + 1 = T * (i / steps)^1.3 for i = steps ... 1, but at least i, so that all differ. */
 export function timePairs(numTimesteps, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
     throw new InputError(`steps ${steps} is not in 1..${numTimesteps}`);
@@ -306,9 +306,9 @@ export function timePairs(numTimesteps, steps) {
   return times.map((t, k) => [t, times[k + 1] ?? -1]);
 }
 
-/** Pairs as of timePairs, closer near noise, too: for dpmSample.
+/** Pairs like those of timePairs, but closer near noise, too: for dpmSample.
 
-    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, or the nearest that is free:
+    t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ:
     in the cosine schedule roughly even in log SNR. */
 export function dpmPairs(numTimesteps, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
@@ -586,12 +586,12 @@ export function fileStems(classNames) {
 
 /** The index of the class that a text names.
 
-    Tried in this order: the exact name (NFC), an index, the folded name, a beginning of one folded
+    Tried in this order: the exact name (NFC), an index, the folded name, a prefix of one folded
     name.  Throws InputError, which lists the indices of an ambiguous name. */
 export function classIndex(text, classNames) {
   const indices = (isSame) => [...classNames.keys()].filter((y) => isSame(classNames[y]));
   const stem = fold(text);
-  // A comma in the text is none of the signs that may be another.
+  // A comma matches only a comma: fold would make it a dash.
   const folded = (name) =>
     text.includes(",") ? name.split(",").map((part) => fold(part.trim())).join() : fold(name);
   if (stem === "all") {
