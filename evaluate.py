@@ -1181,8 +1181,11 @@ def write_results(args, results, settings, reference, train):
         return
     report.write_text(report.table(results), folder / "table.md")
     class_names = results["extractors"][0]["class_names"]
+    rows = {}
     for setting in settings:
         title, shown = setting.title(), setting.shown
+        count = setting.evaluations()
+        rows[f"{title}: {count} evaluation{'s' * (count != 1)}"] = shown[:10]
         copied = train[nearest_moved(shown[:20], reference.train)[1]]
         labels = np.array(balanced_labels(0, len(shown), setting.cycle))
         report.write_samples(folder, title, shown, copied, class_names, labels)
@@ -1190,11 +1193,6 @@ def write_results(args, results, settings, reference, train):
             features = extract(reference.sessions[0], shown)[0]
             real = reference.features[0][: len(features)]
             report.write_tsne(folder, title, real, features, class_names, labels)
-    rows = {}
-    for setting in settings:
-        count = setting.evaluations()
-        name = f"{setting.title()}: {count} evaluation{'s' * (count != 1)}"
-        rows[name] = setting.shown[:10]
     report.write_side_by_side(folder / "side_by_side.png", rows)
     try:
         report.plot_results(results, folder)

@@ -362,7 +362,7 @@ def train(args, checkpoint=None):
             real_logits, fake_logits = both.float().chunk(2)
             loss_d = discriminator_loss(real_logits, fake_logits, args.loss)
 
-            # The penalty keeps its slopes flat; being costly, it comes every n-th step, n times over.
+            # The penalty keeps its slopes flat; being costly, it comes rarely and weighs more.
             loss = loss_d
             if penalised and step % args.penalty_every == 0:
                 penalty = gradient_penalty(discriminator, x, classes)  # R1

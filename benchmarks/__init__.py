@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -32,7 +32,7 @@ import numpy as np
 
 import evaluate
 import infer_onnx
-from benchmarks import pinned, report
+from benchmarks import SCORES, pinned, report
 from benchmarks.libraries import LIBRARIES, OURS, ROOT, build
 from infer_onnx import InputError, written_whole
 
@@ -63,7 +63,6 @@ LEAST = {
 }  # fmt: skip
 TRIED = 500  # samples by which guidance is chosen, of another seed than those that are scored
 BLOCK = 500  # at most so many images are drawn by one process
-SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 # --- The libraries --------------------------------------------------------------------------------
 

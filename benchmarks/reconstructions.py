@@ -24,13 +24,12 @@ import evaluate  # noqa: E402
 import infer_onnx  # noqa: E402
 import ldm  # noqa: E402
 import vae  # noqa: E402
-from benchmarks import report  # noqa: E402
+from benchmarks import SCORES, report  # noqa: E402
 from common import to_float, to_uint8  # noqa: E402
 from runs import find_checkpoint, load_checkpoint  # noqa: E402
 
 COUNT = 10_000
 NAMES = ("vae", "ldm", "autoencoder")  # of checkpoints
-SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 
 def load(path):

@@ -262,13 +262,12 @@ def stem_of(title):
     return folded
 
 
-def write_samples(folder, title, images, neighbours, class_names, labels=None):
+def write_samples(folder, title, images, neighbours, class_names, labels):
     """Two pictures of samples: ten of each class, and each above the nearest training image.
 
     images: uint8 (N, C, H, W);  neighbours: uint8 (M, C, H, W), the nearest training images of the
-    first M, a multiple of ten;  labels: (N,), None for the classes in turn.
+    first M, a multiple of ten;  labels: (N,).
     """
-    labels = np.arange(len(images)) % len(class_names) if labels is None else labels
     rows = []
     for y in range(min(len(class_names), MOST)):
         ten = images[labels == y][:10]  # of a rare class there are fewer
@@ -358,7 +357,7 @@ def plot_map(path, title, real, samples, labels, class_names):
     write_diagram(figure, path)
 
 
-def write_tsne(folder, title, real, samples, class_names, labels=None):
+def write_tsne(folder, title, real, samples, class_names, labels):
     """A map of features, fitted to real and samples together.  A picture, not a score.
 
     labels: of the samples, as in write_samples.
@@ -370,7 +369,6 @@ def write_tsne(folder, title, real, samples, class_names, labels=None):
     points = TSNE(random_state=0, perplexity=perplexity).fit_transform(both)
     heading = f"t-SNE of {len(real):,} real images and {len(samples):,} samples: {title}"
     path = folder / f"tsne_{stem_of(title)}.png"
-    labels = np.arange(len(samples)) % len(class_names) if labels is None else labels
     plot_map(path, heading, points[: len(real)], points[len(real) :], labels, class_names)
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import infer_onnx  # noqa: E402
-from benchmarks import report  # noqa: E402
+from benchmarks import SCORES, report  # noqa: E402
 from common import to_uint8  # noqa: E402
 from runs import load_checkpoint, pick_device  # noqa: E402
 
@@ -39,7 +39,6 @@ GUIDANCES = {"ddim": (1.3, 1.6, 2.0, 2.5), "ldm": (1.5, 2.0, 2.5, 3.0)}
 INTERVALS = ([0, 1], [0, 0.8], [0, 0.7], [0.25, 0.8], [0.25, 0.7])
 GUIDED = {"solver": "dpm++", "steps": 15}  # where guidance is tried
 OLDER = {"ddim": 1.6, "ddpm": 1.6, "ldm": 2.5}  # guidance where walks are tried, below 0.8 T
-SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 GPU_BATCH = 2500
 
 

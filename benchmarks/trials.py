@@ -33,7 +33,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
-from benchmarks import pinned, report
+from benchmarks import SCORES, pinned, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
@@ -74,7 +74,6 @@ DRAWN |= {"distill": "--hold-out --num-samples 5000"}
 SPACINGS = ("1", "1.3", "2", "dpm_pairs")  # of steps: exponents, or that function
 SPACED = "--hold-out --num-samples 2500"  # where they are tried
 WALKS = (("ddim", 20), ("dpm++", 15))  # solver, steps
-SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
 
 
 def plan(minutes):

@@ -109,12 +109,16 @@ def equal(a, b):
 PASSING = ("seconds", "stage_1_seconds", "config")
 
 
+def lines_of(path):
+    """The lines of a log, list of dicts."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def log_of(path):
     """The lines of a log on the training; each save adds one on its samples."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k != "seconds"}
-        for line in lines
+        for line in lines_of(path)
         if "grad_norm" in line or "lr" in line
     ]
 

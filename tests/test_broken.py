@@ -1,13 +1,11 @@
 """Training that is broken says so, and training that is not says nothing."""
 
 import importlib
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LOOPS, ROOT, TINY_FLAGS
+from conftest import LOOPS, ROOT, TINY_FLAGS, lines_of
 
 import common
 import ddim
@@ -101,7 +99,7 @@ LOGS = [*ROOT.glob("pretrained/*.jsonl"), *ROOT.glob("results/ten_minutes/*.json
 
 @pytest.mark.parametrize("path", LOGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_logs_of_the_included_runs_tell_of_no_fault(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = lines_of(path)
     assert len(lines) > 10
     assert not [line for line in lines if runs.faults(line, line["step"])]
 
@@ -145,10 +143,6 @@ def test_diversity_is_that_of_each_class(data_dir):
 
 
 # --- Runs -----------------------------------------------------------------------------------------
-
-
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def flags_of(name, data_dir, *flags):

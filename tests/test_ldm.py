@@ -1,13 +1,12 @@
 """ldm.py: its two stages, its latents, and its sampler with a denoiser that knows the answer."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, refused
+from conftest import TINY_FLAGS, lines_of, refused
 
 import common
 import ldm
@@ -103,8 +102,7 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
     assert ldm.main([*flags, "--stage", "1", "--kl-weight", "0.02", "--run-dir", "first"]) == 0
     assert not Path("first/ldm.pt").exists()
-    log = Path("first/autoencoder_log.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in log]
+    lines = lines_of("first/autoencoder_log.jsonl")
     assert [line["step"] for line in lines if "kl" in line] == [2, 4, 6]
     errors = [line["grey_level_error"] for line in lines if "grey_level_error" in line]
     assert len(errors) == 2 and 0 < errors[1] < errors[0]

@@ -409,7 +409,10 @@ def test_a_sampler_that_differs_from_torch_in_one_setting_is_not_written(
     assert "grey levels from torch's" in capsys.readouterr().err
 
 
-def test_a_sampler_whose_samples_are_not_finite_is_not_written(tiny_run, exported, in_tmp, capsys):
+def test_a_sampler_whose_samples_are_not_finite_is_not_written(
+    tiny_run, exported, in_tmp, monkeypatch, capsys
+):
+    without_exporting(monkeypatch, exported)
     checkpoint = torch.load(tiny_run / "ddim.pt", weights_only=True)
     checkpoint["ema"]["head.bias"][:] = torch.nan
     torch.save(checkpoint, "broken.pt")
@@ -1080,19 +1083,13 @@ def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
         (["--class", "Sneakr"], "ddim.onnx has no class 'Sneakr'"),
         (["--class", "99"], "no class '99'"),
         (["--class", "-1"], "no class '-1'"),
-        (["--steps", "0"], "from 1"),
         (["--steps", "1001"], "more than the 1000"),
-        (["--guidance", "-0.5"], "from 0"),
-        (["--eta", "2"], "from 0 to 1"),
         (["--solver", "dpm++", "--eta", "1"], "--eta 1.0 is for --solver ddim"),
         (["--guidance-interval", "0.8", "0.2"], "right is 0 <= LOW <= HIGH <= 1"),
         (["--guidance-interval", "0.8"], "expected 2 arguments"),
         (["--guidance-limit", "0.8"], "--guidance-limit is now: --guidance-interval 0 HIGH"),
         (["--variance", "small"], "--variance is not for ddim"),
-        (["--batch-size", "0"], "from 1"),
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
-        (["--provider", "tpu"], "invalid choice"),
-        (["--nonsense"], "unrecognized"),
         (["--benchmark"], "is now: python benchmarks/latency.py --model"),
     ],
 )
@@ -1515,14 +1512,3 @@ def test_help_texts_are_the_words_of_the_scripts(name):
 @pytest.mark.parametrize("file", ["ddim.onnx", "ddim.pt"])
 def test_shipped_files_are_small(file):
     assert (ROOT / "pretrained" / file).stat().st_size <= 5e6
-
-
-def test_shipped_model_passes_its_own_check_and_equals_the_shipped_weights(capsys):
-    assert infer_onnx.main(["--model", str(SHIPPED), "--check"]) == 0
-    model = infer_onnx.load_model(SHIPPED, "cpu")
-    _, checkpoint, network = torch_network("ddim", SHIPPED.parent)
-    options = {"steps": 20, "guidance": model.card["guidance"], "seed": 0}
-    known = {"model": network, "config": checkpoint["config"], "labels": torch.arange(10)}
-    expected = ddim.sample(**known, **options)
-    found = infer_onnx.sample(model, list(range(10)), **options)
-    assert np.abs(found.astype(int) - common.to_uint8(expected).numpy()).max() <= 1

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, TINY, save_sealed, write_idx
+from conftest import ROOT, TINY, refused, save_sealed, write_idx
 from PIL import Image, ImageDraw
-from test_evaluate import WITHOUT_TORCH, failure
+from test_evaluate import WITHOUT_TORCH
 
 import common
 import ddim
@@ -288,10 +288,15 @@ def test_real_images_are_exported_as_they_are_compared(there, tmp_path, capsys):
     assert [f.name for f in files] == [f"{i:05d}_{names[y]}.png" for i, y in enumerate(labels)]
     for file, image in zip(files, images, strict=True):
         assert np.array_equal(np.array(Image.open(file)).transpose(2, 0, 1), image)
-    code, error = failure([*flags, str(out)], capsys)
-    assert code == 2 and "is a folder that holds files" in error
-    code, error = failure([*flags, "new/", "--steps", "4", "--seeds", "2", "--tsne"], capsys)
-    assert code == 2 and "leave out --seeds, --steps, --tsne" in error
+    error = refused(evaluate.main, [*flags, str(out)], capsys, alone=False)
+    assert "is a folder that holds files" in error
+    error = refused(
+        evaluate.main,
+        [*flags, "new/", "--steps", "4", "--seeds", "2", "--tsne"],
+        capsys,
+        alone=False,
+    )
+    assert "leave out --seeds, --steps, --tsne" in error
 
 
 def test_pictures_without_classes_are_scored(place, in_tmp, monkeypatch, capsys):
@@ -327,29 +332,38 @@ def test_other_data_and_models_are_refused_in_a_line(there, in_tmp, monkeypatch,
          "--image-size 64 --output x trains it"),
         (["gan", *shapes[1:]], "no extractor"),
     ):  # fmt: skip
-        code, error = failure([*argv, "--output", str(in_tmp / "out")], capsys)
-        assert code == 2 and message in error
+        error = refused(
+            evaluate.main, [*argv, "--output", str(in_tmp / "out")], capsys, alone=False
+        )
+        assert message in error
     other = in_tmp / "other/shapes"
     draw_shapes(other, seed=1)
     flags = ["--extractors", "judges", "--output", str(in_tmp / "out")]
-    code, error = failure([shapes[0], "--data", str(other), *flags], capsys)
-    assert code == 2 and "is an extractor of shapes " in error and ", not of shapes " in error
+    error = refused(evaluate.main, [shapes[0], "--data", str(other), *flags], capsys, alone=False)
+    assert "is an extractor of shapes " in error and ", not of shapes " in error
     (other / "circle").rename(other / "disc")
-    code, error = failure([shapes[0], "--data", str(other), *flags], capsys)
-    assert code == 2 and "is an extractor of shapes" in error
+    error = refused(evaluate.main, [shapes[0], "--data", str(other), *flags], capsys, alone=False)
+    assert "is an extractor of shapes" in error
     few = in_tmp / "few"
     draw_shapes(few, {"circle": 100})
-    code, error = failure([shapes[0], "--data", str(few), *flags], capsys)
-    assert code == 2 and "84 images to train and 16 to test: scores need 20 to test" in error
+    error = refused(evaluate.main, [shapes[0], "--data", str(few), *flags], capsys, alone=False)
+    assert "84 images to train and 16 to test: scores need 20 to test" in error
     for part in ("train", "test"):  # every sixth of the first is held out
         draw_shapes(few / part, {"circle": 30})
-    code, error = failure([shapes[0], "--data", str(few / "train"), "--hold-out", *flags], capsys)
-    assert code == 2 and "25 images to train and 5 to test: scores need 20 to test" in error
+    error = refused(
+        evaluate.main,
+        [shapes[0], "--data", str(few / "train"), "--hold-out", *flags],
+        capsys,
+        alone=False,
+    )
+    assert "25 images to train and 5 to test: scores need 20 to test" in error
     for file in (few / "train").glob("*/*"):
         if int(file.stem) >= 5:
             file.unlink()
-    code, error = failure([shapes[0], "--data", str(few / "train"), *flags], capsys)
-    assert code == 2 and "5 images to train and 30 to test" in error
+    error = refused(
+        evaluate.main, [shapes[0], "--data", str(few / "train"), *flags], capsys, alone=False
+    )
+    assert "5 images to train and 30 to test" in error
     assert not (in_tmp / "out").exists()
 
 

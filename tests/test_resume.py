@@ -46,8 +46,8 @@ def unbroken(tmp_path_factory, data_dir):
 
 # What recovers is in runs.py: for a script of two networks, and one of two stages.
 RECOVERED = ["gan", "ldm"]
-FAULTS = [(name, fault) for name in RECOVERED for fault in ("kill:8", "half:6", "full:8")]
-FAULTS += [("ldm", "kill:2"), ("ldm", "full:2")]  # in the first stage
+FAULTS = [("gan", fault) for fault in ("kill:8", "half:6", "full:8")]
+FAULTS += [("ldm", fault) for fault in ("kill:8", "kill:2", "full:2")]  # in the first stage, too
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS)

@@ -130,18 +130,17 @@ def test_a_first_stage_is_resumed_without_the_file_that_the_second_begins_with(
         assert is_of_classes(key) or torch.equal(weight, start[f"denoiser.{key}"]), key
 
 
-def test_weights_that_may_know_the_held_out_images_are_named(
-    name, tiny_runs, in_tmp, data_dir, capsys
-):
-    folder = tiny_runs(name)
-    said = f"{name}.pt was trained without --hold-out: it may know what is held out here"
-    flags = [*split("--train --epochs 0.1 --data kmnist --data-dir"), data_dir]
-    flags += [*TINY_FLAGS[name][2:], "--start", str(folder)]
-    script = importlib.import_module(name)
-    assert script.main([*flags, "--hold-out"]) == 0
-    assert said in capsys.readouterr().out
-    assert script.main(flags) == 0
-    assert said not in capsys.readouterr().out
+def test_weights_that_may_know_the_held_out_images_are_named(tiny_runs, in_tmp, data_dir, capsys):
+    data = [*split("--train --epochs 0.1 --data kmnist --data-dir"), data_dir]
+    autoencoder = ["--autoencoder", tiny_runs("ldm") / "autoencoder.pt"]
+    for name, flags in (("ddim", ["--start", tiny_runs("ddim")]), ("ldm", autoencoder)):
+        flags = [*map(str, flags), *data, *TINY_FLAGS[name][2:]]
+        script = importlib.import_module(name)
+        assert script.main([*flags, "--hold-out"]) == 0
+        said = ".pt was trained without --hold-out: it may know what is held out here"
+        assert said in capsys.readouterr().out
+        assert script.main(flags) == 0
+        assert said not in capsys.readouterr().out
 
 
 WRONG = [

@@ -4,7 +4,6 @@ Seen by spies, or from runs with and without a flag.
 """
 
 import importlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LOOPS, TINY_FLAGS, equal
+from conftest import LOOPS, TINY_FLAGS, equal, lines_of
 
 import common
 import gan
@@ -31,10 +30,6 @@ def flags_of(name, data_dir, *flags):
 def class_of_bar(images):
     """Images of the small set in [-1, 1] -> their classes, told by the position of the bar."""
     return images[:, 0, 6:26, 4:].mean(dim=1).unfold(1, 4, 2).mean(dim=-1).argmax(dim=1)
-
-
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def is_real(images):
@@ -227,7 +222,7 @@ CHANGES = [  # of the stages of an LDM one by one
         "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
         "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
     )),
-    ("ddpm", "--noise-levels uniform"), ("ddim", "--noise-levels uniform"),
+    ("ddim", "--noise-levels uniform"),
     ("ldm --stage 2", "--noise-levels lognormal"), ("ldm", "--stage-1-share 0.6"),
     *(("ldm --stage 1", flags) for flags in (
         "--kl-weight 5", "--latent-channels 3", "--weight-decay 0.5", "--ema-length 0.4",

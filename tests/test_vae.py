@@ -1,15 +1,13 @@
 """vae.py: its equations against independent oracles, its prior, its pictures."""
 
-import json
 import signal
 import sys
-from pathlib import Path
 from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, refused
+from conftest import TINY_FLAGS, lines_of, refused
 from torch import distributions
 
 import common
@@ -230,7 +228,7 @@ def test_the_log_tells_reconstruction_kl_and_active_units(in_tmp, data_dir, monk
     monkeypatch.setattr(vae, "LOG_EVERY", 3)
     flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
     assert vae.main([*flags, "--kl-warmup", "1"]) == 0
-    lines = [json.loads(line) for line in Path("runs/vae/log.jsonl").read_text().splitlines()]
+    lines = lines_of("runs/vae/log.jsonl")
     steps = [line for line in lines if "kl" in line]
     assert [line["step"] for line in steps] == [3, 6]
     assert [line["kl_weight"] for line in steps] == pytest.approx([0.1, 0.25])

@@ -596,12 +596,9 @@ def test_the_picture_outlives_wrong_input(page, address):
         ({"class": "S"}, "class S is ambiguous, give an index: 5 (Sandal), 6 (Shirt), 7 (Sneaker)"),
         ({"class": "Hat"}, "no class Hat: choose one of T-shirt/top, Trouser"),
         ({"seed": "-1"}, "seed -1 is not a whole number from 0"),
-        ({"steps": "2000"}, "steps 2000 is not in 1..1000"),
         ({"steps": "ten"}, "steps NaN is not in 1..1000"),
-        ({"guidance": "-2"}, "guidance -2 is not a number from 0"),
         ({"solver": "euler"}, "solver euler is not ddim or dpm++"),
         ({"model": "ddpm", "solver": "ddim"}, "solver is not for ddpm models here: leave it out"),
-        ({"model": "vae", "steps": "5"}, "steps is not for vae models here: leave it out"),
         ({"model": "distill", "guidance_low": "0"}, "guidance_interval is not for distill models"),
     ],
 )
