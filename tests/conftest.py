@@ -147,6 +147,15 @@ def save_sealed(proto, path):
     Path(path).write_bytes(infer_onnx.sealed(proto.SerializeToString()))
 
 
+def with_card(exported, path, change):
+    """A copy of the exported model whose card went through `change`."""
+    proto = onnx.load(exported)
+    card = change(json.loads(proto.metadata_props[0].value))
+    text = card if isinstance(card, str) else json.dumps(card)
+    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: text})
+    save_sealed(proto, path)
+
+
 def refused(main, argv, capsys, code=2, alone=True):
     """The error of a main that must end with this exit code, and say no more than one line.
 

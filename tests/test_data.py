@@ -2,18 +2,16 @@
 
 import hashlib
 import importlib
-import json
 import pickle
 import shutil
 from pathlib import Path
 from shlex import split
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from conftest import (
-    LOOPS, ROOT, TINY, TINY_FLAGS, equal, idx_bytes, log_of, refused, save_sealed, state,
+    LOOPS, ROOT, TINY, TINY_FLAGS, equal, idx_bytes, log_of, refused, state, with_card,
 )  # fmt: skip
 from PIL import Image, ImageDraw, ImageOps
 from torchvision import datasets
@@ -557,12 +555,10 @@ def test_a_picture_that_is_given_has_the_background_of_the_training(tiny_runs, i
     """Transparent ones, given to a model that was trained on black: files, and a test image."""
     Image.new("RGBA", (32, 32)).save("clear.png")
     shipped = ROOT / "pretrained"
-    proto = onnx.load(shipped / "vae.onnx")
-    [entry] = [e for e in proto.metadata_props if e.key == infer_onnx.METADATA_KEY]
-    card = json.loads(entry.value)
-    card["training"]["background"] = "black"
-    entry.value = json.dumps(card)
-    save_sealed(proto, "vae.onnx")
+    black = {"background": "black"}
+    with_card(
+        shipped / "vae.onnx", "vae.onnx", lambda card: card | {"training": card["training"] | black}
+    )
     shutil.copy(shipped / "vae_encoder.onnx", in_tmp)
     flags = split("--class 0 --output x.npz")
     assert infer_onnx.main(["--model", "vae.onnx", "--reconstruct", "clear.png", *flags]) == 0

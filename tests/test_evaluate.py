@@ -16,9 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
-from conftest import ROOT, idx_bytes, refused, save_sealed, small_set, write_idx
+from conftest import ROOT, idx_bytes, refused, save_sealed, small_set, with_card, write_idx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageFilter
 
@@ -827,11 +826,10 @@ def test_settings_follow_the_flags(workplace, capsys):
     assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
     args = evaluate.build_parser().parse_args(["gan", "--steps", "5"])
     assert evaluate.find_settings(args, CLASSES)[0].options == {}
-    proto = onnx.load("runs/tiny/gan.onnx")
-    card = json.loads(proto.metadata_props[0].value)
-    del card["parameters"]
-    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
-    save_sealed(proto, "bare.onnx")
+    bare = {"parameters"}
+    with_card(
+        "runs/tiny/gan.onnx", "bare.onnx", lambda card: {k: card[k] for k in card.keys() - bare}
+    )
     args = evaluate.build_parser().parse_args(["bare.onnx"])
     with pytest.raises(infer_onnx.ModelError, match=r"bare\.onnx: no parameters in its metadata"):
         evaluate.find_settings(args, CLASSES)
@@ -918,12 +916,9 @@ def test_missing_packages_are_reported_before_the_work(workplace, in_tmp, capsys
 def test_a_model_of_other_classes_or_a_wrong_range_is_refused(
     workplace, in_tmp, capsys, monkeypatch
 ):
-    proto = onnx.load("runs/tiny/gan.onnx")
-    card = json.loads(proto.metadata_props[0].value)
-    helper.set_model_props(
-        proto, {infer_onnx.METADATA_KEY: json.dumps({**card, "class_names": CLASSES[::-1]})}
+    with_card(
+        "runs/tiny/gan.onnx", "other.onnx", lambda card: card | {"class_names": CLASSES[::-1]}
     )
-    save_sealed(proto, "other.onnx")
     error = refused(evaluate.main, ["other.onnx", *workplace], capsys, alone=False)
     assert "classes of kmnist" in error
     monkeypatch.setattr(

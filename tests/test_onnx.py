@@ -22,7 +22,7 @@ import onnx
 import onnx.reference
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, refused, save_sealed, without_exporting
+from conftest import ROOT, TINY_FLAGS, refused, save_sealed, with_card, without_exporting
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -967,15 +967,6 @@ def test_outputs(exported, in_tmp):
 
 
 # --- Exit codes -----------------------------------------------------------------------------------
-
-
-def with_card(exported, path, change):
-    """A copy of the exported model whose card went through `change`."""
-    proto = onnx.load(exported)
-    card = change(json.loads(proto.metadata_props[0].value))
-    text = card if isinstance(card, str) else json.dumps(card)
-    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: text})
-    save_sealed(proto, path)
 
 
 def make_bad_file(kind, exported, tiny_run, path):

@@ -8,10 +8,9 @@ from pathlib import Path
 from shlex import split
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from conftest import ROOT, TINY, refused, save_sealed, write_idx
+from conftest import ROOT, TINY, refused, with_card, write_idx
 from PIL import Image, ImageDraw
 from test_evaluate import WITHOUT_TORCH
 
@@ -303,11 +302,12 @@ def test_pictures_without_classes_are_scored(place, in_tmp, monkeypatch, capsys)
     (in_tmp / "flat").mkdir()
     for i in range(150):
         drawn("circle", 64, RNG).save(in_tmp / f"flat/{i}.png")
-    proto = onnx.load(place / "runs/ddim/ddim.onnx")
-    card = json.loads(proto.metadata_props[0].value) | {"class_names": ["images"]}
-    card["training"]["hold_out"] = False
-    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
-    save_sealed(proto, "ddim.onnx")
+
+    def of_images(card):
+        training = card["training"] | {"hold_out": False}
+        return card | {"class_names": ["images"], "training": training}
+
+    with_card(place / "runs/ddim/ddim.onnx", "ddim.onnx", of_images)
     monkeypatch.setattr(extractor, "SEEDS", {1: 0})  # one of the two is enough
     flags = split("--data flat --channels 3 --image-size 64 --epochs 1 --output judges")
     assert extractor.main(flags) == 0
