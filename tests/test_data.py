@@ -612,6 +612,7 @@ def test_arrays_without_labels_are_one_class(in_tmp):
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_run_resumes_with_batches_of_another_size(name, in_tmp, data_dir):
     flags = ["--train", "--epochs", "4", *TINY_FLAGS[name], "--data-dir", data_dir]
+    flags += ["--stage-1-share", "0.25"] if name == "ldm" else []
     assert importlib.import_module(name).main([*flags, "--run-dir", "run"]) == 0
     before = torch.load(f"run/{name}.pt", weights_only=True)
     assert resume(name, "--epochs", "8", "--batch-size", "10") == 0

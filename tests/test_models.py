@@ -42,7 +42,7 @@ def test_interrupted_and_resumed_is_the_same_as_unbroken_bit_for_bit(
     assert script.main([*flags, "--run-dir", "broken"]) == 130
     assert script.main(["--resume", "--run-dir", "broken"]) == 130
     assert script.main(["--resume", "--run-dir", "broken"]) == 0
-    assert len(calls) == 12
+    assert len(calls) == (13 if name == "ldm" else 12)  # a fifth and the rest, both rounded up
     whole, broken = state(in_tmp / "whole"), state(in_tmp / "broken")
     assert whole.keys() == broken.keys() and len(whole) >= 3
     for key in whole:
@@ -56,8 +56,8 @@ def test_a_run_leaves_what_is_needed_to_sample(
     run_dir = tiny_runs(name)
     checkpoint = torch.load(run_dir / f"{name}.pt", weights_only=True)
     assert checkpoint["model"] == name and len(checkpoint["class_names"]) == 10
-    # of 18 steps; of the LDM's, a quarter trains the autoencoder
-    assert checkpoint["step"] == {"ldm": 14}.get(name, 18)
+    # of 18 steps; of the LDM's, a fifth trains the autoencoder
+    assert checkpoint["step"] == {"ldm": 15}.get(name, 18)
     before = sorted(run_dir.rglob("*"))
     flags = ["--checkpoint", str(run_dir), "--class", "o,su", "--num-samples", "3"]
     for output in ("x.png", "x.npz", "folder/"):
