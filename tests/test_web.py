@@ -276,7 +276,7 @@ def test_settings_out_of_range():
     refused = {
         "steps 0 is not in 1..1000": {"steps": 0},
         "steps 1001 is not in 1..1000": {"steps": 1001},
-        "guidance -1 is not a number from 0": {"guidance": -1},
+        "guidance -1 is not a number from 0 to 1000": {"guidance": -1},
         "guidance interval 0 1.5: right is 0 <= LOW <= HIGH <= 1": {"guidance_interval": [0, 1.5]},
         "guidance interval 0.8 0.2: right is 0 <= LOW <= HIGH <= 1": {
             "guidance_interval": [0.8, 0.2]
