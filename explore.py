@@ -389,7 +389,7 @@ class Trained:
         is_dpm = self.options["solver"] == "dpm++" and strength == 1
         pairs_of = ddim.dpm_pairs if is_dpm else ddim.time_pairs
         pairs = pairs_of(length, min(self.options["steps"], length))
-        self.settings["steps"] = len(pairs)
+        self.settings["steps"] = len(pairs)  # a part of the way may have fewer than asked for
         return alpha_bars, pairs, prediction
 
     def denoiser(self, y):

@@ -324,7 +324,7 @@ def main():
     file = output / "cuda.json"
     report = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
     if report.setdefault("machine", machine) != machine:
-        parser.error(f"{file} is of another machine: name another --output")
+        parser.error(f"{file} is of another machine or other versions: name another --output")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for part in arguments.only:
             begun = time.monotonic()

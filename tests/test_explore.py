@@ -580,6 +580,8 @@ def test_the_way_between_two_images_starts_and_ends_at_their_reconstructions(dra
     draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.npz")
     draw("reconstruct", "vae", "0", "3", "--output", "ends.npz")
     way = images("way.npz")
+    y_a, *_, y_b = labels = np.load("way.npz")["y"].tolist()
+    assert y_a != y_b and labels == [y_a] * 2 + [y_b] * 3  # of the nearer image
     assert len(way) == 5 and close(way[[0, -1]], images("ends.npz")[2:])
     assert np.abs(way[2] - way[0]).max() > 1 and np.abs(way[2] - way[4]).max() > 1
     draw("between", "vae", "0", "3", "--num-samples", "5", "--output", "way.gif")
