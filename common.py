@@ -835,7 +835,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """A layer that outputs zero at the start: the block around it begins as the identity."""
+    """A layer that outputs 0 at the start: a block begins as its shortcut, a network at 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -20,8 +20,8 @@ Differs from the paper: class labels with classifier-free guidance (Ho & Saliman
 arXiv:2207.12598) at some t, a cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672),
 v-prediction (Salimans & Ho 2022, arXiv:2202.00512), stratified log-normal noise levels (Karras et
 al. 2022, arXiv:2206.00364), an EMA over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696), Muon with an annealed rate, gradient clipping, x_0_hat clipped to [-1, 1]
-(unless --no-clip), and a smaller network.
+arXiv:2312.02696), Muon (Jordan et al. 2024, in runs.py) with an annealed rate, gradient clipping,
+x_0_hat clipped to [-1, 1] (unless --no-clip), and a smaller network.
 """
 
 import argparse
@@ -137,8 +137,9 @@ def draw_t(batch_size, num_timesteps, noise_levels, generator):
     uniform    all t equally likely, DDPM algorithm 1
     lognormal  t / T = 2 / pi * atan(sigma), ln sigma ~ N(-0.5, 1.2^2): fewer t of much noise and
                of next to none.  Karras et al. 2022 (arXiv:2206.00364), table 1, N(-1.2, 1.2^2) for
-               data of std 0.5, which is this for std 1.  In the cosine schedule of 32 pixels
-               sigma^2 is nearly (1 - alpha_bar_t) / alpha_bar_t; in others it is not.
+               data of std 0.5, which is this for std 1: that of latents; images have about 0.7.
+               In the cosine schedule of 32 pixels sigma^2 is nearly (1 - alpha_bar_t) /
+               alpha_bar_t; in others it is not.
     Stratified: one t from each of B equally likely ranges, less variance than B independent t.
     """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
@@ -234,7 +235,7 @@ def dpm_pairs(num_timesteps, steps):
     """Pairs like those of time_pairs, but closer near noise, too: for dpm_sample.
 
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
-    in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
+    in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
     steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
     """
@@ -320,7 +321,7 @@ def sample(
     model, labels, *, config=None, steps=None, guidance=None, guidance_interval=GUIDANCE_INTERVAL,
     eta=0.0, clip=True, solver=SOLVER, seed=0, batch_size=100, trace=None,
 ):  # fmt: skip
-    """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
+    """Sample one image per label: (N, C, H, W) on the CPU, in [-1, 1] with clip.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
     tensor of class names or indices;  config: None is model.config; for another network a dict of

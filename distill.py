@@ -20,10 +20,10 @@ teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone leave it blurred.
     python distill.py --train --minutes 1     see it run
     python distill.py --class Sneaker         sample a Sneaker with the newest weights
 
-Differs from the papers: all steps of the student are learned at once; the teacher walks by
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), and each walk is used --passes times; the features
-are those of all residual blocks, at one t and without noise; Muon and EMA are those of ddim.py.  An
-epoch is a pass over the 64 batches of walks that are kept.
+Differs from the papers: all steps of the student are learned at once, for one guidance; the teacher
+walks by DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), and each walk is used --passes times; the
+features are those of all residual blocks, at one t and without noise; Muon and EMA are those of
+ddim.py.  An epoch is a pass over the 64 batches of walks that are kept.
 """
 
 import contextlib
@@ -271,7 +271,7 @@ def train(args, checkpoint=None):
                 walks[batch] = walk(batch)
             y, states = walks[batch]
 
-            # Salimans & Ho 2022, algorithm 2, with all steps of the student at once.
+            # The target of Salimans & Ho 2022, algorithm 2, for all steps of the student at once.
             with precision:
                 losses = step_losses(
                     forward, states, y, alpha_bars, prediction, pairs, args.loss, teacher_model,

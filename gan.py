@@ -15,14 +15,14 @@ Ian Goodfellow et al., "Generative Adversarial Networks", 2014 (arXiv:1406.2661)
     python gan.py --train --minutes 1      see it run
     python gan.py --class Sneaker          sample a Sneaker with the newest weights
 
-Differs from the paper: class labels in a projection discriminator (Miyato & Koyama 2018,
-arXiv:1802.05637), residual convolutions, no batch norm, the R1 penalty (Mescheder et al. 2018,
-arXiv:1801.04406), lazily, every n-th step only (Karras et al. 2019, arXiv:1912.04958; theirs is
-an extra Adam step with adjusted settings, ours a term of that step's loss), no momentum, an
-annealed learning rate, and an EMA of the generator over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696).  Losses of later papers: hinge (Miyato et al. 2018, arXiv:1802.05957),
-relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties: Huang et al. 2024,
-arXiv:2501.05441).
+Differs from the paper: class labels in the generator and in a projection discriminator (Miyato &
+Koyama 2018, arXiv:1802.05637), residual convolutions, no dropout, the R1 penalty (Mescheder et al.
+2018, arXiv:1801.04406), lazily, every n-th step only (Karras et al. 2019, arXiv:1912.04958; theirs
+is an extra Adam step with adjusted settings, ours a term of that step's loss), Adam without
+momentum, an annealed learning rate, and an EMA of the generator over a fraction of the run (Karras
+et al. 2024, arXiv:2312.02696).  Losses of later papers: hinge (Miyato et al. 2018,
+arXiv:1802.05957), relativistic (Jolicoeur-Martineau 2018, arXiv:1807.00734; with both penalties:
+Huang et al. 2024, arXiv:2501.05441).
 """
 
 import itertools
@@ -111,7 +111,7 @@ class PlainBlock(nn.Module):
 class Discriminator(nn.Module):
     """(x, classes) -> logits (B,): how real x is, as an image of its class.
 
-    Projection discriminator, Miyato & Koyama eq. (4): logit = <out, h(x)> + <row of the class,
+    Projection discriminator, Miyato & Koyama figure 1 (d): logit = <out, h(x)> + <row of the class,
     h(x)>.  Here the latter is divided by sqrt(128), the square root of h's size; not where it is
     spectrally normalised: the class would hardly count.
 
@@ -390,7 +390,7 @@ def train(args, checkpoint=None):
             run.watch(loss_g=loss_g.item(), loss_d=loss_d.item(), penalty=last_penalty.item())
             ema_model.update_parameters(model)
 
-            # Logits far from 0 tell that the discriminator wins, and the generator learns nothing.
+            # Real logits far above fake ones tell that the discriminator wins.
             logged = torch.stack([loss_g, loss_d, real_logits.mean(), fake_logits.mean()])
             sums += run.mean(logged.detach())
             if (step + 1) % LOG_EVERY == 0:

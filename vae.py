@@ -15,11 +15,11 @@ Diederik Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2013 (arXiv:131
 
 Differs from the paper: class labels for encoder and decoder (Kingma et al. 2014, arXiv:1406.5298),
 residual convolutions, a Gaussian p(x | z) whose scale adapts (sigma-VAE, Rybkin et al. 2020,
-arXiv:2006.13202), a KL weight that grows from 0 and stays below 1 (Alemi et al. 2018,
-arXiv:1711.00464), AdamW with an annealed rate, gradient clipping, an EMA over a fraction of the
-run (Karras et al. 2024, arXiv:2312.02696), and a prior fitted after the training: for each class
-a Gaussian mixture over the codes of its images, which are less normal than the KL asks for (Ghosh
-et al. 2019, arXiv:1903.12436).
+arXiv:2006.13202), a KL weight that grows from 0 (Bowman et al. 2015, arXiv:1511.06349) and stays
+below 1 (Alemi et al. 2018, arXiv:1711.00464), AdamW with an annealed rate, gradient clipping, an
+EMA over a fraction of the run (Karras et al. 2024, arXiv:2312.02696), and a prior fitted after the
+training: for each class a Gaussian mixture over the codes of its images, which are less normal than
+the KL asks for (Ghosh et al. 2019, arXiv:1903.12436).
 """
 
 import itertools
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         for block, down in zip(self.blocks, self.down, strict=True):
             h = down(block(h, emb))
         mu, logvar = self.head(F.silu(self.norm(h)).flatten(1)).chunk(2, dim=1)
-        return mu, logvar.clamp(-20, 10)  # exp() of more would overflow in a bad step
+        return mu, logvar.clamp(-20, 10)  # exp() stays finite in a bad step
 
 
 class Decoder(nn.Module):
@@ -147,10 +147,11 @@ def kl_divergence(mu, logvar):
 def optimal_sigma_squared(logits, x):
     """The sigma^2 that makes a batch most likely: its mean (x - x_hat)^2, without a gradient.
 
-    Optimal sigma-VAE, Rybkin et al. 2020, section 3.3.  Where sigma is optimal, the gradient of the
-    loss with respect to it is 0.
+    At least that of half a grey level, 1 / 255: constant images would make it 0.
+    Optimal sigma-VAE, Rybkin et al. 2020.  Where sigma is optimal, the gradient of the loss with
+    respect to it is 0.
     """
-    return (x - logits.detach().tanh()).square().mean()
+    return (x - logits.detach().tanh()).square().mean().clamp(min=255**-2)
 
 
 def reconstruction_loss(logits, x, kind, sigma_squared=None):
@@ -159,7 +160,8 @@ def reconstruction_loss(logits, x, kind, sigma_squared=None):
     l2     Gaussian of scale 1: (x - x_hat)^2 / 2, where x_hat = tanh(logits)
     l1     Laplace of scale 1: |x - x_hat|
     sigma  Gaussian of scale sigma: (x - x_hat)^2 / (2 sigma^2) + log sigma
-    bce    Bernoulli with the mean (x_hat + 1) / 2, for values (x + 1) / 2
+    bce    Bernoulli with the mean (x_hat + 1) / 2, for values (x + 1) / 2: a likelihood where these
+           are 0 or 1 alone (Loaiza-Ganem & Cunningham 2019, arXiv:1907.06845)
     logits, x: (B, C, H, W), x in [-1, 1];  sigma_squared: a tensor of one number, or None: that of
     this batch.
     """
