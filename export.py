@@ -700,6 +700,9 @@ def seal(path):
     """
     protos = {"": read_proto(path)}
     cards = [entry for entry in protos[""].metadata_props if entry.key == METADATA_KEY]
+    whole = path.with_name(f"{path.stem.rpartition('_')[0]}.onnx")
+    if not cards and whole.is_file():  # the decoder of ldm.onnx or the encoder of vae.onnx
+        raise InputError(f"{path} is a part of {whole}: seal that file, and this one with it")
     if not cards:
         raise InputError(f"{path} has no model card: it is not a model that export.py wrote")
     try:

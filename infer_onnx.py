@@ -37,6 +37,7 @@ import glob
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -268,7 +269,46 @@ def read_card(session, path):
         raise ModelError(f"{path}: unknown kind {card['kind']!r} or model {card['model']!r}")
     if has_solver and card["solver"] not in SOLVERS:
         raise ModelError(f"{path}: unknown solver {card['solver']!r}")
+    for key, right in values_of(card).items():
+        if not right:
+            raise ModelError(f"{path}: cannot use the {key} in its metadata")
     return card
+
+
+def values_of(card):
+    """Whether the values of a card that has all its keys are such as export.py writes: {key: bool}.
+
+    Others would be drawn wrongly, or end in an error that says nothing.
+    """
+
+    def all_of(values, *types):
+        return isinstance(values, list) and all(isinstance(value, types) for value in values)
+
+    def is_count(value, most):
+        return isinstance(value, int) and 1 <= value <= most
+
+    parts = card["parts"] if isinstance(card["parts"], dict) else {"": None}
+    right = {
+        "class_names": all_of(card["class_names"], str) and len(card["class_names"]) > 0,
+        "image_shape": all_of(card["image_shape"], int) and len(card["image_shape"]) == 3,
+        "value_range": card.get("value_range", [-1, 1]) == [-1, 1],
+        "parts": all_of([*parts.values()], dict)
+        and all_of([part.get("file") for part in parts.values()], str),
+    }
+    if card["kind"] == "codes":
+        right["latent_dim"] = is_count(card["latent_dim"], 10**6)
+        right["prior"] = isinstance(card["prior"], dict | None)
+        return right
+    right["prediction"] = card["prediction"] in ("eps", "v")
+    numbers = (1, *card["alpha_bars"], 0) if all_of(card["alpha_bars"], int, float) else (0, 0)
+    falls = all(a > b for a, b in itertools.pairwise(numbers))
+    right["alpha_bars"] = falls and len(numbers) > 2
+    interval = card["guidance_interval"]
+    right["guidance_interval"] = all_of(interval, int, float) and len(interval) == 2
+    right["steps"] = is_count(card["steps"], len(numbers) - 2)
+    right["guidance"] = isinstance(card["guidance"], int | float) and 0 <= card["guidance"] <= 1000
+    right["null_label"] = isinstance(card["null_label"], int)
+    return right
 
 
 # --- Denoise --------------------------------------------------------------------------------------
@@ -420,7 +460,7 @@ def dpm_pairs(num_timesteps, steps):
     """Pairs like those of time_pairs, but closer near noise, too: for dpm_sample.
 
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
-    in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
+    in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
     steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
     """
@@ -543,6 +583,7 @@ def sample(
     }  # fmt: skip
     check_use(card, given)
     check_options(**given, seed=seed, first=first, batch_size=batch_size)
+    guidance, eta = guidance if guidance is None else float(guidance), float(eta or 0)
     labels = label_indices(labels, card["class_names"])
     if card["kind"] == "codes":
         mixture = None if prior == "normal" else fitted_prior(card)
@@ -552,7 +593,6 @@ def sample(
             model, codes, class_weights(labels, len(card["class_names"])), batch_size
         )
     solver = solver or card.get("solver", "ddim")  # ddpm and distill have none
-    eta = eta or 0.0
     check_walk(card, steps, guidance, solver, eta)
     alpha_bars = np.array(card["alpha_bars"], np.float64)
     pairs, guidance, times = walk_of(card, steps, guidance, guidance_interval, solver)
@@ -567,7 +607,7 @@ def sample(
         # Fractions of T between two times, so that float32 cannot move a time across them.
         interval = [(math.ceil(t) - 0.5) / len(alpha_bars) for t in times]
         settings = {
-            "steps": np.array(len(pairs)), "guidance": np.array(guidance, np.float32),
+            "steps": np.array(len(pairs), np.int64), "guidance": np.array(guidance, np.float32),
             "guidance_interval": np.array(interval, np.float32),
             "second_order": np.array(solver == "dpm++"),
         }  # fmt: skip
@@ -820,6 +860,8 @@ class PictureFolder:
         others = False
         for file in sorted(self.path.iterdir()):
             name = file.name
+            if name in (".DS_Store", "Thumbs.db", "desktop.ini"):  # of who looks at the folder
+                continue
             # A leading dot: being written now, or left behind by a process that was killed.
             if name.startswith("."):
                 name = name[1:].rpartition(".")[0].rpartition(".")[0]
@@ -1566,10 +1608,12 @@ def numbers_of_shard(args, count):
 
 
 def run(args):
-    for flag in ("list_classes", "info", "card", "check"):
-        if getattr(args, flag) and (args.output or args.shard):
-            name = flag.replace("_", "-")
-            raise InputError(f"--{name} makes no images: leave out --output and --shard")
+    asked = [name for name in ("list_classes", "info", "card", "check") if getattr(args, name)]
+    asked = [f"--{name.replace('_', '-')}" for name in asked]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are two questions: ask one at a time")
+    if asked and (args.output or args.shard):
+        raise InputError(f"{asked[0]} makes no images: leave out --output and --shard")
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
     card = model.card

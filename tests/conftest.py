@@ -147,6 +147,23 @@ def save_sealed(proto, path):
     Path(path).write_bytes(infer_onnx.sealed(proto.SerializeToString()))
 
 
+# Of model cards: (model, key, values of it that export.py never writes).
+WRONG_VALUES = [
+    ("ddim", "prediction", ["x_0", None]),
+    ("ddim", "value_range", [[0, 1]]),
+    ("ddim", "alpha_bars", [[0.1, 0.9], [0.9, 0.0], [1.0, 0.5], [], ["a"], None, 0.5]),
+    ("ddim", "guidance_interval", [None, [0], [0, "a"], 0.8]),
+    ("ddim", "class_names", [[], None, "Sneaker", [1, 2]]),
+    ("ddim", "image_shape", [[32, 32], None]),
+    ("ddim", "parts", [None, [1], {"a": None}, {"a": {}}]),
+    ("ddim", "null_label", [None, "10", [10]]),
+    ("ddim", "steps", [0, 1001, 1.5, "2", None]),
+    ("ddim", "guidance", [-1, "2", None]),
+    ("gan", "latent_dim", [None, 0, "64", [64]]),
+    ("gan", "prior", [0, "normal"]),
+]
+
+
 def with_card(exported, path, change):
     """A copy of the exported model whose card went through `change`."""
     proto = onnx.load(exported)

@@ -52,6 +52,13 @@ def test_labels_are_names_or_indices_in_a_list_array_or_tensor(name):
             assert np.array_equal(sample(labels, **few(name)), expected), labels
 
 
+def test_options_may_be_numbers_of_numpy():
+    for sample in samplers("ddim"):
+        plain = sample([BAG], steps=2, guidance=2.0, solver="ddim", eta=0.5)
+        numbers = {"guidance": np.float64(2), "eta": np.float64(0.5), "steps": np.int64(2)}
+        assert np.array_equal(sample([BAG], solver="ddim", **numbers), plain)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_defaults_are_the_same(name, monkeypatch):
     if name == "ddpm":  # test_consistency.py compares the numbers of steps; these take less time

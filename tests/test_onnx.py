@@ -22,7 +22,15 @@ import onnx
 import onnx.reference
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, refused, save_sealed, with_card, without_exporting
+from conftest import (
+    ROOT,
+    TINY_FLAGS,
+    WRONG_VALUES,
+    refused,
+    save_sealed,
+    with_card,
+    without_exporting,
+)
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -1068,9 +1076,19 @@ def test_a_card_without_a_part_exits_with_3(exported, in_tmp, capsys, key):
     assert key in error
 
 
+@pytest.mark.parametrize(("name", "key", "values"), WRONG_VALUES)
+def test_values_that_export_never_writes_exit_with_3(exports, in_tmp, capsys, name, key, values):
+    """They would be drawn as something else, or end in a traceback."""
+    for value in values:
+        with_card(exports(name), "x.onnx", lambda card, new=value: {**card, key: new})
+        error = refused(infer_onnx.main, ["--model", "x.onnx"], capsys, code=3)
+        assert f"x.onnx: cannot use the {key} in its metadata" in error
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--info", "--check"], "--info and --check are two questions"),
         (["--class", "Sneakr"], "ddim.onnx has no class 'Sneakr'"),
         (["--class", "99"], "no class '99'"),
         (["--class", "-1"], "no class '-1'"),
@@ -1306,6 +1324,9 @@ def test_a_changed_file_can_be_sealed_with_its_part(exports, in_tmp, capsys, nam
     whole = Path(f"{name}.onnx")
     if keep_seal or len(files) == 2:
         refused(infer_onnx.main, ["--model", whole], capsys, code=3)
+    for part in set(files) - {whole}:
+        error = refused(export.main, ["seal", part], capsys)
+        assert f"{part} is a part of {whole}: seal that file, and this one with it" in error
     assert export.main(["seal", str(whole)]) == 0
     assert "check passed" in capsys.readouterr().out
     for file in files:

@@ -171,9 +171,12 @@ def test_a_stopped_folder_is_filled_by_the_same_command_alone(in_tmp, monkeypatc
 
     # Nothing else may join: other settings, classes or numbers of images, or another file.
     whole = [*flags, "--output", "whole/"]
-    Path("whole/.00003_trouser.png.7.tmp").touch()  # of a process that was killed
+    harmless = Path("whole/.00003_trouser.png.7.tmp"), Path("whole/.DS_Store")
+    for file in harmless:  # of a process that was killed, and of a Mac that shows the folder
+        file.touch()
     assert infer_onnx.main(whole) == 0
-    Path("whole/.00003_trouser.png.7.tmp").unlink()
+    for file in harmless:
+        file.unlink()
     for others, message in (
         (["--seed", "1"], "00000_t-shirt-top.png has seed 0, not 1: name another folder"),
         (["--truncation", "2"], "has truncation None, not 2.0"),
