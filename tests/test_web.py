@@ -20,7 +20,7 @@ import onnx
 import pytest
 import torch
 from chromium import Chromium, find_chromium
-from conftest import ROOT, save_sealed
+from conftest import ROOT, WRONG_VALUES, save_sealed
 from onnx import TensorProto, helper
 from PIL import Image
 from test_common import AWKWARD
@@ -167,7 +167,7 @@ def test_the_page_offers_all_included_models():
 @needs_runtime
 @pytest.mark.parametrize("name", NAMES)
 def test_card_is_read_from_the_file(name):
-    assert node("card", path=shipped(name)) == model_of(shipped(name)).card
+    assert node("cards", paths=[shipped(name)]) == [model_of(shipped(name)).card]
 
 
 SETTINGS = {
@@ -355,18 +355,30 @@ def test_files_that_cannot_be_used(tmp_path):
 @needs_node
 @needs_runtime
 def test_random_corruption_of_the_metadata(tmp_path):
-    """With a matching checksum, as in test_fuzz.py: a file is refused in one line, or it draws."""
+    """With a matching checksum, as in test_fuzz.py: a file is refused in one line, or read."""
     content = shipped("gan").read_bytes()[: -len(infer_onnx.SEAL) - 64]
     start = content.rindex(infer_onnx.METADATA_KEY.encode()) - 10
     rng = np.random.default_rng(0)
-    path = tmp_path / "gan.onnx"
-    for _ in range(5):
+    paths = [tmp_path / f"{i}.onnx" for i in range(40)]
+    for path in paths:
         damaged = bytearray(content)
-        for at in rng.integers(start, len(content), 3):
-            damaged[at] = rng.integers(256)
+        for at in rng.integers(start, start + 600, 3):  # what comes after it are numbers alone
+            damaged[at] = rng.integers(32, 127)
         path.write_bytes(infer_onnx.sealed(bytes(damaged)))
-        answer = node("sample", path=path, labels=[0], cases=[{}])
-        assert isinstance(answer, list) or "\n" not in answer["error"]
+    for answer in node("cards", paths=paths):
+        if "error" in answer:
+            assert answer["kind"] == "ModelError" and "\n" not in answer["error"]
+
+
+@needs_node
+def test_values_that_export_never_writes_are_refused(tmp_path):
+    said, paths = [], []
+    for i, (name, key, values) in enumerate(WRONG_VALUES):
+        for j, value in enumerate(value for value in values if value is not None):
+            (tmp_path / f"{i}-{j}").mkdir()
+            paths.append(with_card(name, tmp_path / f"{i}-{j}", **{key: value}))
+            said.append(f"{name}.onnx: cannot use the {key} in its metadata")
+    assert [answer["error"] for answer in node("cards", paths=paths)] == said
 
 
 @needs_node
@@ -572,7 +584,10 @@ def test_the_png_is_that_of_infer_onnx(page, address):
 @needs_chromium
 @needs_runtime
 def test_the_picture_outlives_wrong_input(page, address):
-    """Beside an error stands the last picture, with its own class, and it can be saved."""
+    """Beside an error stands the last picture, with its own class, and it can be saved.
+
+    A drawing that the error stopped can be looked at up to there.
+    """
     open_page(page, address, model="ddim", steps=2)
     page.evaluate("seed.value = 'x'; seed.oninput()")
     assert settle(page) == "error"
@@ -584,6 +599,14 @@ def test_the_picture_outlives_wrong_input(page, address):
     page.evaluate("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
     page.evaluate("document.getElementById('download').click()")
     assert page.evaluate("saved.download") == "sneaker.png"
+    page.evaluate("location.hash = 'model=ddim&class=Bag&seed=1&steps=900'")
+    page.wait("document.querySelectorAll('#strip button[title]').length > 1")
+    page.evaluate("seed.value = 'x'; seed.oninput()")
+    assert settle(page) == "error" and text(page, "same") and not text(page, "report")
+    last = int(page.evaluate("shown.max"))
+    assert 40 < last < 900
+    page.evaluate(f"shown.value = {last}; shown.oninput()")
+    assert f"step {last + 1}, t = " in text(page, "x_t-caption")
 
 
 @needs_chromium
@@ -596,7 +619,7 @@ def test_the_picture_outlives_wrong_input(page, address):
         ({"class": "S"}, "class S is ambiguous, give an index: 5 (Sandal), 6 (Shirt), 7 (Sneaker)"),
         ({"class": "Hat"}, "no class Hat: choose one of T-shirt/top, Trouser"),
         ({"seed": "-1"}, "seed -1 is not a whole number from 0"),
-        ({"steps": "ten"}, "steps NaN is not in 1..1000"),
+        ({"steps": "ten"}, "steps is empty or not a number"),
         ({"solver": "euler"}, "solver euler is not ddim or dpm++"),
         ({"model": "ddpm", "solver": "ddim"}, "solver is not for ddpm models here: leave it out"),
         ({"model": "distill", "guidance_low": "0"}, "guidance_interval is not for distill models"),
@@ -703,6 +726,34 @@ def test_your_own_files(page, address, tmp_path):
     page.evaluate("document.querySelector('#model input[value=gan]').click()")
     assert settle(page) == "done"
     assert_draws(page, shipped("gan"), 0)
+
+
+@needs_chromium
+@needs_runtime
+def test_a_link_of_ones_own_file_keeps_its_settings(page, address):
+    options = {"seed": 3, "steps": 4, "guidance": 3, "solver": "ddim"}
+    assert open_page(page, address, model="file", **{"class": "Bag"}, **options) == "error"
+    assert choose_files(page, shipped("gan"), shipped("vae")) == "error"
+    assert text(page, "error") == "these are several models: open one"
+    assert choose_files(page, shipped("ddim")) == "done"
+    assert_draws(page, shipped("ddim"), 8, **options)
+    assert choose_files(page, shipped("ddim")) == "done"  # chosen anew: with its defaults
+    assert_draws(page, shipped("ddim"), 8, seed=3)
+
+
+@needs_chromium
+@needs_runtime
+def test_settings_of_another_model_are_dropped(page, address):
+    """Those set while it was loading; those of a link are refused until its model is chosen."""
+    open_page(page, address, model="ddim", steps=2)
+    page.evaluate("document.querySelector('#model input[value=vae]').click()")
+    page.evaluate("steps.value = 5; steps.oninput()")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("vae"))
+    assert open_page(page, address, model="gan", steps=8) == "error"
+    page.evaluate("document.querySelector('#model input[value=gan]').click()")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("gan"))
 
 
 @needs_chromium

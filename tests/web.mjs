@@ -1,6 +1,6 @@
 // What tests/test_web.py runs in node: one JSON request from stdin, one JSON answer to stdout.
 import { readFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { webcrypto } from "node:crypto";
 import * as ort from "../web/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 import * as sampler from "../web/sampler.js";
@@ -43,8 +43,10 @@ const COMMANDS = {
     return [found, sampler.fileStems(names), named];
   },
 
-  card({ path }) {
-    return sampler.readCard(path, readFileSync(path));
+  // The card of each file; an error instead is {error, kind}.
+  cards({ paths }) {
+    const read = (path) => attempt(() => sampler.readCard(basename(path), readFileSync(path)));
+    return Promise.all(paths.map(read));
   },
 
   // Pictures of each of the options; an error instead is {error, kind}.

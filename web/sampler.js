@@ -55,7 +55,7 @@ export class RunError extends Error {}
 export async function loadModel(ort, name, bytes, readPart) {
   const sealed = await checkFile(name, bytes);
   const session = await openSession(ort, name, bytes).catch((error) => {
-    throw sealed ? error : damaged(name);
+    throw sealed || error instanceof RunError ? error : damaged(name);
   });
   if (!sealed && "sha256" in readMetadata(bytes)) throw damaged(name); // a seal in a wrong place
   const card = readCard(name, bytes);
@@ -121,6 +121,9 @@ async function openSession(ort, name, bytes) {
   try {
     return await ort.InferenceSession.create(bytes, { logSeverityLevel: 4 });
   } catch (error) {
+    if (error?.message?.includes("no available backend")) { // it never tries a second time
+      throw new RunError("onnxruntime-web does not start here: reload this page");
+    }
     throw new ModelError(
       `${name} is not an ONNX model that onnxruntime can load: ${oneLine(error)}`,
     );
@@ -211,7 +214,42 @@ export function readCard(name, bytes) {
   if (solver.length && !SOLVERS.includes(card.solver)) {
     throw new ModelError(`${name}: unknown solver ${card.solver}`);
   }
+  for (const [key, isRight] of Object.entries(valuesOf(card))) {
+    if (!isRight) throw new ModelError(`${name}: cannot use the ${key} in its metadata`);
+  }
   return card;
+}
+
+/** Whether the values of a card are such as export.py writes: {key: boolean}.
+
+    Others would be drawn wrongly, or end in an error that says nothing. */
+function valuesOf(card) {
+  const all = (values, type) =>
+    Array.isArray(values) && values.every((value) => typeof value === type);
+  const isCount = (value, most) => Number.isInteger(value) && value >= 1 && value <= most;
+  const { class_names, image_shape, value_range = [-1, 1], parts } = card;
+  const right = {
+    class_names: all(class_names, "string") && class_names.length > 0,
+    image_shape: all(image_shape, "number") && image_shape.length === 3,
+    value_range: String(value_range) === "-1,1",
+    parts: all(Object.values(parts ?? [0]).map((part) => part?.file), "string"),
+  };
+  if (card.kind === "codes") {
+    const prior = card.prior;
+    return { ...right, latent_dim: isCount(card.latent_dim, 1e6), prior: typeof prior === "object" };
+  }
+  const alphaBars = all(card.alpha_bars, "number") ? card.alpha_bars : [];
+  const falls = [...alphaBars, 0].every((value, i) => value < (alphaBars[i - 1] ?? 1));
+  const interval = card.guidance_interval;
+  return {
+    ...right,
+    prediction: ["eps", "v"].includes(card.prediction),
+    alpha_bars: falls && alphaBars.length > 0,
+    guidance_interval: all(interval, "number") && interval.length === 2,
+    steps: isCount(card.steps, alphaBars.length),
+    guidance: typeof card.guidance === "number" && card.guidance >= 0 && card.guidance <= 1000,
+    null_label: Number.isInteger(card.null_label),
+  };
 }
 
 // --- Denoise -------------------------------------------------------------------------------------
@@ -309,7 +347,7 @@ export function timePairs(numTimesteps, steps) {
 /** Pairs like those of timePairs, but closer near noise, too: for dpmSample.
 
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ:
-    in the cosine schedule roughly even in log SNR. */
+    in the cosine schedule nearer to even in log SNR. */
 export function dpmPairs(numTimesteps, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
     throw new InputError(`steps ${steps} is not in 1..${numTimesteps}`);
