@@ -65,6 +65,8 @@ OF_SCORES = (
 )  # fmt: skip
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
 QUERIES = 2000  # images whose nearest neighbours are looked for
+DUPLICATE = 0.05  # a copy ratio below it: the image itself is there, scaled or compressed anew
+LEAST_HELD_OUT = 100  # images that a limit of copy ratios is told from
 FLOOR_PARTS = 30  # at most so many disjoint parts of the training images are scored for the floor
 LEAST_PART = 1000  # samples, that F-FID is extrapolated from
 SPLITS = 5  # F-FID of N samples is extrapolated from the parts of N, N / 2, ... N / 5 of them
@@ -451,14 +453,15 @@ def class_scores(predicted, labels, classes=10):
     """Scores of the classes int (N,) that the extractor sees, beside the requested ones.
 
     label_accuracy and accuracy_by_class: fraction seen as requested; labels are None where no class
-    was requested.  histogram: fraction of each class.
+    was requested, and a class that was not has None.  histogram: fraction of each class.
     """
     scores = {"label_accuracy": None}
     if labels is not None:
         right = np.bincount(labels[predicted == labels], minlength=classes)
         requested = np.bincount(labels, minlength=classes)
         scores["label_accuracy"] = float((predicted == labels).mean())
-        scores["accuracy_by_class"] = (right / np.maximum(requested, 1)).tolist()
+        pairs = zip(right.tolist(), requested.tolist(), strict=True)
+        scores["accuracy_by_class"] = [r / n if n else None for r, n in pairs]
     scores["histogram"] = (np.bincount(predicted, minlength=classes) / len(predicted)).tolist()
     return scores
 
@@ -529,7 +532,7 @@ class Reference:
     train: np.ndarray  # coarse pixels of all training images
     held_out: np.ndarray  # uint8 (N, C, H, W), a fifth of the test images
     others: np.ndarray  # coarse pixels of the other test images
-    limit: float  # one held-out image in a hundred has a lower copy ratio
+    limit: float | None  # one held-out image in a hundred has a lower copy ratio; None if too few
     limits: tuple = (0, 255)  # the lowest and the highest value of the test images
     classes: int = 10
 
@@ -544,7 +547,12 @@ def make_reference(sessions, train, test, classes=10):
     coarse = others = limit = None
     if train is not None:
         coarse, others = coarse_pixels(train), coarse_pixels(test[count:])
-        limit = float(np.quantile(copy_ratios(held_out, coarse, others), 0.01))
+        ratios = copy_ratios(held_out, coarse, others)
+        new = ratios[ratios > DUPLICATE]
+        if len(new) < count:
+            found = f"{count - len(new)} of {count} test images are also training images, or nearly"
+            print(f"{found}: they do not count where copies are told")
+        limit = float(np.quantile(new, 0.01)) if len(new) >= LEAST_HELD_OUT else None
     features = [extract(session, test)[0] for session in sessions]
     radii = neighbour_radii(features[0])
     limits = (int(test.min()), int(test.max()))
@@ -575,9 +583,12 @@ def score_images(reference, images, labels):
 
 
 def copy_scores(reference, images):
-    """The median copy ratio of uint8 images (N, C, H, W), and the fraction that look copied."""
+    """The median copy ratio of uint8 images (N, C, H, W), and the fraction that look copied.
+
+    The latter is None where the held-out images are too few to tell.
+    """
     ratios = copy_ratios(images[:QUERIES], reference.train, reference.others)
-    copies = float((ratios < reference.limit).mean())
+    copies = None if reference.limit is None else float((ratios < reference.limit).mean())
     return {"copy_ratio": float(np.median(ratios)), "copies": copies}
 
 
@@ -589,8 +600,9 @@ def summary(scores):
     result = {}
     for name in scores[0]:
         values = [s[name] for s in scores if name in s]
-        if name in ("histogram", "accuracy_by_class"):
-            result[name] = np.mean(values, axis=0).tolist()
+        if name in ("histogram", "accuracy_by_class"):  # the seeds request the same classes
+            classes = zip(*values, strict=True)
+            result[name] = [None if None in each else float(np.mean(each)) for each in classes]
         elif values[0] is not None:
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             result[name] = {"mean": float(np.mean(values)), "spread": spread, "values": values}
@@ -644,6 +656,8 @@ def open_model(args, name):
     for key in ("parameters", "training"):  # what it draws needs neither, its row does
         if key not in model.card:
             raise ModelError(f"{path}: no {key} in its metadata")
+    if "seconds" not in model.card["training"]:
+        raise ModelError(f"{path}: no seconds of training in its metadata")
     return path, model
 
 
@@ -983,24 +997,26 @@ def marked(n, reference):
     return n < FEW or n != len(reference.features[0])
 
 
-def score_floor(reference, train, test, accuracy, args):
+def score_floor(reference, train, test, accuracy, args, cycle=range(10)):
     """The scores of real images: of disjoint parts of the training images, num_samples images each.
 
-    At most FLOOR_PARTS of them.  Label accuracy, copy ratio and copies are those of images that are
-    not training images: of training images they say nothing.  accuracy: of the first extractor.
+    At most FLOOR_PARTS of them, each with its classes as often as the samples have them.  Label
+    accuracy, copy ratio and copies are those of images that are not training images: of training
+    images they say nothing.  accuracy: of the first extractor;  cycle: as in Setting.
     """
-    images = train[0]
+    images, labels = train
     n = min(args.num_samples, len(images))
-    parts = min(len(images) // n, FLOOR_PARTS)
+    wanted = np.bincount(balanced_labels(0, n, cycle), minlength=reference.classes)
+    parts = [slice(i * n, i * n + n) for i in range(min(len(images) // n, FLOOR_PARTS))]
+    counts = [np.bincount(labels[part], minlength=reference.classes) for part in parts]
+    off = [np.abs(count - wanted).sum() - reference.classes for count in counts]  # but for rounding
+    parts = [part for part, images_off in zip(parts, off, strict=True) if images_off < 0.05 * n]
     known = accuracy if reference.classes > 1 else None  # of one class it is that of quarter turns
     others = {**copy_scores(reference, reference.held_out), "label_accuracy": known}
-    scores = [
-        {**score_images(reference, images[i * n : (i + 1) * n], None), **others}
-        for i in range(parts)
-    ]
+    scores = [{**score_images(reference, images[part], None), **others} for part in parts]
     if args.cas:
         scores[0]["cas"] = classifier_accuracy(train, test, reference.classes)
-    row = {"title": "real images", "n": n, "marked": marked(n, reference), "seeds": parts}
+    row = {"title": "real images", "n": n, "marked": marked(n, reference), "seeds": len(parts)}
     return {**row, "scores": summary(scores)}
 
 
@@ -1134,11 +1150,11 @@ def score_models(args):
             "balanced": is_named, "has_test": real.test is not None,
             "block": image_shape[1] // 16, "reference": len(test[0]),
             "train": len(train[0]), "queries": len(reference.held_out),
-            "others": len(reference.others),
+            "others": len(reference.others), "copy_limit": reference.limit,
         },
         "extractors": [*cards],
         "machine": machine(args, settings[0].model),
-        "floor": score_floor(reference, train, test, cards[0]["accuracy"], args),
+        "floor": score_floor(reference, train, test, cards[0]["accuracy"], args, cycle),
         "rows": [],
     }  # fmt: skip
     with sampling_bar(missing(cache, parts)) as bar:

@@ -28,6 +28,7 @@ from infer_onnx import (
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
 FEW = 2000  # with fewer samples than this, evaluate.py marks a row
+FLOOR_PARTS = 30  # disjoint parts of the training images that evaluate.py scores at most
 MOST = 20  # classes in a table, a diagram or a picture; others are left out
 # Columns of the table: (name of the score, heading, format).
 SCORES = (
@@ -139,7 +140,8 @@ def classes_of(results):
     for row in results["rows"]:
         by_class = row["scores"].get("accuracy_by_class", ())
         if 0 < len(by_class) <= MOST:
-            lines.append([row["title"], *(f"{accuracy:.2f}" for accuracy in by_class)])
+            cells = ["–" if accuracy is None else f"{accuracy:.2f}" for accuracy in by_class]
+            lines.append([row["title"], *cells])
     return as_table(["model", *results["extractors"][0]["class_names"]], lines) if lines else ""
 
 
@@ -175,7 +177,7 @@ def table(results):
     if not protocol.get("balanced", True):
         text += OWN_DATA
     means = "{0} x {0}".format(protocol.get("block", 2))
-    return text + NOTES.format(few=FEW, real=real, means=means, **protocol)
+    return text + NOTES.format(few=FEW, parts=FLOOR_PARTS, real=real, means=means, **protocol)
 
 
 PARTS = {"scores": scores_of, "classes": classes_of, "cost": cost_of, "overview": overview}
@@ -214,8 +216,8 @@ NOTES = """\
   N → ∞: the extrapolation of Chong & Forsyth 2020 (arXiv:1911.07023), from parts of the samples; of
   real images it leaves what the {reference:,} {real} images still lack.
 - ±: standard deviation over the sampling seeds of one trained model, of which another training seed
-  gives another: trials.md has the spread over those. For real images: over all disjoint parts of
-  the training images.
+  gives another: trials.md has the spread over those. For real images: over disjoint parts of
+  the training images, at most {parts}.
 - (!): fewer than {few:,} samples, or not as many as the {reference:,} {real} images. With fewer
   samples both F-FIDs grow, coverage falls, and the others move a little: compare within this table
   only, and with its floor.
@@ -230,7 +232,7 @@ NOTES = """\
   pixel to any side, the nearest counts. Copies: fraction of them with a ratio that only 1 % of real
   images fall below. A copy ratio far below that of real images, or copies far above 0.01, show that
   training images are reproduced, also if they are moved by a pixel, mirrored, brighter, or a little
-  blurred; stronger changes stay unseen.
+  blurred; stronger changes stay unseen. –: too few {real} images to tell.
 - Network evaluations: per image. A guided step takes two; steps are guided at t in the guidance
   interval, fractions of T, which is the model's unless the row names another. A row of ddim or ldm
   that names no solver is of DDIM.

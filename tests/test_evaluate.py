@@ -151,6 +151,9 @@ def test_class_scores_by_hand():
     assert even == {"label_accuracy": 1.0, "histogram": [0.1] * 10}
     two = evaluate.class_scores(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2]))
     assert two["label_accuracy"] == 0.5 and two["histogram"][:3] == [0.5, 0.5, 0]
+    assert two["accuracy_by_class"] == [1.0, 0.5, 0.0] + [None] * 7  # of what was not requested
+    again = evaluate.class_scores(np.array([1, 0, 1, 2]), np.array([0, 1, 1, 2]))
+    assert evaluate.summary([two, again])["accuracy_by_class"] == [0.5, 0.5, 0.5] + [None] * 7
     one = evaluate.class_scores(np.array([3, 3]), None)
     assert one["label_accuracy"] is None and one["histogram"][3] == 1
 
@@ -259,6 +262,19 @@ def test_planted_copies_are_found_also_if_they_are_few(sets, plant):
     assert few["copy_ratio"] > 0.8 and 0.08 <= few["copies"] < 0.15
 
 
+def test_duplicates_in_the_data_hide_no_copies(sets, extractors, capsys):
+    """Two of 120 held-out images are training images as well: they set no limit."""
+    train, test = shapes(300, 0), shapes(600, 1)
+    sessions = sets[-1].sessions
+    test[[3, 70]] = train[[5, 8]]
+    reference = evaluate.make_reference(sessions, train, test)
+    assert "2 of 120 test images are also training images" in capsys.readouterr().out
+    assert reference.limit > evaluate.DUPLICATE
+    assert evaluate.copy_scores(reference, blurred(train, 0.7))["copies"] > 0.9
+    few = evaluate.make_reference(sessions, train, test[:400])
+    assert few.limit is None and evaluate.copy_scores(few, train)["copies"] is None
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -279,15 +295,22 @@ def test_a_wrong_range_or_shape_is_refused(sets, spoil):
 
 def test_the_floor_is_of_all_disjoint_parts_of_the_training_images(sets):
     train, test, _, reference = sets
+    images, labels = evaluate.in_order(*train, in_turn=True)
     args = evaluate.build_parser().parse_args(["--num-samples", "130", "--seeds", "1"])
-    floor = evaluate.score_floor(reference, train, test, 0.87, args)
+    floor = evaluate.score_floor(reference, (images, labels), test, 0.87, args)
     assert floor["n"] == 130 and floor["seeds"] == 3
     scores = floor["scores"]
     assert scores["label_accuracy"]["values"] == [0.87] * 3
-    assert scores["copy_ratio"]["mean"] > 0.8 and scores["copies"]["mean"] < 0.05
-    parts = [train[0][first : first + 130] for first in (0, 130, 260)]
+    assert scores["copy_ratio"]["mean"] > 0.8 and "copies" not in scores  # of 80 images: too few
+    parts = [images[first : first + 130] for first in (0, 130, 260)]
     ffids = [evaluate.score_images(reference, part, None)["ffid"] for part in parts]
     assert scores["ffid"]["values"] == ffids and scores["ffid"]["mean"] == np.mean(ffids)
+
+    # As in MNIST, where some classes run out: what is left of the others is not like the samples.
+    rare = labels < 5
+    kept = np.flatnonzero(~rare | (np.cumsum(rare) <= 130))
+    found = evaluate.score_floor(reference, (images[kept], labels[kept]), test, 0.87, args)
+    assert found["seeds"] == 2 and found["scores"]["ffid"]["values"] == ffids[:2]
 
 
 def test_the_extrapolated_ffid_is_nearer_the_truth():
