@@ -87,7 +87,9 @@ NPZ_KEYS = (
     ("train_images", "train_labels", "test_images", "test_labels"),
 )
 UNLABELLED = ["images"]  # the one class of pictures without classes
-SPLITS = ("train", "val", "test")  # folders of these names are parts of a data set, not classes
+# Names of folders that are parts of a data set, not classes; of those to test, the first is taken.
+TRAINS = ("train", "training", "training_set")
+TESTS = ("test", "testing", "test_set", "val", "valid", "validation")
 
 
 @dataclass
@@ -201,7 +203,10 @@ def load_data(
     if images.shape[1] != channels:  # grey becomes three equal channels; colour its luminance
         from torchvision.transforms.functional import rgb_to_grayscale
 
-        images = images.expand(-1, 3, -1, -1) if channels == 3 else rgb_to_grayscale(images)
+        if channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        else:
+            images = torch.cat([rgb_to_grayscale(part) for part in images.split(1000)])
     if images.shape[2:] != (image_size, image_size):
         _check_memory(len(images), channels, image_size)
         images = torch.cat([_to_image_size(part, image_size) for part in images.split(1000)])
@@ -212,19 +217,31 @@ def without_held_out(data):
     """An ImageData without every sixth image, those that evaluate.py --hold-out compares with."""
     kept = torch.arange(len(data.labels)) % 6 != 5
     source = f"{data.source}, every sixth image held out"
-    return replace(data, images=data.images[kept], labels=data.labels[kept], source=source)
+    never = {*data.labels.tolist()} - {*data.labels[~kept].tolist()}
+    names = ", ".join(data.class_names[y] for y in sorted(never)[:10])
+    notes = [*data.notes, *[f"warning: no image is held out of {names}"] * bool(never)]
+    parts = {"images": data.images[kept], "labels": data.labels[kept]}
+    return replace(data, **parts, source=source, notes=notes)
 
 
 def with_mirrored(data):
     """An ImageData with all images, and after them all images again, left and right exchanged."""
-    images = torch.cat([data.images, data.images.flip(-1)])
+    count, *shape = data.images.shape
+    _check_memory(count, shape[0], shape[1], copies=3)
+    images = data.images.new_empty(2 * count, *shape)
+    images[:count] = data.images
+    for part in torch.arange(count).split(1000):
+        images[count + part] = data.images[part].flip(-1)
     source = f"{data.source}, each image also mirrored"
     return replace(data, images=images, labels=data.labels.repeat(2), source=source)
 
 
-def _check_memory(count, channels, image_size):
-    """Raise InputError where images would not fit into memory, where the system says its size."""
-    needed = 2 * count * channels * image_size**2  # the parts, and then all of them in one tensor
+def _check_memory(count, channels, image_size, copies=2):
+    """Raise InputError where images would not fit into memory, where the system says its size.
+
+    copies: how often they are there at once: the parts, and then all of them in one tensor.
+    """
+    needed = copies * count * channels * image_size**2
     if not hasattr(os, "sysconf"):  # Windows
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -401,7 +418,7 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
     files = []  # (path, label)
     for y, folder in enumerate(folders):
         files += [(file, y) for file in _files_below(path / folder, path, skipped)]
-    outer = [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+    outer = [entry for entry in sorted(path.iterdir()) if not entry.is_dir()]
     skipped["hidden"] += sum(_is_hidden(entry.name) for entry in path.iterdir())
     outer = [entry for entry in outer if not _is_hidden(entry.name)]
     if folders:
@@ -435,10 +452,10 @@ def _class_folders(path):
     """The names of the class folders, in order; InputError where they are train, val and test."""
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
     for folder in folders:
-        inside = [*folder.iterdir()] if folder.name.lower() in SPLITS else []
+        inside = [*folder.iterdir()] if folder.name.lower() in TRAINS + TESTS else []
         if any(map(Path.is_dir, inside)) and not any(map(_is_picture, inside)):
             names = ", ".join(f.name for f in folders)
-            train = min(folders, key=lambda f: f.name.lower() != "train")
+            train = min(folders, key=lambda f: f.name.lower() not in TRAINS)
             raise InputError(
                 f"{path} holds {names}, which are no classes: name the folder of the training "
                 f"images, as in --data {train}"
@@ -447,12 +464,17 @@ def _class_folders(path):
 
 
 def _test_folder(path):
-    """The folder test, or else val, beside a folder train; None for other folders."""
+    """The folder of test images beside one of training images; None for other folders.
+
+    Both hold class folders, or neither does: a folder test may have no labels.
+    """
     place = path.absolute()
-    if place.name.lower() != "train":
+    if place.name.lower() not in TRAINS:
         return None
+    labelled = bool(_class_folders(place))
     beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
-    return beside.get("test") or beside.get("val")
+    found = [beside[name] for name in TESTS if name in beside]
+    return next((f for f in found if bool(_class_folders(f)) == labelled), None)
 
 
 def _files_below(folder, root, skipped):

@@ -615,11 +615,12 @@ def load_run_data(args, checkpoint=None):
     if checkpoint and not named and not Path(args.data).exists():
         raise InputError(f"the run's data, {args.data}, is not there: say where it is with --data")
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first_here:
-        dist.barrier()  # one process of each machine may have to download
+    in_turn = named and dist.is_initialized()  # one process of each machine may have to download
+    if in_turn and not first_here:
+        dist.barrier()
     keys = ("channels", "background", "skip_broken", "image_size")
     data = load_data(args.data, args.data_dir, **{key: getattr(args, key) for key in keys})
-    if first_here and dist.is_initialized():
+    if in_turn and first_here:
         dist.barrier()
     if args.hold_out:
         data = without_held_out(data)
@@ -815,7 +816,7 @@ class Run:
         """Make the folder asked for, if it holds no run, else runs/NAME, runs/NAME-2, ...."""
         folders = [asked]
         if self.rank == 0 and asked:
-            files = {f"{self.stem}.pt", self.log_file, f"{self.name}.pt", "log.jsonl"}
+            files = {f"{self.stem}.pt", f"{self.name}.pt"}  # without one it cannot be resumed
             if any((asked / file).exists() for file in files):
                 raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
             asked.mkdir(parents=True, exist_ok=True)
@@ -885,7 +886,11 @@ class Run:
                     raise InputError(
                         f"{path} was saved anew just now, by another run: resume again"
                     )
+            for left in self.folder.glob(f".{self.stem}.pt.*.tmp"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             path = self.folder / self.log_file
+            if not self.resumed:
+                path.unlink(missing_ok=True)
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]
                 with written_whole(path) as scratch:
@@ -1174,9 +1179,10 @@ def class_diversity(grid, labels, data):
     """
     found = {}
     for y in labels.unique().tolist():
-        reals = to_float(data.images[data.labels == y][:100])
-        if len(reals) > 1:
-            found[data.class_names[y]] = diversity(grid[labels == y], reals)
+        first = (data.labels == y).nonzero()[:100, 0]
+        reals, samples = to_float(data.images[first]), grid[labels == y]
+        if min(len(reals), len(samples)) > 1:  # one image has no distance to another
+            found[data.class_names[y]] = diversity(samples, reals)
     return found
 
 

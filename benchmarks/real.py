@@ -28,7 +28,9 @@ NPZ_KEYS = (
     ("train_images", "train_labels", "test_images", "test_labels"),
 )
 UNLABELLED = ["images"]  # the one class of pictures without classes
-SPLITS = ("train", "val", "test")  # folders of these names are parts of a data set, not classes
+# Names of folders that are parts of a data set, not classes; of those to test, the first is taken.
+TRAINS = ("train", "training", "training_set")
+TESTS = ("test", "testing", "test_set", "val", "valid", "validation")
 
 # --- Both parts -----------------------------------------------------------------------------------
 
@@ -57,7 +59,7 @@ def load(path, image_shape, background, skip_broken):
             has_test = {*file} & {keys[2] for keys in NPZ_KEYS[1:]}
     test = read(False)[0] if has_test else None
     place = path.resolve()
-    place = place.parent if place.name.lower() == "train" else place
+    place = place.parent if place.name.lower() in TRAINS else place
     return fold(place.stem).strip("-") or "data", class_names, train, test, notes
 
 
@@ -83,9 +85,12 @@ def load_image(path, channels, background, image_size):
 # --- As in common.py ------------------------------------------------------------------------------
 
 
-def _check_memory(count, channels, image_size):
-    """Raise InputError where images would not fit into memory, where the system says its size."""
-    needed = 2 * count * channels * image_size**2  # the parts, and then all of them in one tensor
+def _check_memory(count, channels, image_size, copies=2):
+    """Raise InputError where images would not fit into memory, where the system says its size.
+
+    copies: how often they are there at once: the parts, and then all of them in one tensor.
+    """
+    needed = copies * count * channels * image_size**2
     if not hasattr(os, "sysconf"):  # Windows
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -111,7 +116,7 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
     files = []  # (path, label)
     for y, folder in enumerate(folders):
         files += [(file, y) for file in _files_below(path / folder, path, skipped)]
-    outer = [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+    outer = [entry for entry in sorted(path.iterdir()) if not entry.is_dir()]
     skipped["hidden"] += sum(_is_hidden(entry.name) for entry in path.iterdir())
     outer = [entry for entry in outer if not _is_hidden(entry.name)]
     if folders:
@@ -145,10 +150,10 @@ def _class_folders(path):
     """The names of the class folders, in order; InputError where they are train, val and test."""
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
     for folder in folders:
-        inside = [*folder.iterdir()] if folder.name.lower() in SPLITS else []
+        inside = [*folder.iterdir()] if folder.name.lower() in TRAINS + TESTS else []
         if any(map(Path.is_dir, inside)) and not any(map(_is_picture, inside)):
             names = ", ".join(f.name for f in folders)
-            train = min(folders, key=lambda f: f.name.lower() != "train")
+            train = min(folders, key=lambda f: f.name.lower() not in TRAINS)
             raise InputError(
                 f"{path} holds {names}, which are no classes: name the folder of the training "
                 f"images, as in --data {train}"
@@ -157,12 +162,17 @@ def _class_folders(path):
 
 
 def _test_folder(path):
-    """The folder test, or else val, beside a folder train; None for other folders."""
+    """The folder of test images beside one of training images; None for other folders.
+
+    Both hold class folders, or neither does: a folder test may have no labels.
+    """
     place = path.absolute()
-    if place.name.lower() != "train":
+    if place.name.lower() not in TRAINS:
         return None
+    labelled = bool(_class_folders(place))
     beside = {f.name.lower(): f for f in place.parent.iterdir() if f.is_dir()}
-    return beside.get("test") or beside.get("val")
+    found = [beside[name] for name in TESTS if name in beside]
+    return next((f for f in found if bool(_class_folders(f)) == labelled), None)
 
 
 def _files_below(folder, root, skipped):

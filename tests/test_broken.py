@@ -140,6 +140,8 @@ def test_diversity_is_that_of_each_class(data_dir):
     grid = torch.cat([grid, grid[:1].expand(4, -1, -1, -1)])
     found = runs.class_diversity(grid, torch.tensor([0] * 4 + [1] * 4), data)
     assert found == {"o": pytest.approx(1, abs=0.2), "ki": pytest.approx(0, abs=1e-3)}
+    alone = runs.class_diversity(grid[:4], torch.tensor([0, 0, 0, 1]), data)
+    assert alone.keys() == {"o"}  # one image has no distance to another
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_evaluate_and_report_import_torch_and_matplotlib_only_where_they_need_th
 
 def test_evaluate_reads_the_same_data_as_common():
     assert common.IDX_SETS == evaluate.IDX_SETS and evaluate.IDX_FILES == common.IDX_FILES
-    for name in ("NPZ_KEYS", "UNLABELLED", "SPLITS"):
+    for name in ("NPZ_KEYS", "UNLABELLED", "TRAINS", "TESTS"):
         assert getattr(real, name) == getattr(common, name)
     ours, theirs = (
         definitions((ROOT / file).read_text()) for file in ("benchmarks/real.py", "common.py")

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from shlex import split
 
@@ -187,7 +188,8 @@ def test_a_link_to_pictures_elsewhere_is_followed(in_tmp):
 
 
 @pytest.mark.parametrize(
-    ("train", "test"), [("train", "test"), ("TRAIN", "val"), ("Train", "Test")]
+    ("train", "test"),
+    [("train", "test"), ("TRAIN", "val"), ("Training", "Testing"), ("train", "valid")],
 )
 def test_parts_of_a_data_set_are_no_classes(in_tmp, train, test):
     for level, part in enumerate((train, test)):
@@ -202,6 +204,30 @@ def test_parts_of_a_data_set_are_no_classes(in_tmp, train, test):
     picture(in_tmp / "set" / test / "eel/0.png")
     with pytest.raises(InputError, match="has the class eel, which set/"):
         load_data(f"set/{train}", train=False)
+
+
+def test_a_folder_test_without_labels_is_passed_over(in_tmp):
+    for part, value in (("train", 0), ("val", 1)):
+        picture(in_tmp / f"set/{part}/cat/0.png", value)
+    picture(in_tmp / "set/test/7.png", 2)
+    assert load_data("set/train", train=False).images.unique().tolist() == [1]
+
+
+def test_a_link_to_nowhere_is_no_picture_less(in_tmp):
+    noise(in_tmp / "alone/0.png")
+    (in_tmp / "alone/1.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"alone/1\.png"):
+        load_data("alone")
+
+
+def test_classes_of_which_no_image_is_held_out_are_named():
+    images = torch.zeros(60, 1, 32, 32, dtype=torch.uint8)
+    data = common.ImageData(images, torch.arange(60) % 3, ["ant", "bee", "cow"], "in turn", [])
+    kept = common.without_held_out(data)
+    assert len(kept.labels) == 50
+    assert kept.notes == ["warning: no image is held out of ant, bee"]
+    whole = replace(data, labels=torch.arange(60) % 5 % 3)
+    assert common.without_held_out(whole).notes == []
 
 
 def test_classes_that_are_called_test_hold_pictures(in_tmp):

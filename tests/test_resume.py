@@ -69,6 +69,7 @@ def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(
     assert whole.keys() == broken.keys()
     for key in whole:
         assert equal(whole[key], broken[key]), key
+    assert not list((in_tmp / "broken").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("name", RECOVERED)
