@@ -25,6 +25,7 @@ import json
 import math
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -399,9 +400,14 @@ class Trained:
         times = ddim.guided_times(interval, self.config["num_timesteps"])
         return ddim.guided(network, y.to(self.device), self.options["guidance"], *times)
 
-    def solve(self, denoise, x_t, trace=None, schedule=None):
-        """Walk from noise to images, or latents, without noise in the steps."""
-        sampler = ddim.dpm_sample if self.options["solver"] == "dpm++" else ddim.ddim_sample
+    def solve(self, denoise, x_t, trace=None, schedule=None, last=None):
+        """Walk from noise to images, or latents, without noise in the steps.
+
+        last: as in dpm_sample, which ddim_sample has no use for.
+        """
+        sampler = ddim.ddim_sample
+        if self.options["solver"] == "dpm++":
+            sampler = partial(ddim.dpm_sample, last=last)
         clip = self.options.get("clip", False)  # latents have no bounds
         schedule = schedule or self.schedule()
         return sampler(denoise, x_t.to(self.device), *schedule, clip=clip, trace=trace)
@@ -502,6 +508,8 @@ class Trained:
             save_gif(frames, self.args.output)
         else:
             columns = grid_columns(count, len(images))
+            if len(images) > count > columns and self.args.output.suffix.lower() == ".png":
+                images, labels = (filled_up(part, count, columns) for part in (images, labels))
             if not getattr(self.args, "names", False):
                 rows = None
             elif rows and len(rows) == 1:  # of all images, in however many rows
@@ -510,10 +518,28 @@ class Trained:
                 rows = names_of_rows(labels.tolist(), self.names, columns)
             save_images(images, labels, self.names, self.args.output, columns, self.texts(), rows)
 
+    def save_changes(self, images, labels, y):
+        """Write an image, what is left of it, and samples of class y that were made from it."""
+        labels = torch.cat([labels, labels, y])
+        names = [" to ".join(dict.fromkeys(self.names[i] for i in labels.tolist()))]
+        self.save(torch.cat(images), labels, len(labels), names)
+
     def texts(self):
         """What a PNG says of how it was made."""
         about = {"model": self.args.name, "command": self.args.command, **self.settings}
         return {**about, "Software": "explore.py"}
+
+
+def filled_up(rows, count, columns):
+    """Rows of `count` images or labels, each followed by as many black or equal ones as it takes.
+
+    So each begins in a new row of a grid of so many columns.
+    """
+    parts = []
+    for row in rows.split(count):
+        fill = row[-1:].expand(-count % columns, *row.shape[1:])
+        parts += [row, fill if row.ndim == 1 else torch.full_like(fill, -1)]
+    return torch.cat(parts)
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -555,16 +581,22 @@ def noise_frames(model, y_a, y_b, i, j, weight):
     early = [pair for pair in pairs[:-1] if pair[0] >= middle]
     late = pairs[len(early) :]
     classes = torch.tensor([[y_a], [y_b]])
+    traces = [[], []]
     ends = [
-        model.solve(model.denoiser(y), x_T, schedule=(alpha_bars, early, prediction))
-        for y, x_T in zip(classes, ends, strict=True)
+        model.solve(model.denoiser(y), x_T, trace, schedule=(alpha_bars, early, prediction))
+        for y, x_T, trace in zip(classes, ends, traces, strict=True)
     ]
 
+    # DPM-Solver++ goes on from its last step, whose x_0_hat is mixed as well.
     x_t = slerp(*ends, weight)
+    last = None
+    if early:
+        (t, _, x_0_a), (_, _, x_0_b) = (trace[-2] for trace in traces)
+        last = torch.lerp(x_0_a, x_0_b, weight), alpha_bars[t].item()
     denoise = model.denoiser(torch.full((len(x_t),), y_a))
     if y_a != y_b:
         denoise = blend(denoise, model.denoiser(torch.full((len(x_t),), y_b)), weight)
-    return model.solve(denoise, x_t, schedule=(alpha_bars, late, prediction)).cpu()
+    return model.solve(denoise, x_t, schedule=(alpha_bars, late, prediction), last=last).cpu()
 
 
 def code_frames(model, y_a, y_b, i, j, weight):
@@ -634,7 +666,7 @@ def inpaint(args, model):
     filled = repaint(model.denoiser(y), start, mask, *model.schedule(), noise, **options)
     filled = model.decode(filled, None) if model.latent else filled.cpu()
     shown = [x_0, torch.where(known, x_0, 0), torch.where(known, x_0, filled)]
-    model.save(torch.cat(shown), y[:1].expand(len(y) + 2), len(y) + 2)
+    model.save_changes(shown, labels, y)
 
 
 def edit(args, model):
@@ -655,7 +687,7 @@ def edit(args, model):
     trace = model.decode_trace(trace)
     _, noised, _ = trace[0]
     _, samples, _ = trace[-1]
-    model.save(torch.cat([x_0, noised[:1], samples]), y[:1].expand(len(y) + 2), len(y) + 2)
+    model.save_changes([x_0, noised[:1], samples], labels, y)
 
 
 def reconstruct(args, model):
@@ -685,6 +717,7 @@ def between(args, model):
 def draw_map(args, model):
     """The codes of up to 5000 test images as dots in the plane, coloured by class.
 
+    Of training images, where the data have no others.
     ldm: also the paths of samples from noise (small marker) to image (large marker).
     """
     if args.name == "vae" and model.config["latent_dim"] < 2:
@@ -695,7 +728,7 @@ def draw_map(args, model):
     codes = model.encode(subsample(data.images, MAP_IMAGES), labels).flatten(1)
     check_finite(codes)
     method = "" if codes.shape[1] == 2 else f" by {args.method}"
-    axes.set_title(f"{'latents' if model.latent else 'codes'} of test images{method} ({args.name})")
+    axes.set_title(f"{'latents' if model.latent else 'codes'} of images{method} ({args.name})")
     lines = []
     if model.latent:
         trace = []
@@ -786,7 +819,8 @@ def add_flags(parser, command, name):
     if reads_images:
         count = {"inpaint": 1, "edit": 1, "between": 2}.get(command, "+")
         add("images", type=path_text, metavar="IMAGE", nargs=count,
-            help="index of a test image, from 0, or an image file")
+            help="index of a test image, from 0 (where the data have no test images, of any), or "
+                 "an image file")
         add("--class", dest="class_", metavar="NAME",
             help="class of the samples (that of the test image)" if changes else
                  "class of each IMAGE that is a file (an index has its own)")
@@ -815,7 +849,7 @@ def add_flags(parser, command, name):
             help="projection: two principal directions, or t-SNE, which takes a minute (pca)")
     if command in ("interpolate", "between"):
         add("--num-samples", type=number(int, 2, 1_000_000), default=10,
-            help="frames of each row, 2 to 1,000,000 (10)")
+            help="frames of each row, 2 to 1,000,000; above 20 they fill several of a .png (10)")
     elif command == "walk":
         add("--num-samples", type=number(int, 2, 20), default=16,
             help="images on each side of the grid, 2 to 20 (16)")

@@ -71,6 +71,7 @@ DRAWN = dict.fromkeys(("gan", "vae"), "--hold-out --num-samples 10000")
 WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10 --guidance-interval 0:0.8"
 DRAWN |= {"ddim": f"{WALK} --guidance 1.6", "ldm": f"{WALK} --guidance 2.5"}
 DRAWN |= {"distill": "--hold-out --num-samples 5000"}
+WALKED, DPM = ("ddim", "ldm"), "dpm_pairs"  # scripts that draw in these steps; older rows did not
 SPACINGS = ("1", "1.3", "2", "dpm_pairs")  # of steps: exponents, or that function
 SPACED = "--hold-out --num-samples 2500"  # where they are tried
 WALKS = (("ddim", 20), ("dpm++", 15))  # solver, steps
@@ -162,7 +163,8 @@ def run_trial(trial, cores):
     results = json.loads((place / "results/results.json").read_text())
     row, floor = results["rows"][0], results["floor"]["scores"]["ffid"]["mean"]
     log = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
-    return trial | {
+    walk = {"walk": DPM} if name in WALKED else {}
+    return trial | walk | {
         "epochs": log[-1]["epoch"], "processor": results["machine"]["processor"],
         "n": row["n"], "floor": floor, "spread": row["scores"]["ffid"]["spread"],
         "scores": {score: row["scores"][score]["mean"] for score in SCORES},
@@ -365,6 +367,10 @@ def main():
         parser.error(f"--flags {given!r} are those of no trial")
     wanted = [t for t in trials if key(t) not in kept and any(is_of(t, name) for name in names)]
     wanted = [] if args.table else [trial for trial in wanted if trial["flags"] in flags]
+    older = {t["name"] for t in kept.values() if t["name"] in WALKED and t.get("walk") != DPM}
+    for name in sorted(older & {trial["name"] for trial in wanted}):
+        print(f"left out: trials of {name}: {KEPT.name} has rows that were drawn by time_pairs")
+    wanted = [trial for trial in wanted if trial["name"] not in older]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
