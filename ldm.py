@@ -17,11 +17,12 @@ DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) is the default sampler, --solver
     python ldm.py --class Sneaker          sample a Sneaker with the newest weights
 
 Differs from the paper: no perceptual and no adversarial loss, class labels by an embedding in place
-of cross-attention, classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) below 0.8 T, a
+of cross-attention, a KL weight of 1e-2 (theirs is about 1e-6), latents that are mu, not samples of
+q(z | x), standardised by channel, guidance (Ho & Salimans 2022, arXiv:2207.12598) at some t only, a
 cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v-prediction (Salimans & Ho 2022,
 arXiv:2202.00512), stratified t, an EMA over a fraction of the run (Karras et al. 2024,
-arXiv:2312.02696), Muon (in stage 1 AdamW) with an annealed rate, gradient clipping, latents
-standardised by channel, and a smaller network.
+arXiv:2312.02696), Muon (Jordan et al. 2024, in runs.py; AdamW in stage 1) with an annealed rate,
+gradient clipping, and a smaller network.
 """
 
 import argparse
@@ -45,8 +46,8 @@ STEPS = 15  # default number of sampling steps
 SOLVER = "dpm++"  # default
 GRID_STEPS = 20  # of the grids of samples written while training
 SAMPLER_FLAGS = ("guidance_interval", "eta", "solver")  # passed on to sample()
-GUIDANCE = 3.0  # default
-GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
+GUIDANCE = 2.5  # default
+GUIDANCE_INTERVAL = (0.25, 0.8)  # default, fractions of T
 WIDTHS = {32: (96,), 64: (64, 96), 128: (32, 64, 96)}  # default, by image size
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, x):
         mu, logvar = self.encoder(x).chunk(2, dim=1)
-        return mu, logvar.clamp(-20, 10)  # exp() of more would overflow in a bad step
+        return mu, logvar.clamp(-20, 10)  # exp() stays finite in a bad step
 
 
 class LatentDiffusion(nn.Module):
@@ -262,8 +263,9 @@ def draw_t(batch_size, num_timesteps, noise_levels, generator):
     uniform    all t equally likely, DDPM algorithm 1
     lognormal  t / T = 2 / pi * atan(sigma), ln sigma ~ N(-0.5, 1.2^2): fewer t of much noise and
                of next to none.  Karras et al. 2022 (arXiv:2206.00364), table 1, N(-1.2, 1.2^2) for
-               data of std 0.5, which is this for std 1.  In the cosine schedule of 32 pixels
-               sigma^2 is nearly (1 - alpha_bar_t) / alpha_bar_t; in others it is not.
+               data of std 0.5, which is this for std 1: that of latents; images have about 0.7.
+               In the cosine schedule of 32 pixels sigma^2 is nearly (1 - alpha_bar_t) /
+               alpha_bar_t; in others it is not.
     Stratified: one t from each of B equally likely ranges, less variance than B independent t.
     """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
@@ -359,7 +361,7 @@ def dpm_pairs(num_timesteps, steps):
     """Pairs like those of time_pairs, but closer near noise, too: for dpm_sample.
 
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
-    in the cosine schedule roughly even in log SNR, as in DPM-Solver (Lu et al. 2022,
+    in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
     steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
     """
@@ -390,13 +392,13 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
     return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
 
 
-def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None):
+def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None, last=None):
     """Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    The first step is DDIM's, and so is one to x_0.  pairs: from dpm_pairs;  rest as in ddim_sample.
+    The first step is DDIM's, and so is one to x_0.  pairs: from dpm_pairs;  last: x_0_hat and
+    alpha_bar of a step before these, if there was one;  rest as in ddim_sample.
     """
     x_t = x_T
-    last = None  # x_0_hat and alpha_bar of the step before
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0

@@ -1008,7 +1008,7 @@ class Run:
         at = {"step": step, "epoch": self._epoch(), "seconds": self._seconds()}
         at["images"] = self._images(step)
         with (self.folder / self.log_file).open("a") as file:
-            file.write(json.dumps({**at, **line}, allow_nan=False) + "\n")
+            file.write(json.dumps(rounded({**at, **line}), allow_nan=False) + "\n")
 
     def _images(self, step):
         """The images trained on up to this step, those of earlier sessions included."""
@@ -1170,6 +1170,15 @@ def flat_fraction(images, data):
 
     real = spread(to_float(subsample(data.images, 1000))).mean().item()
     return (spread(images) < 0.1 * real).float().mean().item() if real else None
+
+
+def rounded(value):
+    """A line of the log with six digits of each number, also of those in its lists and dicts."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def class_diversity(grid, labels, data):

@@ -80,8 +80,8 @@ def as_table(head, lines):
 def overview(*several):
     """README's table: the first floor and the rows of several results.json; times at batch 1.
 
-    A model that an earlier file has is left out of a later one, but for its times, which are those
-    of the last file that has any; one with a single row has no settings beside its name.
+    A model that an earlier file has is left out of a later one; one with a single row has no
+    settings beside its name.
     """
     head = ["model", "F-FID", "recall", "label accuracy", "network evaluations", "ms / image"]
     rows = [several[0]["floor"]]
@@ -89,8 +89,6 @@ def overview(*several):
         earlier = {row["file"] for row in rows[1:]}
         rows += [row for row in results["rows"] if row["file"] not in earlier]
     counts = Counter(row.get("model") for row in rows)
-    every = (row for results in several for row in results["rows"] if row["latency"])
-    latency = {row["title"]: row["latency"]["batch"]["1"] for row in every}
     lines = []
     for row in rows:
         ffid, recall, accuracy = (
@@ -101,7 +99,7 @@ def overview(*several):
         if row is rows[0]:
             cells += ["–", "–", "–"]
         else:
-            one = f"{latency[row['title']]:.1f}" if row["title"] in latency else "–"
+            one = f"{row['latency']['batch']['1']:.1f}" if row["latency"] else "–"
             cells += [str(row["evaluations"]), one, f"{row['training_minutes']:.0f}"]
         lines.append(cells)
     return as_table([*head, "training minutes"], lines)

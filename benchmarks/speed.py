@@ -3,8 +3,8 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --image-size 64    without ONNX Runtime: no such file is included
 
-Everything is measured in one run, in turn, and the medians are printed.  The fraction of the
-matrix-product rate can be quoted; the times are those of one machine.  One image costs 6 floating
+Everything is measured in one run, in turn, and the medians are printed.  Times are those of one
+machine and day; their fractions of the matrix-product rate vary less.  One image costs 6 floating
 point operations per multiply-accumulate (MAC) in training and 2 in an evaluation; a guided step
 takes two evaluations.  bfloat16 is compared with the float32 product, too.
 """

@@ -1,6 +1,7 @@
 """Training that is broken says so, and training that is not says nothing."""
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,11 +145,26 @@ def test_diversity_is_that_of_each_class(data_dir):
     assert alone.keys() == {"o"}  # one image has no distance to another
 
 
+def test_a_log_has_six_digits_of_each_number():
+    line = {"step": 12345678, "loss": 0.123456789, "tenths": [1 / 3, None], "by": {"a": 2e-9 / 3}}
+    rounded = {"step": 12345678, "loss": 0.123457, "tenths": [0.333333, None]}
+    assert runs.rounded(line) == {**rounded, "by": {"a": 6.66667e-10}}
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 
 def flags_of(name, data_dir, *flags):
     return ["--train", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", "run", *flags]
+
+
+def test_a_folder_that_has_a_log_alone_holds_no_run(in_tmp, data_dir):
+    """As of a process that was killed before it saved: it could not be resumed."""
+    Path("run").mkdir()
+    Path("run/log.jsonl").write_text('{"step": 777, "loss": 1.0}\n')
+    script = importlib.import_module("gan")
+    assert script.main(flags_of("gan", data_dir, "--epochs", "1")) == 0
+    assert 777 not in [line["step"] for line in lines_of("run/log.jsonl")]
 
 
 @pytest.mark.parametrize("name", LOOPS)
