@@ -491,13 +491,13 @@ def dpm_extrapolate(x_t, x_0_hat, alpha_bar_t, alpha_bar_prev, x_0_last, alpha_b
     return D, (x_t - alpha_bar_t**0.5 * D) / (1 - alpha_bar_t) ** 0.5
 
 
-def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None):
+def dpm_sample(denoise, x_T, alpha_bars, pairs, prediction, clip=True, trace=None, last=None):
     """Walk from noise to images by DPM-Solver++(2M), Lu et al. 2022 algorithm 2: for few steps.
 
-    The first step is DDIM's, and so is one to x_0.  pairs: from dpm_pairs;  rest as in ddim_sample.
+    The first step is DDIM's, and so is one to x_0.  pairs: from dpm_pairs;  last: x_0_hat and
+    alpha_bar of a step before these, if there was one;  rest as in ddim_sample.
     """
     x_t = x_T
-    last = None  # x_0_hat and alpha_bar of the step before
     for t, t_prev in pairs:
         alpha_bar_t = alpha_bars[t].item()
         alpha_bar_prev = alpha_bars[t_prev].item() if t_prev >= 0 else 1.0

@@ -1173,12 +1173,12 @@ def flat_fraction(images, data):
 
 
 def rounded(value):
-    """A line of the log with six digits of each number, also of those in its lists and dicts."""
+    """A line of the log with seven digits of each number, as float32 has, also in lists and dicts."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, list):
         return [rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def class_diversity(grid, labels, data):

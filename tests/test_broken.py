@@ -145,10 +145,10 @@ def test_diversity_is_that_of_each_class(data_dir):
     assert alone.keys() == {"o"}  # one image has no distance to another
 
 
-def test_a_log_has_six_digits_of_each_number():
+def test_a_log_has_seven_digits_of_each_number():
     line = {"step": 12345678, "loss": 0.123456789, "tenths": [1 / 3, None], "by": {"a": 2e-9 / 3}}
-    rounded = {"step": 12345678, "loss": 0.123457, "tenths": [0.333333, None]}
-    assert runs.rounded(line) == {**rounded, "by": {"a": 6.66667e-10}}
+    rounded = {"step": 12345678, "loss": 0.1234568, "tenths": [0.3333333, None]}
+    assert runs.rounded(line) == {**rounded, "by": {"a": 6.666667e-10}}
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ def test_what_a_log_holds_is_said():
         assert all(line.keys() >= keys for line in regular)
         assert {line["step"] % runs.LOG_EVERY for line in regular} == {0}
         assert any("loss_by_tenth_of_t" in line for line in lines) == (name in ("ddim", "ldm"))
-        assert any("diversity" in line for line in lines) == (name in ("vae", "gan"))
+        for key in ("diversity", "images"):
+            assert any(key in line for line in lines) == (name != "ddim")
 
 
 def test_the_gpu_section_says_what_the_report_says():
@@ -288,7 +289,7 @@ def test_what_a_code_loses_is_as_the_page_says():
         shipped = (ROOT / f"pretrained/{name}.pt").read_bytes()
         assert row["sha256"] == hashlib.sha256(shipped).hexdigest()
         ratio = row["scores"]["ffid"] / samples[name]
-        assert ratio > 0.95 if name == "vae" else ratio < 0.5
+        assert 0.9 < ratio < 1 if name == "vae" else ratio < 0.5  # hardly, and twice, as near
 
 
 def test_codes_of_other_data_are_not_compared(tmp_path, capsys):

@@ -371,6 +371,7 @@ def test_random_corruption_of_the_metadata(tmp_path):
 
 
 @needs_node
+@needs_runtime
 def test_values_that_export_never_writes_are_refused(tmp_path):
     said, paths = [], []
     for i, (name, key, values) in enumerate(WRONG_VALUES):
