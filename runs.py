@@ -1173,7 +1173,7 @@ def flat_fraction(images, data):
 
 
 def rounded(value):
-    """A line of the log with seven digits of each number, as float32 has, also in lists and dicts."""
+    """A line of the log with seven digits of each number, as in float32, also in its lists."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, list):
