@@ -532,7 +532,7 @@ class Reference:
     train: np.ndarray  # coarse pixels of all training images
     held_out: np.ndarray  # uint8 (N, C, H, W), a fifth of the test images
     others: np.ndarray  # coarse pixels of the other test images
-    limit: float | None  # one held-out image in a hundred has a lower copy ratio; None if too few
+    limit: float | None  # below: 1 % of held-out images, duplicates aside; None if they are few
     limits: tuple = (0, 255)  # the lowest and the highest value of the test images
     classes: int = 10
 

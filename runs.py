@@ -889,8 +889,8 @@ class Run:
             for left in self.folder.glob(f".{self.stem}.pt.*.tmp"):  # of a process that was killed
                 left.unlink(missing_ok=True)
             path = self.folder / self.log_file
-            if not self.resumed:
-                path.unlink(missing_ok=True)
+            if path.exists() and not self.resumed:  # of a run that saved nothing, or was moved away
+                path.replace(path.with_name(f"{path.name}.old"))
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if self._is_logged(line)]
                 with written_whole(path) as scratch:

@@ -228,9 +228,10 @@ NOTES = """\
   training images over that to the nearest of {others:,} {real} images, in means of {means} pixels
   whose brightness and contrast are made equal; of a sample, its mirror image, and both moved by a
   pixel to any side, the nearest counts. Copies: fraction of them with a ratio that only 1 % of real
-  images fall below. A copy ratio far below that of real images, or copies far above 0.01, show that
-  training images are reproduced, also if they are moved by a pixel, mirrored, brighter, or a little
-  blurred; stronger changes stay unseen. –: too few {real} images to tell.
+  images fall below, those apart that are training images, too. A copy ratio far below that of real
+  images, or copies far above 0.01, show that training images are reproduced, also if they are moved
+  by a pixel, mirrored, brighter, or a little blurred; stronger changes stay unseen. –: too few
+  {real} images to tell.
 - Network evaluations: per image. A guided step takes two; steps are guided at t in the guidance
   interval, fractions of T, which is the model's unless the row names another. A row of ddim or ldm
   that names no solver is of DDIM.

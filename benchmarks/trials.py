@@ -112,6 +112,11 @@ def is_of(trial, name):
     return trial["name"] == name
 
 
+def table_of(trial):
+    """What trials that stand in one table have in common."""
+    return tuple(trial.get(part) for part in ("name", "base", "minutes", "drawn"))
+
+
 def key(trial):
     return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn", "model"))
 
@@ -367,10 +372,11 @@ def main():
         parser.error(f"--flags {given!r} are those of no trial")
     wanted = [t for t in trials if key(t) not in kept and any(is_of(t, name) for name in names)]
     wanted = [] if args.table else [trial for trial in wanted if trial["flags"] in flags]
-    older = {t["name"] for t in kept.values() if t["name"] in WALKED and t.get("walk") != DPM}
-    for name in sorted(older & {trial["name"] for trial in wanted}):
-        print(f"left out: trials of {name}: {KEPT.name} has rows that were drawn by time_pairs")
-    wanted = [trial for trial in wanted if trial["name"] not in older]
+    rows = [t for t in kept.values() if t["name"] in WALKED and t.get("walk") != DPM]
+    older = {table_of(trial) for trial in rows}
+    for name in sorted({trial["name"] for trial in wanted if table_of(trial) in older}):
+        print(f"left out: trials of {name} whose table has rows drawn by time_pairs")
+    wanted = [trial for trial in wanted if table_of(trial) not in older]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)

@@ -165,6 +165,7 @@ def test_a_folder_that_has_a_log_alone_holds_no_run(in_tmp, data_dir):
     script = importlib.import_module("gan")
     assert script.main(flags_of("gan", data_dir, "--epochs", "1")) == 0
     assert 777 not in [line["step"] for line in lines_of("run/log.jsonl")]
+    assert lines_of("run/log.jsonl.old") == [{"step": 777, "loss": 1.0}]
 
 
 @pytest.mark.parametrize("name", LOOPS)
