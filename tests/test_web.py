@@ -261,7 +261,9 @@ def test_predictions_of_eps(tmp_path):
 def test_a_prior_of_mixtures_and_single_gaussians(tmp_path):
     """Where classes of few images have one Gaussian each, and others several."""
     torch.manual_seed(0)
-    prior = vae.fit_prior(torch.randn(100, 64), torch.arange(100) // 60, 10, 3, seed=0)
+    latent_dim = model_of(shipped("vae")).card["latent_dim"]
+    codes = torch.randn(100, latent_dim)
+    prior = vae.fit_prior(codes, torch.arange(100) // 60, 10, 3, seed=0)
     assert "counts" in prior
     shutil.copy(shipped("vae_encoder"), tmp_path)
     path = with_card("vae", tmp_path, prior={k: export.packed(v) for k, v in prior.items()})
