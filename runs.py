@@ -1105,6 +1105,15 @@ def bar_options():
     return {"mininterval": 30, "file": WholeLines(sys.stderr)}
 
 
+def rounded(value):
+    """A line of the log with seven digits of each number, as in float32, also in its lists."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
 # --- Signs of a fault -----------------------------------------------------------------------------
 
 # Steps: before that, samples need not vary as real images do, nor the loss have fallen.
@@ -1170,15 +1179,6 @@ def flat_fraction(images, data):
 
     real = spread(to_float(subsample(data.images, 1000))).mean().item()
     return (spread(images) < 0.1 * real).float().mean().item() if real else None
-
-
-def rounded(value):
-    """A line of the log with seven digits of each number, as in float32, also in its lists."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def class_diversity(grid, labels, data):

@@ -213,7 +213,7 @@ def test_a_folder_test_without_labels_is_passed_over(in_tmp):
     assert load_data("set/train", train=False).images.unique().tolist() == [1]
 
 
-def test_a_link_to_nowhere_is_no_picture_less(in_tmp):
+def test_a_link_to_nowhere_is_refused_by_name(in_tmp):
     noise(in_tmp / "alone/0.png")
     (in_tmp / "alone/1.png").symlink_to("nowhere.png")
     with pytest.raises(InputError, match=r"alone/1\.png"):

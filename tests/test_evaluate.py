@@ -893,7 +893,7 @@ def test_intervals_that_are_none_are_refused_in_one_line(flags, message, capsys)
 
 def test_few_or_unequal_samples_are_marked(sets):
     reference = sets[3]
-    assert evaluate.FEW == report.FEW
+    assert evaluate.FEW == report.FEW and evaluate.FLOOR_PARTS == report.FLOOR_PARTS
     assert evaluate.marked(400, reference)  # as many as the reference, but few
     reference.features[0], kept = np.zeros((10_000, 1)), reference.features[0]
     assert not evaluate.marked(10_000, reference) and evaluate.marked(5_000, reference)

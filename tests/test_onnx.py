@@ -23,14 +23,8 @@ import onnx.reference
 import pytest
 import torch
 from conftest import (
-    ROOT,
-    TINY_FLAGS,
-    WRONG_VALUES,
-    refused,
-    save_sealed,
-    with_card,
-    without_exporting,
-)
+    ROOT, TINY_FLAGS, WRONG_VALUES, refused, save_sealed, with_card, without_exporting,
+)  # fmt: skip
 from packaging.requirements import Requirement
 from PIL import Image
 
