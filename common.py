@@ -137,7 +137,7 @@ class ImageData:
         if constant := n - varied.sum().item():
             found.append(f"{constant:,} of {n:,} images are constant, one colour each")
         low, high = (value.item() for value in self.images.aminmax())
-        if low < high == 1:
+        if (low, high) == (0, 1):
             found.append("all values are 0 or 1 of 255: were they 0.0 to 1.0? Multiply by 255")
         elif low < high < low + 32:
             found.append(f"all values are {low} to {high}, of 0 to 255: next to no contrast")
@@ -216,12 +216,13 @@ def load_data(
 def without_held_out(data):
     """An ImageData without every sixth image, those that evaluate.py --hold-out compares with."""
     kept = torch.arange(len(data.labels)) % 6 != 5
+    images, labels = data.images[kept], data.labels[kept]
     source = f"{data.source}, every sixth image held out"
-    never = {*data.labels.tolist()} - {*data.labels[~kept].tolist()}
-    names = ", ".join(data.class_names[y] for y in sorted(never)[:10])
-    notes = [*data.notes, *[f"warning: no image is held out of {names}"] * bool(never)]
-    parts = {"images": data.images[kept], "labels": data.labels[kept]}
-    return replace(data, **parts, source=source, notes=notes)
+    notes = [*data.notes]
+    if never := {*data.labels.tolist()} - {*data.labels[~kept].tolist()}:
+        names = ", ".join(data.class_names[y] for y in sorted(never)[:10])
+        notes.append(f"warning: no image is held out of {names}")
+    return replace(data, images=images, labels=labels, source=source, notes=notes)
 
 
 def with_mirrored(data):
@@ -282,10 +283,9 @@ def _load_idx(name, data_dir, train):
     wanted = IDX_FILES[:2] if train else IDX_FILES[2:]
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"--data-dir {data_dir} is not a folder")
-    places = [
-        Path(data_dir or "data"),
-        *([Path(debian_dir)] if debian_dir and data_dir is None else []),
-    ]
+    places = [Path(data_dir or "data")]
+    if debian_dir and data_dir is None:
+        places.append(Path(debian_dir))
     found = _find_idx(places, class_name, wanted)
     if found is None and data_dir is not None:
         raw = f"{class_name}/raw"
@@ -418,9 +418,9 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
     files = []  # (path, label)
     for y, folder in enumerate(folders):
         files += [(file, y) for file in _files_below(path / folder, path, skipped)]
-    outer = [entry for entry in sorted(path.iterdir()) if not entry.is_dir()]
-    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in path.iterdir())
-    outer = [entry for entry in outer if not _is_hidden(entry.name)]
+    entries = sorted(path.iterdir())
+    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in entries)
+    outer = [entry for entry in entries if not (entry.is_dir() or _is_hidden(entry.name))]
     if folders:
         skipped["beside the class folders"] = len(outer)
     else:
@@ -552,8 +552,8 @@ def _load_npz(path, train):
     try:
         with np.load(path, allow_pickle=False) as file:
             held = set(file)
-            keys = [key for keys in NPZ_KEYS if keys[0] in held for key in keys]
-            arrays = {key: file[key] for key in {*keys, "class_names"} & held}
+            keys = [key for four in NPZ_KEYS if four[0] in held for key in four]
+            arrays = {key: np.asarray(file[key]) for key in {*keys, "class_names"} & held}
     except Exception as error:  # NumPy raises errors of many types here
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a readable .npz of plain arrays ({reason})") from error
@@ -609,7 +609,7 @@ def _holds(path):
         for key in file:
             try:
                 found.append(f"{key} {file[key].dtype} {file[key].shape}")
-            except ValueError:
+            except Exception:  # of a broken zip, of plain bytes: of many types, too
                 found.append(f"{key} (no plain array)")
     return f"holds {', '.join(found) or 'no arrays'}"
 
@@ -747,7 +747,7 @@ RANGES = {
 CHOICES = {
     "solver": ("ddim", "dpm++"), "variance": ("small", "large"), "prior": ("fitted", "normal"),
 }  # fmt: skip
-OPTIONAL = ("steps", "guidance", "truncation", "prior")  # None is the default, or none
+OPTIONAL = ("steps", "guidance", "truncation")  # None is the default, or no truncation
 
 
 def check_options(**options):
@@ -907,9 +907,8 @@ class SelfAttention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3 * self.heads, c // self.heads, h * w)
         q, k, v = qkv.chunk(3, dim=1)  # (B, heads, C/heads, H*W) each
-        weights = torch.softmax(
-            k.transpose(2, 3) @ q * (c // self.heads) ** -0.5, dim=2
-        )  # of all k, for each q
+        # For each q, over all k.
+        weights = torch.softmax(k.transpose(2, 3) @ q * (c // self.heads) ** -0.5, dim=2)
         return x + self.out((v @ weights).reshape(b, c, h, w))
 
 
@@ -968,9 +967,9 @@ class UNet(nn.Module):
             self.up.insert(0, nn.ModuleList([nn.Conv2d(below, 4 * width, 1), *blocks]))
         self.bottom = nn.ModuleList()
         for i in range(depths[-1]):
-            self.bottom.append(ResidualBlock(widths[-1], widths[-1], emb_channels))
+            self.bottom.append(ResidualBlock(last, last, emb_channels))
             if attention and i < max(1, depths[-1] - 1):
-                self.bottom.append(SelfAttention(widths[-1]))
+                self.bottom.append(SelfAttention(last))
         self.norm = group_norm(widths[0])
         self.head = zero_init(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
 

@@ -237,7 +237,8 @@ def dpm_pairs(num_timesteps, steps):
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
-    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
+    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.  Raises
+    ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -346,6 +347,7 @@ def sample(
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, steps)
+    times = guided_times(guidance_interval, config["num_timesteps"])
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -354,7 +356,6 @@ def sample(
         def noise(streams=streams):
             return torch.from_numpy(next_noise(streams, shape)).to(device)
 
-        times = guided_times(guidance_interval, config["num_timesteps"])
         denoise = guided(model, labels[part].to(device), guidance, *times)
         x_T = noise()
         if solver == "ddim":
@@ -467,7 +468,7 @@ def train(args, checkpoint=None):
     def save():
         grid = sample(
             model=ema_model.module, config=config, labels=grid_labels,
-            steps=min(GRID_STEPS, max_steps(config)), guidance=default_guidance(config),
+            steps=min(GRID_STEPS, max_steps(config)),
         )  # fmt: skip
         state = {
             "config": config, "network": network, "class_names": data.class_names,
@@ -609,7 +610,8 @@ def build_parser():
         help="fraction of labels dropped in training, for guidance, 0 to 1 (0.1)")
     add = optimisation_flags(parser, lr=5e-3)
     add("--optimizer", choices=("muon", "adamw", "adam"), default="muon",
-        help="optimiser; muon uses AdamW for first and last layer, embedding, vectors (muon)")
+        help="optimiser; muon uses AdamW for first and last layer, embedding, vectors; adam adds "
+             "--weight-decay to the gradient, not decoupled (muon)")
     # fmt: on
     sampling_flags(parser)
     return parser
@@ -622,13 +624,11 @@ def draw(args):
     config = checkpoint["config"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
     steps = min(STEPS, max_steps(config)) if args.steps is None else args.steps
-    check_sampling(config, steps, guidance)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     model = ema_network(checkpoint, pick_device(args.device))
     options = {key: getattr(args, key) for key in (*SAMPLER_FLAGS, "seed")}
     options = {"steps": steps, "guidance": guidance, **options}
-    size = args.batch_size
-    images = sample(model=model, config=config, labels=labels, batch_size=size, **options)
+    images = sample(model=model, labels=labels, batch_size=args.batch_size, **options)
     save_samples(args, NAME, opened, images, labels, options)
     return 0
 

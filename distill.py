@@ -163,7 +163,7 @@ from runs import (  # noqa: E402
 
 
 def read_teacher(args):
-    """The checkpoint to learn from, and what it decides of the flags. Raises InputError."""
+    """The checkpoint to learn from; sets the flags that it decides.  Raises InputError."""
     path = find_checkpoint(TEACHERS, args.teacher, TEACHERS)
     teacher = load_checkpoint(path, TEACHERS)
     config = teacher["config"]

@@ -61,7 +61,7 @@ NAMES = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
 # Flags that --export-real, which scores nothing, has no use for.
 OF_SCORES = (
     "num_samples", "seeds", "steps", "guidance", "guidance_interval", "solver", "shard", "tsne",
-    "cas",
+    "cas", "output", "extractors",
 )  # fmt: skip
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
 QUERIES = 2000  # images whose nearest neighbours are looked for
@@ -320,7 +320,7 @@ def extractor_file(folder, name, which, image_shape=(1, 32, 32)):
     name: of RealImages;  of pets, in colour at 64x64: extractor_pets_3x64.onnx.
     """
     suffix = "" if name == "fashion-mnist" else f"_{name.split()[0]}"
-    if tuple(image_shape) != (1, 32, 32):
+    if image_shape != (1, 32, 32):
         suffix += f"_{image_shape[0]}x{image_shape[1]}"
     return folder / f"extractor{'' if which == 1 else which}{suffix}.onnx"
 
@@ -905,10 +905,7 @@ def solver(text):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(
-        prog="evaluate.py", description=__doc__, formatter_class=raw, allow_abbrev=False
-    )
+    parser = infer_onnx.Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("models", type=infer_onnx.path_text, nargs="*", metavar="MODEL",
@@ -976,11 +973,11 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def machine(args, model):
+def machine(threads, provider):
     """What results.json says of the machine."""
     return {
-        "processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
-        "provider": model.provider, "python": platform.python_version(),
+        "processor": processor(), "cores": os.cpu_count(), "threads": threads,
+        "provider": provider, "python": platform.python_version(),
         "numpy": np.__version__, "onnxruntime": infer_onnx.ort.__version__,
     }  # fmt: skip
 
@@ -1064,7 +1061,8 @@ def load_extractors(args, real, image_shape, background):
     """The first extractor, and the second if there is one, as load_extractor returns them."""
     files = [extractor_file(args.extractors, real.name, which, image_shape) for which in (1, 2)]
     if not files[1].is_file():
-        print(f"no {files.pop().name}: no second extractor checks the order of the models")
+        print(f"no {files[1].name}: no second extractor checks the order of the models")
+        files = files[:1]
     command = f"python benchmarks/extractor.py --data {shlex.quote(args.data)}"
     if args.data_dir is not None:
         command += f" --data-dir {shlex.quote(str(args.data_dir))}"
@@ -1153,7 +1151,7 @@ def score_models(args):
             "others": len(reference.others), "copy_limit": reference.limit,
         },
         "extractors": [*cards],
-        "machine": machine(args, settings[0].model),
+        "machine": machine(args.threads, settings[0].model.provider),
         "floor": score_floor(reference, train, test, cards[0]["accuracy"], args, cycle),
         "rows": [],
     }  # fmt: skip

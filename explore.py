@@ -246,6 +246,11 @@ def read_log(path):
         raise InputError(f"{path} is not the log of a training ({error})") from error
     if len(lines) < 2:
         raise InputError(f"{path} has fewer than two lines with a loss: nothing to draw yet")
+    drawn = {"step", "seconds"} | (lines[0].keys() & {*LOSSES, "lr", "images"})
+    for line in lines:
+        if wrong := [key for key in sorted(drawn) if not isinstance(line.get(key), int | float)]:
+            at = f"its line of step {line['step']} has no number {wrong[0]!r}"
+            raise InputError(f"{path} is not the log of one training: {at}")
     checkpoint = Path(str(path).removesuffix(".log.jsonl") + ".pt")
     if "images" not in lines[0] and checkpoint.is_file():
         whole = load_checkpoint(checkpoint, SCRIPTS)
@@ -453,7 +458,8 @@ class Trained:
             skip_broken=skip_broken, image_size=self.image_size,
         )  # fmt: skip
         if data.class_names != self.names:
-            raise InputError("the data set no longer has the classes of the training")
+            wanted = "name that one with --data"
+            raise InputError(f"the data set no longer has the classes of the training: {wanted}")
         return data
 
     def given_images(self):
@@ -909,21 +915,20 @@ def add_flags(parser, command, name):
 
 
 def build_parser():
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog="explore.py", description=__doc__, **options)
+    parser = Parser(prog="explore.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, (draw, names, _) in COMMANDS.items():
         text = inspect.getdoc(draw)
         examples = [line for line in __doc__.splitlines() if f"explore.py {command} " in line]
-        options["description"] = "\n".join([text, "", *examples])
-        sub = commands.add_parser(command, help=text.splitlines()[0], **options)
+        description = "\n".join([text, "", *examples])
+        sub = commands.add_parser(command, help=text.splitlines()[0], description=description)
         which = f"{', '.join(names)}: the script that trained the model; MODEL --help has its flags"
         models = sub.add_subparsers(dest="name", metavar="MODEL", required=True, help=which)
         for name in names:
-            add_flags(models.add_parser(name, **options), command, name)
+            add_flags(models.add_parser(name, description=description), command, name)
     text = "Losses, loss by tenth of t, learning rate and images/s of trainings, from their logs."
-    options["description"] = f"{text}\n\n    python explore.py log runs/ddim runs/ddim-2"
-    add = commands.add_parser("log", help=text, **options).add_argument  # it has no model
+    description = f"{text}\n\n    python explore.py log runs/ddim runs/ddim-2"
+    add = commands.add_parser("log", help=text, description=description).add_argument  # no model
     # fmt: off
     add("logs", type=file_path, nargs="+", metavar="RUN",
         help="folder of a run, or a log, such as pretrained/ddim.log.jsonl")

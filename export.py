@@ -13,7 +13,6 @@ name it is compared with torch: the outputs of the network, and the images at th
 If they differ by more than rounding, no file is written and the exit code is 5.
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -331,7 +330,7 @@ def sampler_graph(network, decoder, card):
         mean=np.reshape(card.get("latent_mean", 0.0), (-1, 1, 1)),
         std=np.reshape(card.get("latent_std", 1.0), (-1, 1, 1)),
     )  # fmt: skip
-    if card.get("steps_fixed"):  # a few-step model, which knows one walk
+    if card["steps_fixed"]:  # a few-step model, which knows one walk
         fix_inputs(
             proto.graph, steps=card["steps"], guidance=card["guidance"],
             guidance_interval=card["guidance_interval"], second_order=False,
@@ -534,7 +533,7 @@ def sampler_settings(card):
 
     A few-step model has one setting, its own.
     """
-    if card.get("steps_fixed"):
+    if card["steps_fixed"]:
         return [{"seed": 1}]
     limit = infer_onnx.steps_limit(card)
     few, many = min(7, limit), min(COMPARE_STEPS, limit)
@@ -555,8 +554,10 @@ def sampler_settings(card):
 
 
 def compare_sampler(script, checkpoint, network, path):
-    """The largest difference of uint8 images from torch's, of the first ten classes, in the eight
-    settings.  Raises ParityError if it is too large.
+    """Compare the sampler with torch's in all sampler_settings.
+
+    Returns the largest difference of uint8 images of the first ten classes.  Raises ParityError if
+    it is too large.
     """
     model = infer_onnx.load_model(path, "cpu")
     labels = torch.arange(len(model.card["class_names"]))[:10]
@@ -657,7 +658,7 @@ def sampler_contents(script, checkpoint, network, graphs):
     protos = {part: export_graph(*graph).graph for part, graph in graphs.items()}
     card = model_card(script, checkpoint, network, graphs, {part: {} for part in graphs if part})
     options = {"model": network, "config": checkpoint["config"], "labels": torch.tensor([0])}
-    if not card.get("steps_fixed"):
+    if not card["steps_fixed"]:
         options |= {key: card[key] for key in ("steps", "guidance", "guidance_interval", "solver")}
     image = script.sample(**options)
     if not image.isfinite().all():
@@ -743,10 +744,7 @@ def read_proto(path):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(
-        prog="export.py", description=__doc__, formatter_class=raw, allow_abbrev=False
-    )
+    parser = infer_onnx.Parser(prog="export.py", description=__doc__)
     # fmt: off
     add = parser.add_argument
     add("name", choices=[*NAMES, "all", "seal"],

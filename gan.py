@@ -147,7 +147,7 @@ class Discriminator(nn.Module):
 def discriminator_loss(real_logits, fake_logits, loss):
     """What the discriminator minimises, as at the top of this file: logits (B,) -> a number.
 
-    hinge: max(0, 1 - real) + max(0, 1 + fake), Miyato et al. 2018 eq. (16).
+    hinge is Miyato et al. 2018 eq. (16).
     """
     if loss == "relativistic":
         return F.softplus(fake_logits - real_logits).mean()
@@ -159,7 +159,7 @@ def discriminator_loss(real_logits, fake_logits, loss):
 def generator_loss(real_logits, fake_logits, loss):
     """What the generator minimises, as at the top of this file: logits (B,) -> a number.
 
-    hinge: -fake, Miyato et al. 2018 eq. (17).  Only relativistic has a use for real_logits.
+    hinge is Miyato et al. 2018 eq. (17).  Only relativistic has a use for real_logits.
     """
     if loss == "relativistic":
         return F.softplus(real_logits - fake_logits).mean()
@@ -185,13 +185,11 @@ def gradient_penalty(discriminator, x, classes):
 # --- Sampling -------------------------------------------------------------------------------------
 
 
-def sample_codes(prior, labels, streams, latent_dim, truncation=None):
-    """One latent code per label: float32 (N, D).
+def code_noise(streams, latent_dim, truncation=None):
+    """Noise ~ N(0, 1) of one latent code per stream: float32 (N, D).
 
-    prior: None for N(0, 1), else a Gaussian mixture for each class y: component k has probability
-    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
-    by row;  labels: list of int;  streams: from noise_streams;  truncation: noise beyond
-    +-truncation is sampled again (BigGAN, Brock et al. 2018, section 3.1).
+    streams: from noise_streams;  truncation: noise beyond +-truncation is sampled again (BigGAN,
+    Brock et al. 2018, section 3.1).
     """
     codes = next_noise(streams, (latent_dim,))
     limit = truncation or math.inf
@@ -199,15 +197,6 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
         rows = np.flatnonzero(beyond.any(axis=1))  # other streams stay: images are independent
         again = next_noise([streams[i] for i in rows], (latent_dim,))
         codes[rows] = np.where(beyond[rows], again, codes[rows])
-    if prior is None:
-        return codes
-    L = np.zeros((latent_dim, latent_dim), np.float32)
-    lower = np.tril_indices(latent_dim)
-    for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
-        thresholds = np.cumsum(prior["weights"][y])[:-1]
-        k = int((stream.random() >= thresholds).sum())
-        L[lower] = prior["scales"][y][k]
-        codes[i] = prior["means"][y][k] + L @ codes[i]
     return codes
 
 
@@ -231,12 +220,12 @@ def sample(model, labels, *, truncation=None, seed=0, batch_size=100):
     """Sample one image per label: (N, C, H, W) in [-1, 1] on the CPU.
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
-    tensor of class names or indices;  truncation: as in sample_codes.  Raises InputError.
+    tensor of class names or indices;  truncation: as in code_noise.  Raises InputError.
     """
     check_options(truncation=truncation, seed=seed, batch_size=batch_size)
     labels = torch.tensor(label_indices(labels, model.class_names))
     streams = noise_streams(seed, range(len(labels)))
-    z = sample_codes(None, labels.tolist(), streams, model.latent_dim, truncation)
+    z = code_noise(streams, model.latent_dim, truncation)
     return generate(model, torch.from_numpy(z), one_hot(labels, model.num_classes), batch_size)
 
 
@@ -264,10 +253,13 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
-    unused = {"gamma", "penalty_every"} if args.loss not in PENALISED else set()
-    unused |= {"penalty_every"} if args.gamma == 0 else set()
-    if unused := sorted(unused & {*args.typed}):
-        why = f"--loss {args.loss} --gamma {args.gamma:g} is without a penalty"
+    unused = []
+    if args.loss not in PENALISED:
+        unused = ["gamma", "penalty_every"]
+    elif args.gamma == 0:
+        unused = ["penalty_every"]
+    if unused := [key for key in unused if key in args.typed]:
+        why = f"--loss {args.loss} --gamma {args.gamma:g} is without a penalty: leave it out"
         raise InputError(f"{as_flags(unused)} has no effect: {why}")
     torch.manual_seed(args.seed)  # for the initial weights
     data = load_run_data(args, checkpoint)
@@ -458,11 +450,9 @@ def draw(args):
     opened = open_checkpoint(args, NAME, SAMPLES_FROM)
     _, checkpoint, classes, _ = opened
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
-    images = sample(
-        model=ema_network(checkpoint, pick_device(args.device)),
-        labels=labels, truncation=args.truncation, seed=args.seed, batch_size=args.batch_size,
-    )  # fmt: skip
+    model = ema_network(checkpoint, pick_device(args.device))
     options = {"truncation": args.truncation, "seed": args.seed}
+    images = sample(model=model, labels=labels, batch_size=args.batch_size, **options)
     save_samples(args, NAME, opened, images, labels, options)
     return 0
 

@@ -288,16 +288,19 @@ def values_of(card):
         return isinstance(value, int) and 1 <= value <= most
 
     parts = card["parts"] if isinstance(card["parts"], dict) else {"": None}
+    of_model = {} if card["kind"] == "sampler" else {"ldm": {"decoder"}, "vae": {"encoder"}}
+    needed = of_model.get(card["model"], set())
     right = {
         "class_names": all_of(card["class_names"], str) and len(card["class_names"]) > 0,
         "image_shape": all_of(card["image_shape"], int) and len(card["image_shape"]) == 3,
         "value_range": card.get("value_range", [-1, 1]) == [-1, 1],
-        "parts": all_of([*parts.values()], dict)
+        "parts": all_of([*parts.values()], dict) and needed <= parts.keys()
         and all_of([part.get("file") for part in parts.values()], str),
-    }
+        "training": isinstance(card.get("training", {}), dict),
+    }  # fmt: skip
     if card["kind"] == "codes":
         right["latent_dim"] = is_count(card["latent_dim"], 10**6)
-        right["prior"] = isinstance(card["prior"], dict | None)
+        right["prior"] = right["latent_dim"] and right["class_names"] and is_prior(card)
         return right
     right["prediction"] = card["prediction"] in ("eps", "v")
     numbers = (1, *card["alpha_bars"], 0) if all_of(card["alpha_bars"], int, float) else (0, 0)
@@ -308,7 +311,30 @@ def values_of(card):
     right["steps"] = is_count(card["steps"], len(numbers) - 2)
     right["guidance"] = isinstance(card["guidance"], int | float) and 0 <= card["guidance"] <= 1000
     right["null_label"] = isinstance(card["null_label"], int)
+    if card["model"] == "ldm" and card["kind"] == "diffusion":
+        shape = card.get("latent_shape")
+        right["latent_shape"] = all_of(shape, int) and len(shape) == 3
+        channels = shape[0] if right["latent_shape"] else None
+        for key in ("latent_mean", "latent_std"):
+            right[key] = all_of(card.get(key), int, float) and len(card[key]) == channels
     return right
+
+
+def is_prior(card):
+    """Whether a card's prior, if it has one, gives each class its Gaussians."""
+    dim, num_classes = card["latent_dim"], len(card["class_names"])
+    sizes = {"means": dim, "scales": dim * (dim + 1) // 2}
+    try:
+        prior = fitted_prior(card)
+        if prior is None:
+            return True
+        counts = [len(means) for means in prior["means"]]
+        enough = 0 < min(counts) <= max(counts) <= prior["weights"].shape[1]
+        found = [part.shape for key in sizes for part in prior[key]]
+        wanted = [(count, size) for size in sizes.values() for count in counts]
+        return enough and len(prior["weights"]) == num_classes == len(counts) and found == wanted
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 # --- Denoise --------------------------------------------------------------------------------------
@@ -462,7 +488,8 @@ def dpm_pairs(num_timesteps, steps):
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
-    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
+    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.  Raises
+    ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -583,7 +610,8 @@ def sample(
     }  # fmt: skip
     check_use(card, given)
     check_options(**given, seed=seed, first=first, batch_size=batch_size)
-    guidance, eta = guidance if guidance is None else float(guidance), float(eta or 0)
+    guidance = None if guidance is None else float(guidance)
+    eta = float(eta or 0)
     labels = label_indices(labels, card["class_names"])
     if card["kind"] == "codes":
         mixture = None if prior == "normal" else fitted_prior(card)
@@ -962,13 +990,11 @@ def by_class(arrays):
     return arrays
 
 
-def sample_codes(prior, labels, streams, latent_dim, truncation=None):
-    """One latent code per label: float32 (N, D).
+def code_noise(streams, latent_dim, truncation=None):
+    """Noise ~ N(0, 1) of one latent code per stream: float32 (N, D).
 
-    prior: None for N(0, 1), else a Gaussian mixture for each class y: component k has probability
-    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
-    by row;  labels: list of int;  streams: from noise_streams;  truncation: noise beyond
-    +-truncation is sampled again (BigGAN, Brock et al. 2018, section 3.1).
+    streams: from noise_streams;  truncation: noise beyond +-truncation is sampled again (BigGAN,
+    Brock et al. 2018, section 3.1).
     """
     codes = next_noise(streams, (latent_dim,))
     limit = truncation or math.inf
@@ -976,6 +1002,17 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
         rows = np.flatnonzero(beyond.any(axis=1))  # other streams stay: images are independent
         again = next_noise([streams[i] for i in rows], (latent_dim,))
         codes[rows] = np.where(beyond[rows], again, codes[rows])
+    return codes
+
+
+def sample_codes(prior, labels, streams, latent_dim, truncation=None):
+    """One latent code per label: float32 (N, D).
+
+    prior: None for N(0, 1), else a Gaussian mixture for each class y: component k has probability
+    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
+    by row;  labels: list of int;  streams, truncation: as in code_noise.
+    """
+    codes = code_noise(streams, latent_dim, truncation)
     if prior is None:
         return codes
     L = np.zeros((latent_dim, latent_dim), np.float32)
@@ -1337,8 +1374,7 @@ def images_of_flags(model, args, classes, options):
     options: of `sample`.
     """
     card, count, size = model.card, args.num_samples, args.batch_size
-    if args.reconstruct or args.between:
-        paths = args.reconstruct or args.between
+    if paths := args.reconstruct or args.between:
         background = card.get("training", {}).get("background", "white")
         pixels = np.stack([read_pixels(path, card["image_shape"], background) for path in paths])
         for path, image in zip(paths, pixels, strict=True):
@@ -1387,10 +1423,10 @@ def default_output(args, name, class_names, classes):
 
     name: of the model's file, without .onnx.
     """
-    kinds = ("interpolate", "reconstruct", "between")
     stem = file_stems(class_names)[classes[0]] if len(classes) == 1 else "samples"
-    for kind in kinds:
-        stem = kind if getattr(args, kind) else stem
+    for kind in ("interpolate", "reconstruct", "between"):
+        if getattr(args, kind):
+            stem = kind
     return Path(f"{stem}.png" if name == "ddim" else f"{name}_{stem}.png")
 
 
@@ -1398,6 +1434,10 @@ def default_output(args, name, class_names, classes):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=raw, allow_abbrev=False, **options)
+
     def error(self, message):  # one line; argparse would print the usage before it
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
@@ -1498,9 +1538,7 @@ def add_model_flags(parser):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="infer_onnx.py", description=__doc__, formatter_class=raw,
-                    allow_abbrev=False)
+    parser = Parser(prog="infer_onnx.py", description=__doc__)
     add = parser.add_argument
     add("--class", dest="class_", metavar="NAME", default="all",
         help="class names, unique prefixes or indices, separated by commas, or all (all)")
@@ -1601,19 +1639,24 @@ def numbers_of_shard(args, count):
     """The numbers of the images of the --shard, of `count` images: a range. Raises InputError."""
     part, parts = args.shard or (1, 1)
     numbers = range(count * (part - 1) // parts, count * part // parts)
-    from_codes = args.interpolate or args.reconstruct or args.between
-    if args.shard and (from_codes or not numbers or not args.output or args.output.suffix):
+    if args.shard and (args.interpolate or args.reconstruct or args.between):
+        raise InputError("--shard is for plain samples: leave it out")
+    if args.shard and (not numbers or not args.output or args.output.suffix):
         raise InputError("--shard needs an --output that is a folder, and as many images as parts")
     return numbers
 
 
 def run(args):
-    asked = [name for name in ("list_classes", "info", "card", "check") if getattr(args, name)]
-    asked = [f"--{name.replace('_', '-')}" for name in asked]
+    questions = ("list_classes", "info", "card", "check")
+    asked = [f"--{name.replace('_', '-')}" for name in questions if getattr(args, name)]
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)} are two questions: ask one at a time")
-    if asked and (args.output or args.shard):
-        raise InputError(f"{asked[0]} makes no images: leave out --output and --shard")
+    defaults = vars(build_parser().parse_args([]))
+    of_all = (*questions, "model", "provider", "threads", "tf32")
+    given = [key for key in defaults if key not in of_all and getattr(args, key) != defaults[key]]
+    if asked and given:
+        flags = ", ".join(f"--{key.strip('_').replace('_', '-')}" for key in given)
+        raise InputError(f"{asked[0]} makes no images: leave out {flags}")
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
     card = model.card

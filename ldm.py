@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import (
     NULL_LABEL, InputError, UNet, check_options, group_norm, label_indices, next_noise,
-    noise_streams, to_float, to_uint8, zero_init,
+    noise_streams, subsample, to_float, to_uint8, zero_init,
 )  # fmt: skip
 
 NAME = "ldm"
@@ -363,7 +363,8 @@ def dpm_pairs(num_timesteps, steps):
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
-    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.
+    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.  Raises
+    ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps {steps} is not in 1..{num_timesteps}")
@@ -471,6 +472,7 @@ def sample(
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     pairs = time_pairs(length, steps)
+    times = guided_times(guidance_interval, config["num_timesteps"])
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -479,7 +481,6 @@ def sample(
         def noise(streams=streams):
             return torch.from_numpy(next_noise(streams, shape)).to(device)
 
-        times = guided_times(guidance_interval, config["num_timesteps"])
         denoise = guided(model.denoiser, labels[part].to(device), guidance, *times)
         z_T = noise()
         if solver == "ddim":
@@ -574,7 +575,7 @@ def train(args, checkpoint=None):
     fraction = stage_1_fraction(args)
     resumed = checkpoint["model"] if checkpoint else None
     if {"stage", "autoencoder"} <= {*args.typed} and args.stage != "2" and not resumed:
-        raise InputError(f"--autoencoder is for stage 2: leave out it, or --stage {args.stage}")
+        raise InputError(f"--autoencoder is for stage 2: leave it out, or --stage {args.stage}")
     if "stage_1_share" in args.typed and fraction in (0, 1):
         raise InputError("--stage-1-share is for the training of both stages: leave it out")
     start = None
@@ -586,6 +587,10 @@ def train(args, checkpoint=None):
     if (resumed == "autoencoder" and fraction == 0) or (resumed == NAME and fraction == 1):
         left_out = f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in"
         raise InputError(f"{left_out}: resume without it")
+    for key in ("stage", "autoencoder", "stage_1_share") if resumed == NAME else ():
+        if getattr(args, key) != checkpoint["config"].get(key, getattr(args, key)):
+            decided = f"{args.run_dir} is in stage 2, which has its latents"
+            raise InputError(f"{as_flags([key])} comes too late: {decided}: leave it out")
     folder = args.run_dir if checkpoint else None
     if fraction > 0 and resumed != NAME:
         run, code = train_autoencoder(args, data, device, checkpoint, start, fraction)
@@ -642,21 +647,22 @@ def train_autoencoder(args, data, device, checkpoint, start, fraction):
 
     @torch.no_grad()
     def save():
-        x = to_float(images[:400])
+        some, some_labels = subsample(images, 400), subsample(data.labels, 400)
+        x = to_float(some)
         mu, _ = ema_model.module.encode(x)
         x_hat = ema_model.module.decoder(mu)
         run.watch(reconstructions=x_hat.abs().max().item())
-        difference = to_uint8(x_hat).float() - images[:400].float()
-        run.log({"grey_level_error": difference.abs().mean().item()})
-        grid = torch.stack([x, x_hat], dim=1)[:40].flatten(0, 1).cpu()  # in pairs
-        grid_labels = data.labels[:40].repeat_interleave(2)
+        error = (to_uint8(x_hat).float() - some.float()).abs().mean().item()
+        grid = subsample(torch.stack([x, x_hat], dim=1), 40).flatten(0, 1).cpu()  # in pairs
+        grid_labels = subsample(some_labels, 40).repeat_interleave(2)
         state = {
             "config": config, "network": network, "class_names": data.class_names,
             "data": data.fingerprint, "weights": model.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
             "sums": sums.tolist(), "start": start,
         }  # fmt: skip
-        run.save(state, grid, grid_labels, (x_hat.cpu(), data.labels[:400]), columns=10)
+        judged = (x_hat.cpu(), some_labels)
+        run.save(state, grid, grid_labels, judged, columns=10, grey_level_error=error)
 
     size = sum(p.numel() for p in parameters)
     print(f"stage 1 in {run} on {device}, {size:,} parameters", flush=True)
@@ -782,7 +788,7 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
     def save():
         grid = sample(
             model=ema_model.module, config=config, labels=grid_labels,
-            steps=min(GRID_STEPS, max_steps(config)), guidance=default_guidance(config),
+            steps=min(GRID_STEPS, max_steps(config)),
         )  # fmt: skip
         state = {
             "config": config, "network": network, "autoencoder": autoencoder,
@@ -939,7 +945,8 @@ def build_parser():
         help="fraction of labels dropped in training, for guidance, 0 to 1 (0.1)")
     add = optimisation_flags(parser, lr=3e-3)
     add("--optimizer", choices=("muon", "adamw", "adam"), default="muon",
-        help="optimiser; muon uses AdamW for first and last layer, embedding, vectors (muon)")
+        help="optimiser; muon uses AdamW for first and last layer, embedding, vectors; adam adds "
+             "--weight-decay to the gradient, not decoupled (muon)")
     # fmt: on
     sampling_flags(parser)
     return parser
@@ -952,13 +959,11 @@ def draw(args):
     config = checkpoint["config"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
     steps = min(STEPS, max_steps(config)) if args.steps is None else args.steps
-    check_sampling(config, steps, guidance)
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     model = ema_network(checkpoint, pick_device(args.device))
     options = {key: getattr(args, key) for key in (*SAMPLER_FLAGS, "seed")}
     options = {"steps": steps, "guidance": guidance, **options}
-    size = args.batch_size
-    images = sample(model=model, config=config, labels=labels, batch_size=size, **options)
+    images = sample(model=model, labels=labels, batch_size=args.batch_size, **options)
     save_samples(args, NAME, opened, images, labels, options)
     return 0
 

@@ -44,7 +44,7 @@ FORMAT = 2  # of the checkpoint file
 OLDER = {"image_size": 32, "noise_levels": "uniform"}
 LOG_EVERY = 50  # steps
 YOUNG = 1000  # steps before which samples may be noise still
-# The flags of every script that may change when a run is resumed.
+# Flags that may change when a run is resumed; each script adds to them.
 RUN_FLAGS = (
     "data", "data_dir", "skip_broken", "batch_size", "epochs", "minutes", "save_every", "device",
     "deterministic",
@@ -64,6 +64,10 @@ MOVED = {
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=raw, allow_abbrev=False, **options)
+
     def error(self, message):  # one line; argparse would print the usage before it
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
@@ -139,8 +143,7 @@ def run_parser(name, doc, batch_size=64, data=True):
 
     data: with the flags of a data set.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=f"{name}.py", description=doc, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(prog=f"{name}.py", description=doc)
     on_off = argparse.BooleanOptionalAction
     # fmt: off
     add = parser.add_argument
@@ -306,7 +309,7 @@ def parse_run(parser, argv, names, fixed, free):
     args.resumed_from = path
     args.run_dir = path.parent
     for key in fixed:
-        before = config.get(key, parser.get_default(key))  # an older run lacks newer flags
+        before = parser.get_default(key)  # the run's; of a flag newer than the run, its default
         given = getattr(args, key)
         if as_typed(given) != as_typed(before):  # a typed pair is a list, a default one a tuple
             raise InputError(f"{as_flags([key])} is {before} and cannot change in a resumed run")
@@ -671,8 +674,8 @@ def adopt_batch_size(args, num_images, checkpoint):
     checkpoint.setdefault("position", checkpoint["step"])
     if args.batch_size == before:
         return
-    sizes = (args.batch_size, before)
-    now, then = (len(epoch_batches(num_images, size, args.seed, 0)) for size in sizes)
+    now = num_images // args.batch_size  # batches in an epoch
+    then = num_images // before
     epoch = checkpoint["position"] / then
     checkpoint["position"] = -(-checkpoint["position"] * now // then)  # rounded up
     if "by_tenth" in checkpoint:  # sums over the batches since the last line of the log
@@ -708,7 +711,7 @@ def signal_numbers():
     return numbers
 
 
-def is_interrupted(function):
+def call_until_signal(function):
     """Call a function that the first of these signals ends at once; returns whether one did."""
 
     def interrupt(number, frame):
@@ -743,10 +746,11 @@ def signals_caught():
 
 def new_folder(name):
     """Make runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that does not exist."""
+    Path("runs").mkdir(exist_ok=True)  # an error if it is a file, or a link to nowhere
     for i in itertools.count(1):
         folder = Path("runs", name if i == 1 else f"{name}-{i}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
@@ -796,7 +800,9 @@ class Run:
             folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
         self.folder = folder
         self.start = self.last_save = time.monotonic()
-        self.saved_step = None
+        # A finished run that is resumed need not be written again, but a copy of it has to be.
+        is_saved = checkpoint and args.resumed_from == folder / f"{self.stem}.pt"
+        self.saved_step = self.step if is_saved else None
         earlier = checkpoint["seconds"] if checkpoint else 0
         self.clock = self.start - earlier  # as if it had never been interrupted
         self.progress = 0.0
@@ -813,7 +819,10 @@ class Run:
         return self.step + self.offset
 
     def _new_folder(self, asked):
-        """Make the folder asked for, if it holds no run, else runs/NAME, runs/NAME-2, ...."""
+        """The folder asked for, made where it is missing; if none is, a new runs/NAME, ....
+
+        Raises InputError where it holds a run.
+        """
         folders = [asked]
         if self.rank == 0 and asked:
             files = {f"{self.stem}.pt", f"{self.name}.pt"}  # without one it cannot be resumed
@@ -926,7 +935,7 @@ class Run:
             if self.saved_step != self.step:  # --save-every may have been over just now
                 save()
             if finish and not self.stopped:
-                self.stopped = bool(self.signals) or is_interrupted(finish)
+                self.stopped = bool(self.signals) or call_until_signal(finish)
 
     def _is_over(self):
         """Whether the run ends here, agreed by all processes, whose clocks and signals differ."""
@@ -1018,15 +1027,16 @@ class Run:
         waited = time.monotonic() - self.last_save
         return self.rank == 0 and waited >= 60 * self.args.save_every
 
-    def save(self, content, grid, labels, judged=None, columns=8):
+    def save(self, content, grid, labels, judged=None, columns=8, **figures):
         """Write the checkpoint, `content` and where the run stands, and a grid of images.
 
         grid: (N, C, H, W) in [-1, 1];  labels: its classes, int64 (N,);  judged: (images, labels)
-        whose diversity and flatness are logged, else the grid's.  Raises InputError unless finite.
+        whose diversity and flatness are logged, else the grid's;  figures: numbers that are logged
+        with them.  Raises InputError unless finite.
         """
         self.watch(samples=grid.abs().max().item())
         if self.step > self.first_step or not self.resumed:  # else the log has this line
-            self._judge(content["ema"], *(judged or (grid, labels)))
+            self._judge(content["ema"], *(judged or (grid, labels)), figures)
         rows = names_of_rows(labels.tolist(), content["class_names"], columns)
         name = f"{self.part or 'step'}_{self.step:07d}.png"
         save_png(image_grid(grid, columns, rows), self.folder / "samples" / name, {})
@@ -1044,13 +1054,14 @@ class Run:
         self.last_save = time.monotonic()
         self.saved_step = self.step
 
-    def _judge(self, ema, images, labels):
+    def _judge(self, ema, images, labels, figures):
         """Log whether training works: what the images and the averaged weights tell of it."""
         images = images.clamp(-1, 1)  # as they are shown
         ema = {key: w.cpu().clone() for key, w in ema.items() if w.is_floating_point()}
         if self.step == 0 and not self.walks:  # a student may stay near its teacher
             self.first_ema = ema
         self.log({
+            **figures,
             "diversity": class_diversity(images, labels, self.data),
             "flat": flat_fraction(images, self.data),
             "ema_moved": self.first_ema and distance_moved(self.first_ema, ema),
@@ -1146,7 +1157,7 @@ def faults(line, step):
         )
     diversities = line.get("diversity", {}).items()
     least = 0.4 if step >= JUDGED_FROM else 0.05
-    low = [f"{y} ({value:.2f})" for y, value in diversities if value is not None and value < least]
+    low = [f"{name} ({v:.2f})" for name, v in diversities if v is not None and v < least]
     if step and (flat := line.get("flat")) and flat > 0.5:
         found["flat"] = f"{flat:.0%} of the generated images are nearly of one colour: lower --lr"
     elif step and low:

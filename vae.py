@@ -181,8 +181,8 @@ def reconstruction_loss(logits, x, kind, sigma_squared=None):
 def fit_prior(codes, labels, num_classes, components, seed):
     """A Gaussian mixture over the codes of each class, by scikit-learn's EM.
 
-    codes: (N, D);  labels: (N,);  components: K (K = 1 needs no scikit-learn).  A class of fewer
-    than 2 K images gets one Gaussian, a class without images N(0, 1).
+    codes: (N, D);  labels: (N,);  components: K (K = 1 needs no scikit-learn);  seed: that of EM's
+    start.  A class of fewer than 2 K images gets one Gaussian, a class without images N(0, 1).
     Returns {"weights": (classes, K), "means": (classes, K, D), "scales": (classes, K, D (D + 1) /
     2)}, float32, but the scales float16, to save space: each is the lower triangle, row by row, of
     the Cholesky factor of a covariance.  If all classes get one Gaussian, K is 1 here; if only
@@ -238,13 +238,11 @@ def by_class(arrays):
     return arrays
 
 
-def sample_codes(prior, labels, streams, latent_dim, truncation=None):
-    """One latent code per label: float32 (N, D).
+def code_noise(streams, latent_dim, truncation=None):
+    """Noise ~ N(0, 1) of one latent code per stream: float32 (N, D).
 
-    prior: None for N(0, 1), else a Gaussian mixture for each class y: component k has probability
-    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
-    by row;  labels: list of int;  streams: from noise_streams;  truncation: noise beyond
-    +-truncation is sampled again (BigGAN, Brock et al. 2018, section 3.1).
+    streams: from noise_streams;  truncation: noise beyond +-truncation is sampled again (BigGAN,
+    Brock et al. 2018, section 3.1).
     """
     codes = next_noise(streams, (latent_dim,))
     limit = truncation or math.inf
@@ -252,6 +250,17 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
         rows = np.flatnonzero(beyond.any(axis=1))  # other streams stay: images are independent
         again = next_noise([streams[i] for i in rows], (latent_dim,))
         codes[rows] = np.where(beyond[rows], again, codes[rows])
+    return codes
+
+
+def sample_codes(prior, labels, streams, latent_dim, truncation=None):
+    """One latent code per label: float32 (N, D).
+
+    prior: None for N(0, 1), else a Gaussian mixture for each class y: component k has probability
+    weights[y, k] and gives means[y, k] + L @ noise, scales[y, k] being the lower triangle of L row
+    by row;  labels: list of int;  streams, truncation: as in code_noise.
+    """
+    codes = code_noise(streams, latent_dim, truncation)
     if prior is None:
         return codes
     L = np.zeros((latent_dim, latent_dim), np.float32)
@@ -271,7 +280,10 @@ def one_hot(labels, num_classes):
 
 @torch.no_grad()
 def encode(model, images, labels, batch_size=500):
-    """mu and logvar of uint8 images (N, C, H, W): float32 (N, D) each, on the CPU."""
+    """mu and logvar, float32 (N, D) each on the CPU, of images and their labels.
+
+    images: uint8 (N, C, H, W);  labels: int64 (N,).
+    """
     device = next(model.parameters()).device
     classes = one_hot(labels, model.num_classes)
     pairs = zip(images.split(batch_size), classes.split(batch_size), strict=True)
@@ -388,10 +400,10 @@ def train(args, checkpoint=None):
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
             "sums": sums.tolist(), "prior": prior,
         }  # fmt: skip
-        # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
-        run.log({"active_units": (mu.var(dim=0) > 0.01).sum().item()})
         judged = sample(model=ema_model.module, prior=prior, labels=judged_labels)
-        run.save(state, grid, grid_labels, (judged, judged_labels))
+        # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
+        active_units = (mu.var(dim=0) > 0.01).sum().item()
+        run.save(state, grid, grid_labels, (judged, judged_labels), active_units=active_units)
 
     def finish():
         if components:
@@ -517,12 +529,9 @@ def draw(args):
         if "prior" in args.typed:
             raise InputError("--prior fitted: this model was trained without one: leave it out")
         args.prior = "normal"
-    images = sample(
-        model=ema_network(checkpoint, pick_device(args.device)),
-        prior=checkpoint["prior"] if args.prior == "fitted" else None, labels=labels,
-        truncation=args.truncation, seed=args.seed, batch_size=args.batch_size,
-    )  # fmt: skip
+    model = ema_network(checkpoint, pick_device(args.device))
     options = {"truncation": args.truncation, "prior": args.prior, "seed": args.seed}
+    images = sample(model=model, labels=labels, batch_size=args.batch_size, **options)
     save_samples(args, NAME, opened, images, labels, options)
     return 0
 

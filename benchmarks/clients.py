@@ -8,7 +8,6 @@ Writes results/clients.md.  The files are those in pretrained/, and *_sampler.on
 which export.py --sampler makes.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -141,8 +140,7 @@ def cell(answer, expected, unit):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser("clients.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="clients.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--python", action="append", default=[], metavar="FILE",
@@ -161,7 +159,7 @@ def run(args):
     files = sorted((ROOT / "pretrained").glob("*.onnx"))
     files = [path for path in files if not path.stem.startswith("extractor")]
     files += [path.resolve() for path in sorted(Path().glob("*_sampler.onnx"))]
-    rows = {}
+    rows = [[""] for _ in clients]  # the name of each, then a cell for each file
     for path in files:
         inputs, expected = probes(path)
         listed = {
@@ -173,12 +171,11 @@ def run(args):
             answer = ask(command, request, folder)
             if "error" in answer:
                 print(f"{path.name}: client {i}: {answer['error']}", file=sys.stderr)
-            name, cells = rows.setdefault(i, ["", []])
-            rows[i][0] = answer.get("name", name)
+            rows[i][0] = answer.get("name", rows[i][0])
             unit = "grey levels" if "noise" in inputs else ""
-            cells.append(cell(answer, expected, unit))
+            rows[i].append(cell(answer, expected, unit))
     head = ["client", *(f"`{path.name}`" for path in files)]
-    table = as_table(head, [[name, *cells] for name, cells in rows.values()])
+    table = as_table(head, rows)
     text = f"# Clients\n\n{NOTE}\n\n{table.strip()}\n"
     write_text(text, ROOT / "results" / "clients.md")
     print(text)

@@ -10,7 +10,6 @@ checkpoint.  The second has another architecture and seed.  On one machine, with
 the files come out the same.  What is read as test images is in evaluate.py's --help.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -135,8 +134,7 @@ def write_extractor(path, model, shape, card):
 def train_both(args):
     """Train the two extractors of a data set, and load them as evaluate.py will."""
     shape = (args.channels, args.image_size, args.image_size)
-    how = shape, args.background, args.skip_broken
-    real = evaluate.load_real(args.data, args.data_dir, *how)
+    real = evaluate.load_real(args.data, args.data_dir, shape, args.background, args.skip_broken)
     train, test = real.parts()
     class_names = real.class_names or (
         common.load_data(args.data, args.data_dir, train=False).class_names
@@ -168,12 +166,7 @@ def train_both(args):
 
 
 def build_parser():
-    parser = infer_onnx.Parser(
-        prog="extractor.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = infer_onnx.Parser(prog="extractor.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--data", type=infer_onnx.path_text, default="fashion-mnist",
@@ -181,13 +174,13 @@ def build_parser():
              "training (fashion-mnist)")
     add("--channels", type=int, choices=(1, 3), default=1,
         help="1 for grey, 3 for colour, as in the training of the models (1)")
-    add("--image-size", type=int, choices=(32, 64, 128), default=32,
+    add("--image-size", type=int, choices=common.IMAGE_SIZES, default=32,
         help="height and width in pixels, as in the training of the models (32)")
     add("--background", type=runs.colour, default="white",
         help="colour behind transparent pictures, as in the training of the models (white)")
     add("--skip-broken", action="store_true",
         help="leave out pictures of a folder that cannot be read (off: they are refused)")
-    add("--data-dir", metavar="FOLDER",
+    add("--data-dir", type=infer_onnx.path_text, metavar="FOLDER",
         help="folder of its IDX files; nothing is downloaded (data/, else Debian's folder)")
     add("--epochs", type=infer_onnx.number(int, 1, 1000),
         help=f"passes over the training images, 1 to 1000 ({EPOCHS[1]}, then {EPOCHS[2]})")

@@ -260,7 +260,7 @@ def part_speed():
         if len(lines) > 2:
             first, last = lines[len(lines) // 3], lines[-1]
             speed = batch * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
-            row |= {"images/s": speed}
+            row["images/s"] = speed
             if name == "ddim":
                 operations = 3 * forward_operations(network) * speed
                 row |= {

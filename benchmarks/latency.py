@@ -7,7 +7,6 @@ Prints the median of ten evaluations after two that warm up, and the rate at whi
 sampled with the given flags.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -48,10 +47,7 @@ def measure(args):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(
-        prog="latency.py", description=__doc__, formatter_class=raw, allow_abbrev=False
-    )
+    parser = infer_onnx.Parser(prog="latency.py", description=__doc__)
     infer_onnx.add_model_flags(parser)
     return parser
 

@@ -18,7 +18,6 @@ results/libraries/ is not done again: another setting, as in `train --lr 3e-4`, 
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -135,6 +134,13 @@ def compare_speed(rounds):
         print(line)
 
 
+def folder(text):
+    """An argparse type like infer_onnx.path_text, whose import would count in what is timed."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return str(Path(text).expanduser().resolve())
+
+
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="libraries.py", description=__doc__, formatter_class=raw)
@@ -154,9 +160,9 @@ def build_parser():
     add("--batch-size", type=int, help="images in a step of the library (64)")
     add("--lr", type=float, help="the library's learning rate after the warm-up (1e-3)")
     add("--steps", type=int, help="steps of the library's sampler (15, 20)")
-    add("--output", type=Path, default=ROOT / "results/libraries",
+    add("--output", type=folder, default=ROOT / "results/libraries",
         help="folder of libraries.json and libraries.md (results/libraries)")
-    add("--data-dir", type=os.path.abspath, metavar="FOLDER",
+    add("--data-dir", type=folder, metavar="FOLDER",
         help="folder of Fashion-MNIST (data/, else Debian's folder)")
     add("--table", action="store_true", help="only write the table of libraries.json (off)")
     # fmt: on

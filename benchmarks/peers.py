@@ -197,8 +197,8 @@ def train(job):
         if time.monotonic() > said + 30:
             said = time.monotonic()
             print(f"{seconds / 60:.1f} minutes, step {step}, loss {loss.item():.4f}", flush=True)
-    about = {"parameters": sum(p.numel() for p in parameters), "seconds": seconds}
-    about |= {"images": step * recipe.batch_size}
+    count = sum(p.numel() for p in parameters)
+    about = {"parameters": count, "seconds": seconds, "images": step * recipe.batch_size}
     with written_whole(Path(job["folder"], "library.pt")) as scratch:
         torch.save({"ema": peer.averaged(), "about": about}, scratch)
 
@@ -280,9 +280,8 @@ def draw_commands(run, folder, library, guidance, count, first_seed):
 def load_blocks(files):
     """uint8 images (N, 1, 32, 32) of several files of draw(), and what the first says of them."""
     blocks = [np.load(file) for file in files]
-    return np.concatenate([block["images"] for block in blocks]), json.loads(
-        str(blocks[0]["about"])
-    )
+    images = np.concatenate([block["images"] for block in blocks])
+    return images, json.loads(str(blocks[0]["about"]))
 
 
 def run_at_once(commands, cores, log):
@@ -351,7 +350,7 @@ def compare(run, data_dir, cores, judges):
     return run | {
         "guidance_tried": [*tried.items()],
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "machine": evaluate.machine(*[argparse.Namespace(threads=1, provider="CPU")] * 2),
+        "machine": evaluate.machine(threads=1, provider="CPU"),
         "ratio": {s: sides[library]["scores"][s] / sides[OURS]["scores"][s] for s in SCORES[:2]},
         "sides": {name: sides[name] for name in (OURS, library)},
     }
@@ -430,7 +429,7 @@ def planned(args):
 def train_all(args):
     """Compare the pairs that are not in libraries.json yet, and write its table."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainings end, too
-    file = args.output / "libraries.json"
+    file = Path(args.output, "libraries.json")
     rows = json.loads(file.read_text()) if file.is_file() else []
     kept = {key(row) for row in rows}
     runs = [] if args.table else [run for run in planned(args) if key(run) not in kept]
@@ -450,5 +449,5 @@ def train_all(args):
             scratch.write_text(json.dumps(rows, indent=1) + "\n")
     if not rows:
         raise InputError(f"{file} has no rows yet")
-    report.write_text(table(rows), args.output / "libraries.md")
+    report.write_text(table(rows), file.with_suffix(".md"))
     print(table(rows))

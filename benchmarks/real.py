@@ -65,7 +65,7 @@ def load(path, image_shape, background, skip_broken):
 
 def fit(images, image_shape):
     """uint8 images (N, C, H, W) in the channels and the size of image_shape."""
-    if images.shape[1:] == tuple(image_shape):
+    if images.shape[1:] == image_shape:
         return images
     fitted = []
     for x in images:
@@ -116,9 +116,9 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
     files = []  # (path, label)
     for y, folder in enumerate(folders):
         files += [(file, y) for file in _files_below(path / folder, path, skipped)]
-    outer = [entry for entry in sorted(path.iterdir()) if not entry.is_dir()]
-    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in path.iterdir())
-    outer = [entry for entry in outer if not _is_hidden(entry.name)]
+    entries = sorted(path.iterdir())
+    skipped["hidden"] += sum(_is_hidden(entry.name) for entry in entries)
+    outer = [entry for entry in entries if not (entry.is_dir() or _is_hidden(entry.name))]
     if folders:
         skipped["beside the class folders"] = len(outer)
     else:
@@ -216,8 +216,8 @@ def _load_npz(path, train):
     try:
         with np.load(path, allow_pickle=False) as file:
             held = set(file)
-            keys = [key for keys in NPZ_KEYS if keys[0] in held for key in keys]
-            arrays = {key: file[key] for key in {*keys, "class_names"} & held}
+            keys = [key for four in NPZ_KEYS if four[0] in held for key in four]
+            arrays = {key: np.asarray(file[key]) for key in {*keys, "class_names"} & held}
     except Exception as error:  # NumPy raises errors of many types here
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a readable .npz of plain arrays ({reason})") from error
@@ -273,6 +273,6 @@ def _holds(path):
         for key in file:
             try:
                 found.append(f"{key} {file[key].dtype} {file[key].shape}")
-            except ValueError:
+            except Exception:  # of a broken zip, of plain bytes: of many types, too
                 found.append(f"{key} (no plain array)")
     return f"holds {', '.join(found) or 'no arrays'}"

@@ -9,7 +9,6 @@ alike, a better prior or diffusion model is of little use.  A run of ldm.py can 
 its autoencoder is saved.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -25,7 +24,7 @@ import infer_onnx  # noqa: E402
 import ldm  # noqa: E402
 import vae  # noqa: E402
 from benchmarks import SCORES, report  # noqa: E402
-from common import to_float, to_uint8  # noqa: E402
+from common import InputError, to_float, to_uint8  # noqa: E402
 from runs import find_checkpoint, load_checkpoint  # noqa: E402
 
 COUNT = 10_000
@@ -39,7 +38,7 @@ def load(path):
     given = config["data"], config["channels"], config.get("image_size", 32)
     if given != ("fashion-mnist", 1, 32):
         found = "{}, {} channels, {} pixels".format(*given)
-        raise infer_onnx.InputError(f"{path} is of {found}: right is fashion-mnist, 1, 32")
+        raise InputError(f"{path} is of {found}: right is fashion-mnist, 1, 32")
     return checkpoint
 
 
@@ -78,11 +77,10 @@ def table(rows):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(prog="reconstructions.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="reconstructions.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("models", nargs="*", metavar="PATH",
+    add("models", type=infer_onnx.file_path, nargs="*", metavar="PATH",
         help=".pt files or folders of runs of vae.py and ldm.py (the included ones)")
     add("--output", type=infer_onnx.file_path, required=True,
         help="folder of reconstructions.json and reconstructions.md")
@@ -94,9 +92,12 @@ def build_parser():
 
 def run(args):
     """Score the reconstructions of each model, and write the scores."""
-    paths = [find_checkpoint(NAMES, path) for path in args.models]
-    paths = paths or [ROOT / f"pretrained/{name}.pt" for name in ("vae", "ldm")]
-    checkpoints = [load(path) for path in paths]
+    try:
+        paths = [find_checkpoint(NAMES, path) for path in args.models]
+        paths = paths or [ROOT / f"pretrained/{name}.pt" for name in ("vae", "ldm")]
+        checkpoints = [load(path) for path in paths]
+    except InputError as error:  # run_command knows that of infer_onnx.py
+        raise infer_onnx.InputError(str(error)) from error
     args.output.mkdir(parents=True, exist_ok=True)
     data = evaluate.load_real("fashion-mnist", args.data_dir)
     (images, labels), test = data.parts()

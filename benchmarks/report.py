@@ -7,7 +7,6 @@
 Nothing is sampled or scored. Diagrams need matplotlib.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -166,8 +165,8 @@ def table(results):
     text += "which move with the machine's load.\n\n"
     for which, card in enumerate(results["extractors"], 1):
         least = card.get("least_accuracy", 0.93)
-        weak = f" (!) below {least:.0%}, too weak to judge" if card["accuracy"] < least else ""
-        weak = weak.replace("%", " %")
+        is_weak = card["accuracy"] < least
+        weak = f" (!) below {100 * least:.0f} %, too weak to judge" if is_weak else ""
         text += f"- Extractor {which}: {card['file']}, {card['architecture']}; test accuracy "
         text += f"{card['accuracy']:.2%}{weak}; SHA-256 `{card['sha256']}`.\n"
     if hold_out and protocol.get("has_test", True):
@@ -412,8 +411,7 @@ def plot_results(results, folder):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("report.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(prog="report.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("folders", nargs="*", type=file_path, default=[Path("results")], metavar="FOLDER",
@@ -429,13 +427,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.pages and args.folders != parser.get_default("folders"):
         parser.error("--pages is of the folders that the pages name: leave out the others")
+    pages = (ROOT / "README.md", ROOT / "results/README.md") if args.pages else ()
+    folders = () if args.pages else args.folders
     try:
-        for page in (ROOT / "README.md", ROOT / "results/README.md") if args.pages else ():
+        for page in pages:
             write_text(filled(page.read_text(encoding="utf-8"), ROOT), page)
             print(f"wrote {page}")
-        for folder in () if args.pages else args.folders:
+        for folder in folders:
             file = folder / "results.json"
-            results = json.loads(file.read_text())
+            try:
+                results = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file} is not of evaluate.py ({one_line(error)})") from error
             if not isinstance(results, dict) or not {"rows", "protocol", "floor"} <= results.keys():
                 raise ValueError(f"{file} is not of evaluate.py")
             write_text(table(results), folder / "table.md")

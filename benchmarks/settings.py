@@ -10,7 +10,6 @@ one; evaluate.py scores them beside every sixth training image.  The included mo
 these, too: they serve to choose a setting, not to judge a model.  A stopped run resumes.
 """
 
-import argparse
 import hashlib
 import importlib
 import itertools
@@ -68,9 +67,8 @@ def evaluations(row):
     """Network evaluations of an image: two for each step that is guided."""
     length = 1000  # timesteps of a walk of the included models
     start, stop = infer_onnx.guided_times(row["guidance_interval"], length)
-    pairs_of = getattr(infer_onnx, row.get("pairs", "time_pairs"))
-    times = [t for t, _ in pairs_of(length, row["steps"])]
-    return len(times) + sum(start <= t < stop for t in times) * (row["guidance"] != 1)
+    pairs = getattr(infer_onnx, row.get("pairs", "time_pairs"))(length, row["steps"])
+    return sum(1 + infer_onnx.is_guided(row["guidance"], t, start, stop) for t, _ in pairs)
 
 
 def solver_of(row):
@@ -172,8 +170,7 @@ def write(rows, folder):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(prog="settings.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="settings.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME", help="ddim, ddpm or ldm (all)")
@@ -207,6 +204,8 @@ def run(args):
     file = args.output / "settings.json"
     kept = {key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
     if args.table:
+        if args.names or args.only:
+            raise infer_onnx.InputError("--table writes all rows: leave out NAME and --only")
         if not kept:
             raise infer_onnx.InputError(f"--table: there is no {file}")
         write([*kept.values()], args.output)

@@ -106,7 +106,8 @@ def macs_of(model, image_size):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="speed.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, default=32)
+    text = "height and width of the images in pixels (32)"
+    parser.add_argument("--image-size", type=int, choices=IMAGE_SIZES, default=32, help=text)
     image_size = parser.parse_args().image_size
     work, model = measured_functions(image_size)
     seconds = {name: [] for name in work}

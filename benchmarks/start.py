@@ -9,7 +9,6 @@ the class, beside as many other training images of it.  Nothing was chosen by th
 runs/start/, and a stopped one resumes: delete it to begin anew after a change of ddim.py.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -93,8 +92,7 @@ def table(results):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(prog="start.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="start.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("--output", type=infer_onnx.file_path, required=True,

@@ -16,7 +16,6 @@ all trials are kept in results/trials.json.  A trial is known by its flags: afte
 script has changed, name the old one in the flags of these rows, and delete runs/trials/.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -343,8 +342,7 @@ def table(trials):
 
 
 def build_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = infer_onnx.Parser(prog="trials.py", description=__doc__, formatter_class=raw)
+    parser = infer_onnx.Parser(prog="trials.py", description=__doc__)
     add = parser.add_argument
     # fmt: off
     add("names", nargs="*", metavar="NAME",
@@ -361,6 +359,8 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
+    if args.table and (args.names or args.flags):
+        parser.error("--table writes all trials: leave out NAME and --flags")
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
     kept = read_kept()

@@ -161,6 +161,13 @@ WRONG_VALUES = [
     ("ddim", "guidance", [-1, "2", None]),
     ("gan", "latent_dim", [None, 0, "64", [64]]),
     ("gan", "prior", [0, "normal"]),
+    ("gan", "training", ["long", 3]),
+    ("vae", "prior", [{}, {"weights": None}, {"weights": {"float32": "AAAA", "shape": [1, 1]}}]),
+    ("vae", "parts", [{}]),
+    ("ldm", "parts", [{}]),
+    ("ldm", "latent_shape", [None, [8], 8]),
+    ("ldm", "latent_mean", [None, [0.0], "0"]),
+    ("ldm", "latent_std", [None, [1.0]]),
 ]
 
 

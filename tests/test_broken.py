@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LOOPS, ROOT, TINY_FLAGS, lines_of
+from conftest import LOOPS, ROOT, TINY_FLAGS, lines_of, refused
 
 import common
 import ddim
@@ -156,6 +156,12 @@ def test_a_log_has_seven_digits_of_each_number():
 
 def flags_of(name, data_dir, *flags):
     return ["--train", "--data-dir", data_dir, *TINY_FLAGS[name], "--run-dir", "run", *flags]
+
+
+def test_a_link_to_nowhere_in_the_place_of_runs_is_one_line(in_tmp, data_dir, capsys):
+    Path("runs").symlink_to("nowhere")
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
+    assert "runs" in refused(ddim.main, flags, capsys, alone=False)
 
 
 def test_a_folder_that_has_a_log_alone_holds_no_run(in_tmp, data_dir):

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import math
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,24 @@ def test_an_npy_under_the_name_of_an_npz_is_named(in_tmp):
     with (in_tmp / "d.npz").open("wb") as file:
         np.save(file, X)
     with pytest.raises(InputError, match=r"d\.npz is not a readable"):
+        load_data("d.npz")
+
+
+def test_an_archive_of_other_files_is_named(in_tmp):
+    """NumPy gives the bytes of a member that is no .npy, and zipfile has errors of its own."""
+    with zipfile.ZipFile("pictures.npz", "w") as file:
+        file.writestr("a.txt", "x")
+    with pytest.raises(InputError, match=r"pictures\.npz holds a\.txt \(no plain array\): it need"):
+        load_data("pictures.npz")
+    with zipfile.ZipFile("text.npz", "w") as file:
+        file.writestr("x", "x")
+        file.writestr("y", "y")
+    with pytest.raises(InputError, match=r"text\.npz .*x must be uint8"):
+        load_data("text.npz")
+    np.savez("d.npz", z=X)
+    content = Path("d.npz").read_bytes()
+    Path("d.npz").write_bytes(content.replace(b"z.npy", b"y.npy", 1))  # not in the directory
+    with pytest.raises(InputError, match=r"d\.npz holds z \(no plain array\)"):
         load_data("d.npz")
 
 

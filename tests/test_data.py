@@ -681,15 +681,23 @@ def test_the_loss_in_the_log_is_a_mean_over_batches_of_both_sizes(in_tmp, data_d
     assert [line["loss"] for line in lines] == pytest.approx([1, 1])
 
 
-def test_the_average_of_the_weights_counts_in_batches_of_the_present_size(in_tmp, data_dir):
+@pytest.mark.parametrize("name", ["vae", "gan", "ddim", "ldm", "autoencoder"])
+def test_the_average_of_the_weights_counts_in_batches_of_the_present_size(name, in_tmp, data_dir):
     """After 3 steps of 20 images, which are 15 of 4, the next weighs 1 - (1 - 1/16)^(1/l - 1)."""
-    flags = ["--train", *TINY, "--data-dir", data_dir, "--run-dir", "run", "--epochs", "1"]
-    assert ddim.main([*flags, "--warmup", "0"]) == 0
-    before = torch.load("run/ddim.pt", weights_only=True)
-    assert resume("ddim", "--epochs", "1.06", "--batch-size", "4") == 0
-    after = torch.load("run/ddim.pt", weights_only=True)
+    script = "ldm" if name == "autoencoder" else name
+    flags = ["--train", *TINY_FLAGS[script], "--data-dir", data_dir, "--run-dir", "run"]
+    flags += ["--stage", "1"] if name == "autoencoder" else []
+    if name == "ldm":
+        both = importlib.import_module("ldm")
+        assert both.main([*flags, "--stage", "1", "--epochs", "1", "--run-dir", "first"]) == 0
+        flags += ["--autoencoder", "first"]
+    assert importlib.import_module(script).main([*flags, "--warmup", "0", "--epochs", "1"]) == 0
+    before = torch.load(f"run/{name}.pt", weights_only=True)
+    assert resume(script, "--epochs", "1.06", "--batch-size", "4") == 0
+    after = torch.load(f"run/{name}.pt", weights_only=True)
     assert after["step"] == 4 and after["position"] == 16
     decay = (1 - 1 / 16) ** (1 / 0.08 - 1)
-    for name, value in after["ema"].items():
-        expected = decay * before["ema"][name] + (1 - decay) * after["weights"][name]
-        assert torch.allclose(value, expected, atol=1e-6), name
+    part = {"ldm": "denoiser.", "gan": ""}.get(name, "")
+    for key, weight in after["weights"].items():
+        expected = decay * before["ema"][part + key] + (1 - decay) * weight
+        assert torch.allclose(after["ema"][part + key], expected, atol=1e-5), key

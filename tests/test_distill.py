@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from shlex import split
 
@@ -336,6 +337,30 @@ def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tm
     batches = [y for y, _ in asked]
     assert [y for y, *_ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
     assert {y for batch in batches for y in batch} == {*range(10)}
+
+
+@pytest.mark.parametrize("flag", ["--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3"])
+def test_a_flag_changes_what_is_learned(flag, student, tiny_run, in_tmp):
+    assert distill.main([*FLAGS, *flag.split(), "--teacher", str(tiny_run)]) == 0
+    weights = [torch.load(path / "distill.pt", weights_only=True)["ema"] for path in (
+        student, in_tmp / "runs/distill"
+    )]  # fmt: skip
+    assert not equal(*weights)
+
+
+def test_walks_that_are_learned_from_are_forgotten(tiny_run, in_tmp, monkeypatch):
+    """Else memory grows for hours: of two sets of three, at most one is held at a time."""
+    walk, made, held = distill.teacher_walk, [], []
+
+    def spy(*given):
+        states = walk(*given)
+        made.append(weakref.ref(states[-1]))
+        held.append(sum(ref() is not None for ref in made))
+        return states
+
+    monkeypatch.setattr(distill, "teacher_walk", spy)
+    assert distill.main([*FLAGS, "--teacher", str(tiny_run)]) == 0
+    assert len(held) == 6 and max(held) <= 4  # the one that takes the place of the oldest
 
 
 def test_a_teacher_of_fewer_steps_takes_those_of_the_student(tiny_run, in_tmp, capsys):

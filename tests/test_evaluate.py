@@ -313,6 +313,20 @@ def test_the_floor_is_of_all_disjoint_parts_of_the_training_images(sets):
     assert found["seeds"] == 2 and found["scores"]["ffid"]["values"] == ffids[:2]
 
 
+def test_ffid_is_extrapolated_and_the_floor_limited_from_their_numbers_on(sets, monkeypatch):
+    train, test, (images, _), reference = sets
+    monkeypatch.setattr(evaluate, "LEAST_PART", len(images) // evaluate.SPLITS)
+    monkeypatch.setattr(evaluate, "FLOOR_PARTS", 2)
+    found = evaluate.score_images(reference, images, None)
+    features = [evaluate.extract(reference.sessions[0], x)[0] for x in (test[0], images)]
+    expected = evaluate.ffid_at_infinity(evaluate.moments(features[0]), features[1])
+    assert found["ffid_infinity"] == pytest.approx(expected) != found["ffid"]
+    assert "ffid_infinity" not in evaluate.score_images(reference, images[1:], None)
+    args = evaluate.build_parser().parse_args(["--num-samples", "100", "--seeds", "1"])
+    train = evaluate.in_order(*train, in_turn=True)
+    assert evaluate.score_floor(reference, train, test, 0.87, args)["seeds"] == 2
+
+
 def test_the_extrapolated_ffid_is_nearer_the_truth():
     """Of Gaussians, whose distance is known: 0.5 where a mean is moved; means of 20 draws."""
     rng = np.random.default_rng(0)
@@ -654,6 +668,16 @@ def test_samples_are_those_of_infer_onnx(workplace, in_tmp):
     assert {x.tobytes() for x in cached} == {x.tobytes() for x in whole} and len(cached) == 60
 
 
+def test_a_run_shows_the_nearest_training_images(workplace, in_tmp, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "write_samples", lambda *given: shown.append(given[2:4]))
+    assert evaluate.main(["gan", *workplace]) == 0
+    ((samples, copied),) = shown
+    (train, _), _ = evaluate.load_real(*workplace[1:4:2]).parts()
+    indices = evaluate.nearest_moved(samples[:20], evaluate.coarse_pixels(train))[1]
+    assert np.array_equal(copied, train[indices]) and len({*indices.tolist()}) > 5
+
+
 def test_cached_samples_are_reused(workplace, in_tmp, monkeypatch, capsys):
     assert evaluate.main(["ddim", "gan", *workplace, "--steps", "2"]) == 0
     first = (in_tmp / "results/results.json").read_text()
@@ -971,9 +995,14 @@ def test_extractors_are_trained_and_used(workplace, in_tmp, monkeypatch, capsys)
         return train_classifier(pairs, *rest)
 
     monkeypatch.setattr(extractor, "train_classifier", spy)
-    assert evaluate.main(["gan", *workplace, "--extractors", "made", "--cas", "--tsne"]) == 0
-    assert labels == [train[1].tolist(), evaluate.balanced_labels(0, 60)]  # real images, samples
-    results = json.loads((in_tmp / "results/results.json").read_text())
+    flags = [*workplace, "--extractors", "made", "--num-samples", "40"]
+    ffid = []
+    for others in ([], ["--cas", "--tsne"]):
+        assert evaluate.main(["gan", *flags, *others]) == 0
+        results = json.loads((in_tmp / "results/results.json").read_text())
+        ffid.append(results["rows"][0]["scores"]["ffid"]["mean"])
+    # Real images, and as many samples; the other scores are of --num-samples all the same.
+    assert labels == [train[1].tolist(), evaluate.balanced_labels(0, 60)] and ffid[0] == ffid[1]
     assert results["extractors"][0]["class_names"] == CLASSES
     assert "cas" in results["rows"][0]["scores"] and "cas" in results["floor"]["scores"]
     assert Image.open("results/tsne_gan.png").size == (1030, 560)

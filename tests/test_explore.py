@@ -890,11 +890,18 @@ def test_a_log_that_cannot_be_drawn_is_one_line(tiny_run, in_tmp, capsys, monkey
     Path("x.jsonl").write_text("no log")
     Path("new.jsonl").write_text('{"step": 0}\n{"step": 50, "loss": 1}\n')
     Path("other.jsonl").write_text('{"loss": 1}\n{"loss": 2}\n')
+    line = '{"step": 1, "seconds": 1, "loss": 1}\n'
+    Path("no_time.jsonl").write_text('{"step": 1, "loss": 1}\n' * 2)
+    Path("text.jsonl").write_text(line + line.replace('"loss": 1', '"loss": "a"'))
+    Path("mixed.jsonl").write_text(line + line.replace("loss", "kl"))
     for argv, message in (
         (["nowhere"], "nowhere is not the log of a training"),
         (["x.jsonl"], "x.jsonl is not the log of a training"),
         (["new.jsonl"], "new.jsonl has fewer than two lines with a loss"),
         (["other.jsonl"], "other.jsonl has fewer than two lines with a loss"),
+        (["no_time.jsonl"], "its line of step 1 has no number 'seconds'"),
+        (["text.jsonl"], "its line of step 1 has no number 'loss'"),
+        (["mixed.jsonl"], "its line of step 1 has no number 'loss'"),
         (["new.jsonl", "--output", "x.gif"], "must end in .png"),
     ):
         assert message in refused(explore.main, ["log", *argv], capsys)

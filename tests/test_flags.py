@@ -1,5 +1,6 @@
 """Every flag of every command with values outside its range: exit code 2 and one line."""
 
+import argparse
 import importlib
 import inspect
 import math
@@ -10,7 +11,10 @@ import torch
 from conftest import TINY_FLAGS, refused
 
 COMMANDS = [*TINY_FLAGS, "distill", "export", "infer_onnx", "evaluate"]
-BENCHMARKS = ["clients", "extractor", "reconstructions", "report", "settings", "start"]
+BENCHMARKS = [
+    "clients", "extractor", "libraries", "reconstructions", "report", "settings", "start",
+]  # fmt: skip
+PATHS = {"data", "data_dir", "folders", "models", "node", "output"}  # of benchmarks
 REQUIRED = {"export": ["ddim"]}  # arguments without which nothing is parsed
 WRONG = {  # values for the argparse types that are no plain number
     "whole_numbers": ("", "x", "0", "-1", "1.5", "8,", "1,2,3,4,5,6", "65537", "8 16"),
@@ -70,8 +74,11 @@ def test_a_value_out_of_range_is_refused_in_a_line(command, capsys):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_takes_no_path_without_a_name(name):
     parser = importlib.import_module(f"benchmarks.{name}").build_parser()
-    types = [action.type for action in parser._actions]
-    assert Path not in types and any(getattr(t, "__name__", "") == "file_path" for t in types)
+    paths = [action for action in parser._actions if action.dest in PATHS]
+    assert paths and Path not in [action.type for action in parser._actions]
+    for action in paths:
+        with pytest.raises(argparse.ArgumentTypeError, match="the name is empty"):
+            action.type("")
 
 
 def refuse(command, parser, argv, capsys, said):

@@ -1,9 +1,12 @@
 """ldm.py: its two stages, its latents, and its sampler with a denoiser that knows the answer."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
+from shlex import split
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_FLAGS, lines_of, refused
@@ -118,6 +121,42 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
         assert torch.equal(value, second["ema"][f"autoencoder.{key}"])
     assert torch.equal(second["ema"]["latent_std"], third["ema"]["latent_std"])
     assert second["config"]["kl_weight"] == first["config"]["kl_weight"] == 0.02
+
+
+def test_the_second_stage_takes_the_newest_autoencoder(in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    for _ in range(2):
+        assert ldm.main([*flags, "--stage", "1"]) == 0
+    os.utime("runs/ldm/autoencoder.pt", (1, 1))
+    assert ldm.main([*flags, "--stage", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "the autoencoder is runs/ldm-2/autoencoder.pt" in said
+    assert Path("runs/ldm-3/ldm.pt").is_file()
+
+
+@pytest.mark.parametrize("flags", ["--stage 2", "--autoencoder nowhere.pt", "--stage-1-share .5"])
+def test_a_second_stage_keeps_its_autoencoder(tiny_runs, tmp_path, capsys, flags):
+    folder = shutil.copytree(tiny_runs("ldm"), tmp_path / "ldm")
+    resume = ["--resume", "--run-dir", folder, "--epochs", "9", *flags.split()]
+    error = refused(ldm.main, resume, capsys, alone=False)
+    assert flags.split()[0] in error and "comes too late" in error
+    kept = torch.load(folder / "ldm.pt", weights_only=True)
+    assert kept["step"] == 15
+
+
+def test_stage_1_shows_and_judges_images_of_all_classes(in_tmp, monkeypatch):
+    """A folder is sorted by class: here black images stand before noisy ones."""
+    noisy = np.random.default_rng(0).integers(0, 256, (500, 32, 32), dtype=np.uint8)
+    np.savez("x.npz", x=np.concatenate([noisy * 0, noisy]), y=np.arange(1000) // 500)
+    saved = []
+    monkeypatch.setattr(ldm.Run, "save", lambda run, state, *given, **_: saved.append(given))
+    flags = split("--train --stage 1 --epochs 0.05 --data x.npz --batch-size 20")
+    assert ldm.main([*flags, *TINY_FLAGS["ldm"][2:]]) == 0
+    for grid, labels, (judged, judged_labels) in saved:
+        assert labels.bincount().tolist() == [38, 38] and len(grid) == 76  # every ninth of 334
+        varied = grid[::2].flatten(1).std(dim=1) > 0  # the real images
+        assert torch.equal(varied, labels[::2] == 1)
+        assert judged_labels.bincount().tolist() == [167, 167] and len(judged) == 334
 
 
 @pytest.mark.parametrize("flags", (["--stage", "2"], ["--stage", "both", "--autoencoder", "x"]))

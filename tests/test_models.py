@@ -144,6 +144,21 @@ def test_fixed_flags_cannot_change_on_resume(name, script, tiny_runs, capsys):
         assert f"{flag} is " in error and "and cannot change in a resumed run" in error
 
 
+# Besides RUN_FLAGS: any other flag would make a resumed run learn something else.
+FREE = {"bf16", "lr", "warmup"}
+MAY_CHANGE = {
+    "vae": FREE | {"compile", "grad_clip", "kl_warmup", "prior_components"},
+    "gan": FREE,
+    "ddpm": FREE | {"compile", "grad_clip"},
+    "ddim": FREE | {"compile", "grad_clip"},
+    "ldm": FREE | {"compile", "grad_clip", "stage", "stage_1_share", "autoencoder"},
+}
+
+
+def test_what_may_change_on_resume_changes_nothing_that_is_learned(name, script):
+    assert {*script.FREE} - {*runs.RUN_FLAGS} == MAY_CHANGE[name]
+
+
 def test_every_flag_is_kept_in_the_checkpoint(name, script, tiny_runs):
     """A checkpoint holds the flags of its training, and none of the flags of sampling."""
     config = torch.load(tiny_runs(name) / f"{name}.pt", weights_only=True)["config"]

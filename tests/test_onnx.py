@@ -403,8 +403,16 @@ def test_the_sampler_as_one_graph_on_the_command_line(samplers, in_tmp, capsys):
 def test_a_sampler_that_differs_from_torch_in_one_setting_is_not_written(
     tiny_run, exported, in_tmp, monkeypatch, capsys
 ):
+    """All settings are compared: the last one, too."""
     without_exporting(monkeypatch, exported)
-    monkeypatch.setattr(export, "predict_v", export.predict_eps)
+    last = export.sampler_settings(infer_onnx.load_model(exported, "cpu").card)[-1]
+    draw = infer_onnx.sample
+
+    def sample(model, labels, **setting):
+        images = draw(model, labels, **setting)
+        return images ^ 2 if setting == last else images  # two grey levels away
+
+    monkeypatch.setattr(infer_onnx, "sample", sample)
     with pytest.raises(SystemExit) as stop:
         export.main(["ddim", "--sampler", "--checkpoint", str(tiny_run), "--output", "x.onnx"])
     assert stop.value.code == 5 and list(in_tmp.iterdir()) == []
@@ -425,8 +433,9 @@ def test_a_sampler_whose_samples_are_not_finite_is_not_written(
 
 @pytest.mark.parametrize("flag", ["--list-classes", "--info", "--card", "--check"])
 def test_what_makes_no_images_takes_no_output(flag, in_tmp, capsys):
-    error = refused(infer_onnx.main, [flag, "--output", "x.png"], capsys)
-    assert f"{flag} makes no images: leave out --output and --shard" in error
+    given = ["--output", "x.png", "--class", "Bag", "--steps", "4", "--no-names"]
+    error = refused(infer_onnx.main, [flag, *given], capsys)
+    assert f"{flag} makes no images: leave out --class, --steps, --output, --names" in error
 
 
 def test_a_model_s_name_is_no_pattern(exported, in_tmp, capsys):
@@ -435,6 +444,12 @@ def test_a_model_s_name_is_no_pattern(exported, in_tmp, capsys):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, f"{name}.onnx").write_bytes(exported.read_bytes())
     assert infer_onnx.find_model("ddim[1]") == Path("runs/ddim[1]/ddim[1].onnx")
+    for newest, oldest in (("a", "b"), ("b", "a")):
+        for time, name in enumerate((oldest, newest)):
+            Path("runs", name).mkdir(exist_ok=True)
+            shutil.copy(exported, f"runs/{name}/ddim.onnx")
+            os.utime(f"runs/{name}/ddim.onnx", (time, time))
+        assert infer_onnx.find_model("ddim") == Path(f"runs/{newest}/ddim.onnx")
     for name in ("dd*1", "ddim?", "**"):
         argv = ["--model", name, "--list-classes"]
         assert f"no model {name!r}" in refused(infer_onnx.main, argv, capsys, code=3)
@@ -1492,8 +1507,8 @@ def test_any_console_and_any_class_name_will_do(in_tmp, monkeypatch, data_dir):
     assert ddim.main(["--checkpoint=~/runs/ddim", "--steps", "1", "--output=~/\udce9.PNG"]) == 0
     assert export.main(["ddim", "--output=~/x.ONNX"]) == 0
     monkeypatch.setattr(sys, "stdout", NarrowConsole())  # runs.py has changed the first
+    assert infer_onnx.main(["--model=~/x.ONNX", "--info"]) == 0
     asked = ["--model=~/x.ONNX", "--steps", "1"]
-    assert infer_onnx.main([*asked, "--info"]) == 0
     assert infer_onnx.main([*asked, "--output=~/\u9774.PNG"]) == 0
     assert infer_onnx.main([*asked, "--class", "\u9774", "--output", "~other/y.png"]) == 0
     with Image.open("\u9774.PNG") as picture:

@@ -129,7 +129,7 @@ def test_shards_sample_what_one_process_does(in_tmp, capsys):
     Path("other/file").write_text("")
     for flags, message in (
         (["--output", "x.npz"], "--shard needs an --output"), ([], "--shard needs an --output"),
-        (["--output", "x/", "--interpolate", "noise"], "--shard needs an --output"),
+        (["--output", "x/", "--interpolate", "noise"], "--shard is for plain samples"),
         (["--class", "Bag", "--output", "x/"], "as many images as parts"),  # three, of four
         (["--output", "other"], "other holds file, no image"),
     ):  # fmt: skip

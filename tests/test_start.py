@@ -96,6 +96,18 @@ def test_the_same_classes_keep_their_table(tiny_runs, in_tmp, data_dir, monkeypa
     assert "with its class table" in capsys.readouterr().out
 
 
+def test_other_classes_have_a_table_of_their_own_also_if_they_are_as_many(
+    tiny_runs, in_tmp, monkeypatch, capsys
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32), dtype=np.uint8)
+    np.savez("other.npz", x=pixels, y=np.arange(20) % 10, class_names=[*"abcdefghij"])
+    saved = began_with("ddim", [*FLAGS, "--start", str(tiny_runs("ddim"))], monkeypatch)
+    start = torch.load(tiny_runs("ddim") / "ddim.pt", weights_only=True)["ema"]
+    same = {key for key, weight in saved["ddim"]["ema"].items() if torch.equal(weight, start[key])}
+    assert {*start} - same == {"embedding.label.weight"}
+    assert "with a new class table" in capsys.readouterr().out
+
+
 def test_a_resumed_run_needs_neither_the_flag_nor_the_file(tiny_runs, others, in_tmp, capsys):
     ddim = importlib.import_module("ddim")
     Path("start.pt").write_bytes((tiny_runs("ddim") / "ddim.pt").read_bytes())
@@ -148,6 +160,8 @@ WRONG = [
     ("ddim", "--image-size 64", "--image-size is 32 in"),
     ("ddim", "--widths 8,32", "--widths is (8, 16) in"),
     ("ddim", "--prediction eps", "--prediction is v in"),
+    ("ddim", "--schedule linear", "--schedule is cosine in"),
+    ("ldm", "--num-timesteps 500", "--num-timesteps is 1000 in"),
     ("vae", "--latent-dim 5", "--latent-dim is 4 in"),
     ("gan", "--loss hinge", "--loss is nonsaturating in"),
     ("ldm", "--latent-channels 4", "--latent-channels is 8 in"),

@@ -94,6 +94,48 @@ def test_a_noised_image_is_shown_with_its_own_label(name, in_tmp, data_dir, monk
     assert len(shown) >= 60 and torch.equal(expected, torch.cat(labels))
 
 
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_the_network_sees_the_noised_image_and_its_t_and_learns_its_v(
+    name, in_tmp, data_dir, monkeypatch
+):
+    script, forward = importlib.import_module(name), common.UNet.forward
+    q_sample, losses, draw_t = script.q_sample, script.image_losses, script.draw_t
+    drawn, noised, shown, learned = [], [], [], []
+
+    def spy_t(*given):
+        drawn.append(draw_t(*given))
+        return drawn[-1]
+
+    def spy_noised(x_0, eps, alpha_bar_t):
+        noised.append((x_0, eps, alpha_bar_t.flatten(), q_sample(x_0, eps, alpha_bar_t)))
+        return noised[-1][-1]
+
+    def spy_network(self, x_t, t, y):
+        shown.append((x_t, t))
+        return forward(self, x_t, t, y)
+
+    def spy_losses(output, target, loss):
+        learned.append(target)
+        return losses(output, target, loss)
+
+    for place, key, spy in (
+        (script, "draw_t", spy_t), (script, "q_sample", spy_noised),
+        (common.UNet, "forward", spy_network), (script, "image_losses", spy_losses),
+        (script, "sample", lambda **_: torch.zeros(80, 1, 32, 32)),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, key, spy)
+    assert script.main(flags_of(name, data_dir, "--epochs", "2")) == 0
+    learned = learned[::2]  # each step has the loss of the output 0, too
+    steps = list(zip(drawn, noised, shown, learned, strict=True))
+    assert len(steps) >= 4
+    alpha_bars = script.make_alpha_bars("cosine", 1000).float()
+    for t, (x_0, eps, alpha_bar_t, x_t), (seen, seen_t), target in steps:
+        assert torch.equal(seen, x_t) and torch.equal(seen_t, t)
+        assert torch.equal(alpha_bar_t, alpha_bars[t])
+        signal, noise = (a.view(-1, 1, 1, 1).sqrt() for a in (alpha_bar_t, 1 - alpha_bar_t))
+        assert torch.allclose(target, signal * eps - noise * x_0, atol=1e-5)
+
+
 def test_a_vae_encodes_and_decodes_an_image_with_its_own_label(in_tmp, data_dir, monkeypatch):
     encode, decode, seen = vae.Encoder.forward, vae.Decoder.forward, []
 
@@ -222,7 +264,10 @@ CHANGES = [  # of the stages of an LDM one by one
         "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
         "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
     )),
-    ("ddim", "--noise-levels uniform"),
+    ("ddim", "--noise-levels uniform"), ("ddim", "--patch 4"), ("ddim", "--no-attention"),
+    ("ddim", "--bf16"), ("ldm --stage 2", "--no-attention"),
+    ("ldm --stage 1", "--no-channel-attention"), ("vae", "--bf16"), ("gan", "--bf16"),
+    ("ldm --stage 1", "--bf16"), ("ldm --stage 2", "--bf16"),
     ("ldm --stage 2", "--noise-levels lognormal"), ("ldm", "--stage-1-share 0.6"),
     *(("ldm --stage 1", flags) for flags in (
         "--kl-weight 5", "--latent-channels 3", "--weight-decay 0.5", "--ema-length 0.4",
@@ -251,7 +296,8 @@ def averaged(data_dir, tiny_runs, tmp_path_factory):
         if (command, flags) not in made:
             name, *stage = command.split()
             run_dir = tmp_path_factory.mktemp("run") / "run"
-            argv = flags_of(name, data_dir, *stage, *flags.split(), "--run-dir", str(run_dir))
+            argv = flags_of(name, data_dir, *stage, "--no-bf16", *flags.split())
+            argv += ["--run-dir", str(run_dir)]
             if command == "ldm":
                 argv += ["--epochs", "2"]
             elif command == "ldm --stage 2":
@@ -267,6 +313,17 @@ def averaged(data_dir, tiny_runs, tmp_path_factory):
 @pytest.mark.parametrize(("command", "flags"), CHANGES)
 def test_a_flag_changes_what_is_learned(command, flags, averaged):
     assert not equal(averaged(command), averaged(command, flags))
+
+
+def test_the_discriminator_has_widths_of_its_own(tiny_runs, in_tmp, data_dir):
+    assert gan.main(flags_of("gan", data_dir, "--widths-d", "12,20,24")) == 0
+    runs = [torch.load(path / "gan.pt", weights_only=True) for path in (
+        tiny_runs("gan"), Path("runs/gan")
+    )]  # fmt: skip
+    generators = [{key: w.shape for key, w in run["weights"].items()} for run in runs]
+    assert generators[0] == generators[1]
+    channels = {weight.shape[0] for weight in runs[1]["discriminator"].values() if weight.dim()}
+    assert {12, 20, 24} <= channels
 
 
 @pytest.mark.parametrize("name", ["vae", "ddim", "ldm"])

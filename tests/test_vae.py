@@ -1,13 +1,15 @@
 """vae.py: its equations against independent oracles, its prior, its pictures."""
 
+import shutil
 import signal
 import sys
+from pathlib import Path
 from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, lines_of, refused
+from conftest import TINY_FLAGS, equal, lines_of, refused
 from torch import distributions
 
 import common
@@ -206,6 +208,40 @@ def test_a_signal_while_the_last_checkpoint_is_written_skips_the_mixture(
     flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["vae"]]
     assert vae.main(flags) == 130
     assert calls == [1, 1]
+
+
+def test_an_exact_or_a_wild_network_leaves_the_losses_finite():
+    x = torch.ones(1, 1, 2, 2)
+    exact = torch.full_like(x, 20.0)  # whose tanh is 1
+    assert vae.reconstruction_loss(exact, x, "sigma").isfinite().all()
+    network = {"channels": 1, "num_classes": 2, "latent_dim": 3, "widths": (8, 8)}
+    encoder = vae.Encoder(**network, emb_channels=8)
+    for value, limit in ((1e3, 10), (-1e3, -20)):
+        torch.nn.init.constant_(encoder.head.bias, value)
+        mu, logvar = encoder(torch.zeros(1, 1, 32, 32), torch.eye(2)[:1])
+        assert (logvar == limit).all() and (mu != limit).all()
+        assert vae.kl_divergence(torch.zeros(1, 3), logvar).isfinite().all()
+
+
+def test_a_finished_run_keeps_its_prior_and_its_log_on_resume(tiny_runs, in_tmp, monkeypatch):
+    """Until the mixture is fitted again, that of the run is not overwritten."""
+    shutil.copytree(tiny_runs("vae"), "run")
+    log, before = Path("run/log.jsonl").read_text(), Path("run/vae.pt").read_bytes()
+
+    def interrupted(*_):
+        assert Path("run/vae.pt").read_bytes() == before
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "fit_prior", interrupted)
+        assert vae.main(["--resume", "--run-dir", "run"]) == 130
+    assert Path("run/vae.pt").read_bytes() == before
+    assert vae.main(["--resume", "--run-dir", "run"]) == 0
+    assert Path("run/log.jsonl").read_text() == log
+    priors = [torch.load(path / "vae.pt", weights_only=True)["prior"] for path in (
+        tiny_runs("vae"), Path("run")
+    )]  # fmt: skip
+    assert equal(*priors)
 
 
 # --- Log ------------------------------------------------------------------------------------------

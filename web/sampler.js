@@ -1,9 +1,9 @@
 /* Sample from an exported model with onnxruntime-web: what infer_onnx.py does, in JavaScript.
 
-   It touches no page, so that node can run it too. The functions, their order and, but for the
-   spelling, their names are those of infer_onnx.py. The same seed gives the same picture: noise is
-   NumPy's, number for number, and arithmetic rounds where NumPy's does, so that the pictures of
-   the two differ by one grey level at most.
+   It touches no page, so that node can run it too. The functions and, but for the spelling, most of
+   their names are those of infer_onnx.py. The same seed gives the same picture: noise is NumPy's,
+   number for number, and arithmetic rounds where NumPy's does, so that the pictures of the two
+   differ by one grey level at most.
 
    Arrays are Float32Array, images (B, C, H, W) in [-1, 1]. Numbers that NumPy computes in float64,
    such as sqrt(alpha_bar_t), are plain numbers here. */
@@ -12,19 +12,16 @@ const METADATA_KEY = "model_card"; // of the metadata entry whose JSON says how 
 const METADATA_FORMAT = 5;
 const SEAL_BYTES = 12 + 64; // see isSealed
 const CARD_KEYS = ["model", "kind", "class_names", "image_shape", "parts"];
+const DIFFUSION_OPTIONS = ["steps", "guidance", "guidance_interval"]; // defaults are in the card
 const KIND_KEYS = {
-  diffusion: [
-    "null_label", "alpha_bars", "prediction", "guidance_fixed",
-    "steps", "guidance", "guidance_interval",
-  ],
+  diffusion: ["null_label", "alpha_bars", "prediction", "guidance_fixed", ...DIFFUSION_OPTIONS],
   codes: ["latent_dim", "prior"], // decodes a latent code: VAE and GAN
 };
-const WALK_OPTIONS = ["steps", "guidance", "guidance_interval"];
 // The options of sample() that each model has here; infer_onnx.py has more.
 export const MODEL_OPTIONS = {
-  ddim: [...WALK_OPTIONS, "solver"],
-  ddpm: WALK_OPTIONS,
-  ldm: [...WALK_OPTIONS, "solver"],
+  ddim: [...DIFFUSION_OPTIONS, "solver"],
+  ddpm: DIFFUSION_OPTIONS,
+  ldm: [...DIFFUSION_OPTIONS, "solver"],
   distill: ["steps"], // and only those that it was trained for
   vae: [],
   gan: [],
@@ -189,7 +186,7 @@ export function readCard(name, bytes) {
     if (card.format === 4 && "guidance_limit" in card) { // the interval was [0, limit] then
       card.guidance_interval = [0, card.guidance_limit];
       delete card.guidance_limit;
-      if (card.model !== "ddpm") card.solver = "ddim";
+      if (MODEL_OPTIONS[card.model]?.includes("solver")) card.solver = "ddim";
     }
   } catch (error) {
     if (error instanceof ModelError) throw error;
@@ -228,19 +225,28 @@ function valuesOf(card) {
     Array.isArray(values) && values.every((value) => typeof value === type);
   const isCount = (value, most) => Number.isInteger(value) && value >= 1 && value <= most;
   const { class_names, image_shape, value_range = [-1, 1], parts } = card;
+  const needed = { ldm: ["decoder"], vae: ["encoder"] }[card.model] ?? [];
   const right = {
     class_names: all(class_names, "string") && class_names.length > 0,
     image_shape: all(image_shape, "number") && image_shape.length === 3,
     value_range: String(value_range) === "-1,1",
-    parts: all(Object.values(parts ?? [0]).map((part) => part?.file), "string"),
+    parts: all(Object.values(parts ?? [0]).map((part) => part?.file), "string") &&
+      needed.every((part) => part in parts),
+    training: typeof (card.training ?? {}) === "object",
   };
   if (card.kind === "codes") {
-    const prior = card.prior;
-    return { ...right, latent_dim: isCount(card.latent_dim, 1e6), prior: typeof prior === "object" };
+    const isLength = isCount(card.latent_dim, 1e6);
+    return { ...right, latent_dim: isLength, prior: isLength && isPrior(card) };
   }
   const alphaBars = all(card.alpha_bars, "number") ? card.alpha_bars : [];
   const falls = [...alphaBars, 0].every((value, i) => value < (alphaBars[i - 1] ?? 1));
   const interval = card.guidance_interval;
+  if (card.model === "ldm") {
+    const { latent_shape, latent_mean, latent_std } = card;
+    right.latent_shape = all(latent_shape, "number") && latent_shape.length === 3;
+    right.latent_mean = all(latent_mean, "number") && latent_mean.length === latent_shape?.[0];
+    right.latent_std = all(latent_std, "number") && latent_std.length === latent_shape?.[0];
+  }
   return {
     ...right,
     prediction: ["eps", "v"].includes(card.prediction),
@@ -250,6 +256,24 @@ function valuesOf(card) {
     guidance: typeof card.guidance === "number" && card.guidance >= 0 && card.guidance <= 1000,
     null_label: Number.isInteger(card.null_label),
   };
+}
+
+/** Whether a card's prior, if it has one, gives each class its Gaussians. */
+function isPrior(card) {
+  try {
+    const prior = fittedPrior(card);
+    if (prior === null) return card.prior === null;
+    const { components, total, weights, means, scales } = prior;
+    const [D, classes] = [card.latent_dim, card.class_names.length];
+    return (
+      weights.length === classes * components &&
+      prior.first.length === classes &&
+      means.length === total * D &&
+      scales.length === (total * D * (D + 1)) / 2
+    );
+  } catch {
+    return false;
+  }
 }
 
 // --- Denoise -------------------------------------------------------------------------------------
@@ -374,7 +398,7 @@ function guidedTimes([low, high], numTimesteps) {
 
 /** x_0_hat and eps_hat, the image and the noise that a network output stands for.
 
-    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDIM eq. (9)
+    eps   x_0_hat = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)   DDPM (15)
     v     x_0_hat = sqrt(alpha_bar_t) * x_t - sqrt(1 - alpha_bar_t) * v       Salimans & Ho 2022
     With clip, x_0_hat is limited to [-1, 1] and eps_hat derived again: both still make up x_t. */
 function predictX0AndEps(output, x_t, prediction, alpha_bar_t, clip) {
@@ -675,9 +699,11 @@ function fittedPrior({ prior }) {
     ? Array.from(fromBase64(prior.counts.int64, BigInt64Array), Number)
     : Array(classes).fill(components);
   let total = 0;
+  const first = counts.map((count) => (total += count) - count); // Gaussian of each class
   return {
     components,
-    first: counts.map((count) => (total += count) - count), // Gaussian of each class
+    total,
+    first,
     weights: fromBase64(prior.weights.float32, Float32Array),
     means: fromBase64(prior.means.float32, Float32Array),
     scales: Float32Array.from(fromBase64(prior.scales.float16, Uint16Array), halfToNumber),
