@@ -17,6 +17,7 @@ import common
 import ddim
 import explore
 import runs
+import vae
 from common import InputError
 
 COMMANDS = {
@@ -616,6 +617,24 @@ def test_frames_between_two_classes_are_called_so_in_each_row(
         assert explore.main([*command.split(), "--checkpoint", str(tiny_runs("vae"))]) == 0
     both = f"{names[y_a]} to {names[y_b]}"
     assert seen == [[both] * 3, [names[y_b]], [both], [names[y_a]]]
+
+
+def test_a_map_has_the_codes_of_evenly_spaced_images(tiny_runs, in_tmp, data_dir, monkeypatch):
+    """With their labels; here every third of 60 images."""
+    monkeypatch.setattr(explore, "MAP_IMAGES", 20)
+    shown = []
+    monkeypatch.setattr(explore, "save_map", lambda _, *given: shown.append(given))
+    assert (
+        explore.main(["map", "vae", "--checkpoint", str(tiny_runs("vae")), "--method", "pca"]) == 0
+    )
+    ((points, labels, names, *_),) = shown
+    data = common.load_data("kmnist", data_dir, train=False)
+    checkpoint = torch.load(tiny_runs("vae") / "vae.pt", weights_only=True)
+    model = vae.ema_network(checkpoint, torch.device("cpu"))
+    codes = vae.encode(model, data.images[::3], data.labels[::3])[0]
+    assert len(labels) == 20 and torch.equal(labels, data.labels[::3])
+    assert np.allclose(points, explore.project(codes, "pca"), atol=1e-4)
+    assert names == data.class_names
 
 
 @pytest.mark.parametrize(("name", "method"), [("vae", "pca"), ("ldm", "tsne")])

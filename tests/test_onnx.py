@@ -35,6 +35,7 @@ import export
 import infer_onnx
 import runs
 import vae
+from benchmarks import latency
 
 SHIPPED = ROOT / "pretrained" / "ddim.onnx"
 # A Python that can import nothing but what is in requirements-infer.txt, and runs some commands;
@@ -369,20 +370,6 @@ def test_the_sampler_as_one_graph_is_portable(name, samplers):
             model.session.run(None, {**feed, "steps": np.array(steps)})
 
 
-def test_the_sampler_of_a_few_step_model_takes_noise_and_labels_alone(exports, in_tmp):
-    """Its steps and guidance are fixed; what is drawn is as where they are typed."""
-    model = infer_onnx.load_model(exports("ddim"), "cpu")
-    card = {**model.card, "kind": "sampler", "steps_fixed": True, "steps": 4, "guidance": 1.0}
-    card |= {"solver": "ddim"}
-    proto = export.sampler_graph(onnx.load(exports("ddim")).graph, None, card)
-    assert [given.name for given in proto.graph.input] == ["noise", "labels"]
-    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: json.dumps(card)})
-    save_sealed(proto, "few.onnx")
-    few = infer_onnx.load_model("few.onnx", "cpu")
-    expected = infer_onnx.sample(model, [3, 8], steps=4, guidance=1.0, solver="ddim")
-    assert np.abs(infer_onnx.sample(few, [3, 8]).astype(int) - expected).max() <= 1
-
-
 def test_the_sampler_as_one_graph_on_the_command_line(samplers, in_tmp, capsys):
     model = ["--model", str(samplers("ddim"))]
     assert infer_onnx.main([*model, "--check"]) == 0
@@ -534,6 +521,34 @@ def test_reconstruction_and_interpolation_of_images_equal_those_of_torch(
         said = capsys.readouterr().out
         assert "seed" not in said and " s, model " in said  # it would change nothing
     assert len(found) == 5
+
+
+def test_a_session_has_the_threads_that_were_asked_for(exports):
+    for threads in (1, 2):
+        model = infer_onnx.load_model(exports("ldm"), "cpu", threads)
+        for session in (model.session, *model.parts.values()):
+            assert session.get_session_options().intra_op_num_threads == threads
+
+
+def test_latency_tells_medians_per_evaluation_and_images_per_second(
+    exports, monkeypatch, capsys, in_tmp
+):
+    """With a clock of a tenth of a second an evaluation, whatever the batch."""
+    now, run = [0.0], infer_onnx.run_session
+
+    def timed(session, **feed):
+        now[0] += 0.1
+        return run(session, **feed)
+
+    monkeypatch.setattr(infer_onnx, "run_session", timed)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    assert latency.main(["--model", str(exports("ddim")), "--steps", "2", "--guidance", "1"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]  # after the export
+    rows = np.array(rows, float)
+    batches = np.array([1, 4, 16, 64])
+    assert np.allclose(rows[:, 0], batches) and np.allclose(rows[:, 1], 100)
+    assert np.allclose(rows[:, 2], 100 / batches, atol=0.01)
+    assert np.allclose(rows[:, 3], batches / 0.2)  # two evaluations for each image
 
 
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "ddim", "ldm"])
@@ -1431,10 +1446,9 @@ def test_one_package_of_onnxruntime_is_required_everywhere(system, processor, pa
     assert names == ["numpy", "pillow", package]
 
 
-@pytest.mark.parametrize("module", ["infer_onnx", "evaluate"])
-def test_onnxruntime_leaves_no_file_in_the_home_folder(module, tmp_path):
+def test_onnxruntime_leaves_no_file_in_the_home_folder(tmp_path):
     """Telemetry is off: since 1.29 it leaves a device id, but not where a variable says CI."""
-    code = f"import {module}, infer_onnx; infer_onnx.load_model({str(SHIPPED)!r}, 'cpu')"
+    code = f"import infer_onnx; infer_onnx.load_model({str(SHIPPED)!r}, 'cpu')"
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, check=True, timeout=120)
     assert list(tmp_path.iterdir()) == []

@@ -142,6 +142,12 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])
 def test_the_tables_are_those_of_the_results(name):
     assert report.filled(PAGES[name], ROOT) == PAGES[name], "python benchmarks/report.py --pages"
+    marks = re.findall(r"<!-- (\w+) of (.+?) -->", PAGES[name])
+    assert [part for part, _ in marks] == {
+        "README.md": ["overview"],
+        "results/README.md": ["scores", "classes", "cost", "scores", "scores", "cost"],
+    }[name]
+    assert PAGES[name].count("<!-- end -->") == len(marks) + PAGES[name].count("<!-- start -->")
 
 
 FOLDERS = sorted({path.parent.name for path in (ROOT / "results").glob("**/results.json")})
@@ -313,6 +319,34 @@ def test_few_pictures_were_learned_as_the_page_says():
             assert f"{passes}: F-FID {ffid}, {copies} of the samples are copies" in section
         else:
             assert f"Real images: {ffid}, {copies}" in section
+
+
+def test_the_tables_of_trials_are_those_of_their_figures():
+    text = trials.TABLE.read_text()
+    assert trials.table(json.loads(trials.KEPT.read_text())) == text
+    verdicts = [re.findall(r" \| (better|worse|open) \| ", part) for part in text.split("\n## ")]
+    heads = [part.split(".py")[0] for part in text.split("\n## ")]
+    every = [verdict for found in verdicts for verdict in found]
+    said = f"leaves {every.count('open')} of the {len(every)} verdicts there open, all of `gan`"
+    assert said in one_line(RESULTS)
+    of_gan = [
+        v for head, found in zip(heads, verdicts, strict=True) for v in found if head == "gan"
+    ]
+    assert of_gan and {*of_gan} == {"open"}
+    folder = ROOT / "results/start"
+    found = start.table(json.loads((folder / "start.json").read_text()))
+    assert found == (folder / "start.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "verdict"),
+    [
+        (0.71, (1.0, 0.1), "better"), (0.72, (1.0, 0.1), "open"), (1.28, (1.0, 0.1), "open"),
+        (1.29, (1.0, 0.1), "worse"), (0.1, None, "open"),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_beyond_twice_what_the_ratio_of_two_seeds_varies(ratio, spread, verdict):
+    assert trials.verdict_of(ratio, spread) == verdict  # 2 sqrt(2) 0.1 = 0.283
 
 
 def test_what_is_said_of_noise_levels_is_in_the_trials():

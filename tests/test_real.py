@@ -224,6 +224,20 @@ def there(place, monkeypatch):
     return place
 
 
+def test_no_folder_of_this_machine_is_in_what_is_given_away(there):
+    """The data set is a folder, whose path the run keeps."""
+    config = torch.load("runs/ddim/ddim.pt", weights_only=True)["config"]
+    assert config["data"] == str(there / "shapes")
+    flags = ["--checkpoint", "runs/ddim", "--output", "given/x.onnx", "--weights", "given/x.pt"]
+    Path("given").mkdir()
+    assert export.main(["ddim", *flags]) == 0
+    card = infer_onnx.load_model(Path("given/x.onnx"), "cpu").card
+    kept = torch.load("given/x.pt", weights_only=True)["config"]
+    assert card["training"]["data"] == kept["data"] == "./shapes" and kept["data_dir"] is None
+    for file in ("runs/ddim/ddim.onnx", "given/x.onnx", "given/x.pt"):
+        assert str(there).encode() not in Path(file).read_bytes()
+
+
 def test_own_data_in_colour_are_scored_without_torch(there):
     command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "evaluate.py"), "ddim"]
     command += split(f"--data shapes --steps 2 --output scores {FLAGS}")

@@ -165,9 +165,9 @@ def test_the_page_offers_all_included_models():
 
 @needs_node
 @needs_runtime
-@pytest.mark.parametrize("name", NAMES)
-def test_card_is_read_from_the_file(name):
-    assert node("cards", paths=[shipped(name)]) == [model_of(shipped(name)).card]
+def test_cards_are_read_from_the_files():
+    paths = [shipped(name) for name in NAMES]
+    assert node("cards", paths=paths) == [model_of(path).card for path in paths]
 
 
 SETTINGS = {
@@ -236,17 +236,6 @@ STUDENT = {
 
 @needs_node
 @needs_runtime
-def test_a_student_samples_in_its_steps_only(tmp_path):
-    path = with_card("ddim", tmp_path, **STUDENT)
-    [images], [answer] = node_pictures(path, [SNEAKER, 0], [{}])
-    assert difference(images, expected(path, (SNEAKER, 0)))[1] <= LEVELS
-    assert answer["evaluations"] == answer["steps"] == 4
-    [answer] = node("sample", path=path, labels=[SNEAKER], cases=[{"steps": 8}])
-    assert answer["error"] == "this model supports no other number of steps than 4"
-
-
-@needs_node
-@needs_runtime
 def test_predictions_of_eps(tmp_path):
     """No shipped network predicts eps: one that is read so draws nonsense, the same nonsense."""
     path = with_card("ddim", tmp_path, prediction="eps")
@@ -274,6 +263,15 @@ def test_a_prior_of_mixtures_and_single_gaussians(tmp_path):
 
 @needs_node
 @needs_runtime
+def test_image_i_has_the_noise_of_first_plus_i():
+    answers = node_pictures(shipped("gan"), [0, 1, 2], [{}, {"first": 4}])[0]
+    for found, first in zip(answers, (0, 4), strict=True):
+        assert difference(found, expected(shipped("gan"), [0, 1, 2], first=first))[1] <= LEVELS
+    assert difference(*answers)[1] > LEVELS
+
+
+@needs_node
+@needs_runtime
 def test_settings_out_of_range():
     refused = {
         "steps 0 is not in 1..1000": {"steps": 0},
@@ -285,6 +283,8 @@ def test_settings_out_of_range():
         },
         "solver euler is not ddim or dpm++": {"solver": "euler"},
         f"seed {2**63} is not a whole number from 0 to {2**63 - 1}": {"seed": str(2**63)},
+        "first -1 is not a whole number from 0": {"first": -1},
+        "first 0.5 is not a whole number from 0": {"first": 0.5},
     }
     cases = list(refused.values())
     answers = node("sample", path=shipped("ddim"), labels=[SNEAKER], cases=cases)
@@ -568,12 +568,30 @@ def test_keyboard_and_controls(page, address):
         assert_draws(page, shipped("gan"), 7 if text_of_link == "7" else 9)
     page.evaluate("location.hash = 'model=ddim&class=Bag&seed=6&steps=10'")
     assert settle(page) == "done"
-    # The slider shows any step: at the first, x_t is the noise.
-    noise = canvas(page, "x_t")
-    page.evaluate("shown.value = 0; shown.oninput()")
-    assert text(page, "x_t-caption") == "x_t: step 1, t = 999"
-    assert np.array_equal(canvas(page, "x_t"), noise)
-    assert not np.array_equal(canvas(page), noise)
+    # The slider shows any step, x_t and x_0; at the end the noise that it started from.
+    model = model_of(shipped("ddim"))
+    x_T = infer_onnx.next_noise(infer_onnx.noise_streams(6, [0]), (1, 32, 32))
+    pairs, guidance, times = infer_onnx.walk_of(model.card, 10)
+    y = np.array([8])
+    denoise = infer_onnx.denoiser(model.session, y, guidance, model.card["null_label"], *times)
+    alpha_bars, trace = np.array(model.card["alpha_bars"]), []
+    infer_onnx.dpm_sample(denoise, x_T, alpha_bars, pairs, model.card["prediction"], trace=trace)
+
+    def assert_shows(name, image):
+        grey = canvas(page, name)[:, :, 0]
+        assert difference(grey, infer_onnx.as_bytes(image)[0, 0])[1] <= LEVELS
+
+    assert_shows("x_t", x_T)
+    for k in (0, 4):
+        page.evaluate(f"shown.value = {k}; shown.oninput()")
+        t, x_t, x_0_hat = trace[k]
+        assert text(page, "x_t-caption") == f"x_t: step {k + 1}, t = {t}"
+        assert_shows("x_t", x_t)
+        assert_shows("picture", x_0_hat)
+    small = "[...document.querySelectorAll('#strip button')][2].children"
+    page.evaluate(f"for (const [i, part] of [...{small}].entries()) part.id = `small-${{i}}`")
+    for i in (0, 1):
+        assert_shows(f"small-{i}", trace[2][1 + i])
 
 
 @needs_chromium
@@ -731,6 +749,16 @@ def test_your_own_files(page, address, tmp_path):
     names = page.evaluate("[...document.querySelectorAll('#class span')].map(s => s.textContent)")
     assert names == ["red & <b>blue</b>", "ÄÖ"]
     assert text(page, "command").startswith("python infer_onnx.py --model 'my colours.onnx'")
+    assert "checksum" not in text(page, "report") and "early" not in text(page, "report")
+    proto = onnx.load(with_card("gan", tmp_path, training={"step": 10}))
+    card = {entry.key: entry.value for entry in proto.metadata_props}[infer_onnx.METADATA_KEY]
+    onnx.helper.set_model_props(proto, {infer_onnx.METADATA_KEY: card})
+    plain = tmp_path / "gan.onnx"
+    onnx.save(proto, plain)  # as other tools write it, without a seal
+    assert choose_files(page, plain) == "done"
+    said = text(page, "report")
+    assert "the file has no checksum: corruption would go unnoticed" in said
+    assert "the model is of step 10, early in its training" in said
     page.evaluate("document.querySelector('#model input[value=gan]').click()")
     assert settle(page) == "done"
     assert_draws(page, shipped("gan"), 0)

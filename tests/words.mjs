@@ -1,5 +1,5 @@
-// The sampler of web/README.md, "The sampler in words", written from that text alone; only the noise
-// is that of web/sampler.js.  tests/test_web.py compares its pixels with those of infer_onnx.py.
+// The sampler of web/README.md, "The sampler in words", written from that text alone; only the
+// noise is that of web/sampler.js.  tests/test_web.py compares its pixels with infer_onnx.py's.
 // node words.mjs FILE.onnx SOLVER SEED CLASS ...: uint8 pixels, image after image, on stdout.
 import { readFileSync } from "node:fs";
 import * as ort from "../web/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
@@ -72,9 +72,10 @@ async function draw(stream, label) {
     const a = alphaBars[t];
     const b = i > 1 ? alphaBars[time(i - 1)] : 1;
     const network = (y) => run(session, { x_t: tensor(x, shape), t: whole(t), y: whole(y) });
+    const isOutside = guidance > 1 && !(low * count <= t && t < high * count);
     let o;
     if (guidance === 0) o = await network(card.null_label);
-    else if (guidance === 1 || (guidance > 1 && !(low * count <= t && t < high * count))) o = await network(label);
+    else if (guidance === 1 || isOutside) o = await network(label);
     else {
       const withClass = await network(label);
       const without = await network(card.null_label);
@@ -111,6 +112,7 @@ async function draw(stream, label) {
     const channel = Math.floor(k / size);
     return value * card.latent_std[channel] + card.latent_mean[channel];
   });
-  const decoder = await ort.InferenceSession.create(readFileSync(path.replace(".onnx", "_decoder.onnx")));
+  const file = path.replace(".onnx", "_decoder.onnx");
+  const decoder = await ort.InferenceSession.create(readFileSync(file));
   return run(decoder, { z: tensor(z, shape) });
 }

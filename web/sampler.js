@@ -544,7 +544,7 @@ export async function sample(model, labels, options = {}) {
     pairs: of timePairs or dpmPairs;  times: [start, stop] of guidedTimes;  solver: undefined for
     ddpm, which has one sampler. */
 export function checkedOptions(card, labels, options = {}) {
-  const { seed = 0n } = options;
+  const { seed = 0n, first = 0 } = options;
   const classes = card.class_names.length;
   if (!labels.length || !labels.every((y) => Number.isInteger(y) && y >= 0 && y < classes)) {
     throw new InputError(`labels ${labels} must be one or more of 0..${classes - 1}`);
@@ -554,6 +554,9 @@ export function checkedOptions(card, labels, options = {}) {
   }
   if (seed < 0n || seed > MAX_SEED) {
     throw new InputError(`seed ${seed} is not a whole number from 0 to ${MAX_SEED}`);
+  }
+  if (!Number.isSafeInteger(first) || first < 0) {
+    throw new InputError(`first ${first} is not a whole number from 0`);
   }
   const known = ["seed", "first", "trace", ...MODEL_OPTIONS[card.model]];
   for (const [key, value] of Object.entries(options)) {
