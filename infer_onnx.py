@@ -333,7 +333,7 @@ def is_prior(card):
         found = [part.shape for key in sizes for part in prior[key]]
         wanted = [(count, size) for size in sizes.values() for count in counts]
         return enough and len(prior["weights"]) == num_classes == len(counts) and found == wanted
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return False
 
 
@@ -1646,17 +1646,23 @@ def numbers_of_shard(args, count):
     return numbers
 
 
+def refuse_flags_of_images(args, question, others):
+    """Raise InputError if flags besides `others` were given with a question about the model."""
+    defaults = vars(build_parser().parse_args([]))
+    given = [key for key in defaults if key not in others and getattr(args, key) != defaults[key]]
+    flags = [f"--{key.strip('_').replace('_', '-')}" for key in given]
+    if flags:
+        flags = ", ".join("--no-names" if flag == "--names" else flag for flag in flags)
+        raise InputError(f"{question} makes no images: leave out {flags}")
+
+
 def run(args):
     questions = ("list_classes", "info", "card", "check")
     asked = [f"--{name.replace('_', '-')}" for name in questions if getattr(args, name)]
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)} are two questions: ask one at a time")
-    defaults = vars(build_parser().parse_args([]))
-    of_all = (*questions, "model", "provider", "threads", "tf32")
-    given = [key for key in defaults if key not in of_all and getattr(args, key) != defaults[key]]
-    if asked and given:
-        flags = ", ".join(f"--{key.strip('_').replace('_', '-')}" for key in given)
-        raise InputError(f"{asked[0]} makes no images: leave out {flags}")
+    if asked:
+        refuse_flags_of_images(args, asked[0], (*questions, "model", "provider", "threads", "tf32"))
     path = find_model(args.model)
     model = load_model(path, args.provider, args.threads, args.tf32)
     card = model.card

@@ -587,10 +587,11 @@ def train(args, checkpoint=None):
     if (resumed == "autoencoder" and fraction == 0) or (resumed == NAME and fraction == 1):
         left_out = f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in"
         raise InputError(f"{left_out}: resume without it")
-    for key in ("stage", "autoencoder", "stage_1_share") if resumed == NAME else ():
-        if getattr(args, key) != checkpoint["config"].get(key, getattr(args, key)):
-            decided = f"{args.run_dir} is in stage 2, which has its latents"
-            raise InputError(f"{as_flags([key])} comes too late: {decided}: leave it out")
+    if resumed == NAME:
+        before = argparse.Namespace(**{**vars(args), **checkpoint["config"]})
+        if (fraction, args.autoencoder) != (stage_1_fraction(before), before.autoencoder):
+            late = "--stage, --stage-1-share and --autoencoder come too late: leave them out"
+            raise InputError(f"{args.run_dir} is in stage 2: {late}")
     folder = args.run_dir if checkpoint else None
     if fraction > 0 and resumed != NAME:
         run, code = train_autoencoder(args, data, device, checkpoint, start, fraction)

@@ -674,7 +674,7 @@ def adopt_batch_size(args, num_images, checkpoint):
     checkpoint.setdefault("position", checkpoint["step"])
     if args.batch_size == before:
         return
-    now = num_images // args.batch_size  # batches in an epoch
+    now = len(epoch_batches(num_images, args.batch_size, args.seed, 0))  # or InputError
     then = num_images // before
     epoch = checkpoint["position"] / then
     checkpoint["position"] = -(-checkpoint["position"] * now // then)  # rounded up
@@ -800,9 +800,9 @@ class Run:
             folder = args.run_dir if checkpoint else self._new_folder(args.run_dir)
         self.folder = folder
         self.start = self.last_save = time.monotonic()
-        # A finished run that is resumed need not be written again, but a copy of it has to be.
-        is_saved = checkpoint and args.resumed_from == folder / f"{self.stem}.pt"
-        self.saved_step = self.step if is_saved else None
+        # A finished run that is resumed without new flags is not written again; a copy of it is.
+        is_whole = checkpoint and args.resumed_from == folder / f"{self.stem}.pt"
+        self.saved_step = self.step if is_whole and {*args.typed} <= {"run_dir"} else None
         earlier = checkpoint["seconds"] if checkpoint else 0
         self.clock = self.start - earlier  # as if it had never been interrupted
         self.progress = 0.0

@@ -11,7 +11,7 @@ FAULT: none, KIND:STEP or KIND:STEP:RANK; steps are counted over all stages, the
     full    after the step no file can grow beyond 20,000 bytes, as on a full disk
     small   from the start no file can grow beyond 1,000 bytes
     gone    the run's folder is deleted after the step
-    fast    its clock runs at twice the speed, from the start
+    ahead   after the step its clock is put ahead by an hour
     wait    SIGTERM to a process that waits for rank 0, which sleeps
 Checkpoint and log are written after every second step, samples take two steps, and the indices
 that each step took of the data are written to seen_RANK.jsonl.
@@ -60,10 +60,6 @@ def main(argv):
     if kind == "small":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    if kind == "fast" and here:
-        clock, start = time.monotonic, time.monotonic()
-        time.monotonic = lambda: start + 2 * (clock() - start)
-
     def show_and_fail(self):
         show(self)
         steps.append(self.step)
@@ -73,6 +69,9 @@ def main(argv):
             time.sleep(3)
         elif here and kind == "wait":
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        elif here and kind == "ahead":
+            clock = time.monotonic
+            time.monotonic = lambda: clock() + 3600
         elif here and kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[kind])
         elif here and kind == "full":

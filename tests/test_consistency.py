@@ -204,6 +204,9 @@ def test_evaluate_and_report_import_torch_and_matplotlib_only_where_they_need_th
     for node in [*ast.parse(SOURCES["evaluate"]).body, *ast.parse(report).body]:
         allowed = shared | inside.get(getattr(node, "name", ""), set())
         assert imports(ast.unparse(node)) <= allowed
+    # explore.py needs no onnxruntime, which report.py imports: both have it.
+    both = definitions(report)["legend_text"], definitions(SOURCES["explore"])["legend_text"]
+    assert both[0] == both[1]
 
 
 def test_evaluate_reads_the_same_data_as_common():

@@ -139,7 +139,7 @@ def test_a_second_stage_keeps_its_autoencoder(tiny_runs, tmp_path, capsys, flags
     folder = shutil.copytree(tiny_runs("ldm"), tmp_path / "ldm")
     resume = ["--resume", "--run-dir", folder, "--epochs", "9", *flags.split()]
     error = refused(ldm.main, resume, capsys, alone=False)
-    assert flags.split()[0] in error and "comes too late" in error
+    assert flags.split()[0] in error and "come too late" in error
     kept = torch.load(folder / "ldm.pt", weights_only=True)
     assert kept["step"] == 15
 

@@ -422,7 +422,7 @@ def test_a_sampler_whose_samples_are_not_finite_is_not_written(
 def test_what_makes_no_images_takes_no_output(flag, in_tmp, capsys):
     given = ["--output", "x.png", "--class", "Bag", "--steps", "4", "--no-names"]
     error = refused(infer_onnx.main, [flag, *given], capsys)
-    assert f"{flag} makes no images: leave out --class, --steps, --output, --names" in error
+    assert f"{flag} makes no images: leave out --class, --steps, --output, --no-names" in error
 
 
 def test_a_model_s_name_is_no_pattern(exported, in_tmp, capsys):

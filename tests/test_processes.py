@@ -107,17 +107,15 @@ def test_two_processes_train_the_other_losses_of_a_gan(loss, in_tmp, data_dir, m
     assert one.keys() == two.keys() and len(one) == 3
     # Not closer: a shift of all logits, which the relativistic loss does not see, is rounding.
     for key, values in one.items():
-        assert np.allclose(values, two[key], rtol=1e-4, atol=1e-4), (key, values, two[key])
+        assert np.allclose(values, two[key], rtol=1e-4, atol=1e-3), (key, values, two[key])
 
 
 def test_processes_whose_clocks_differ_end_after_the_same_step(in_tmp, data_dir):
-    flags = ["--train", "--minutes", "0.05", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
-    done = forked("fast:0:1", "ddim", *flags, "--run-dir", "run", ranks=2)
+    flags = ["--train", "--minutes", "30", "--data-dir", data_dir, *TINY_FLAGS["ddim"]]
+    done = forked("ahead:5:1", "ddim", *flags, "--run-dir", "run", ranks=2)
     assert done.returncode == [0, 0], done.stderr
     seen = [Path(f"seen_{rank}.jsonl").read_text().count("\n") for rank in (0, 1)]
-    run = torch.load("run/ddim.pt", weights_only=True)
-    assert seen[0] == seen[1] == run["step"] > 3
-    assert run["seconds"] < 2.5  # the faster clock counts
+    assert seen[0] == seen[1] == torch.load("run/ddim.pt", weights_only=True)["step"] == 5
 
 
 def test_a_signal_to_a_process_that_waits_stops_all_after_the_same_step(in_tmp, data_dir):

@@ -242,6 +242,9 @@ def test_a_finished_run_keeps_its_prior_and_its_log_on_resume(tiny_runs, in_tmp,
         tiny_runs("vae"), Path("run")
     )]  # fmt: skip
     assert equal(*priors)
+    assert vae.main(["--resume", "--run-dir", "run", "--prior-components", "0"]) == 0
+    kept = torch.load("run/vae.pt", weights_only=True)
+    assert kept["prior"] is None and kept["config"]["prior_components"] == 0
 
 
 # --- Log ------------------------------------------------------------------------------------------

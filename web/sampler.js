@@ -231,7 +231,7 @@ function valuesOf(card) {
     image_shape: all(image_shape, "number") && image_shape.length === 3,
     value_range: String(value_range) === "-1,1",
     parts: all(Object.values(parts ?? [0]).map((part) => part?.file), "string") &&
-      needed.every((part) => part in parts),
+      needed.every((part) => part in Object(parts)),
     training: typeof (card.training ?? {}) === "object",
   };
   if (card.kind === "codes") {
