@@ -418,7 +418,7 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
     files = []  # (path, label)
     for y, folder in enumerate(folders):
         files += [(file, y) for file in _files_below(path / folder, path, skipped)]
-    entries = sorted(path.iterdir())
+    entries = sorted(path.iterdir(), key=lambda entry: entry.name)
     skipped["hidden"] += sum(_is_hidden(entry.name) for entry in entries)
     outer = [entry for entry in entries if not (entry.is_dir() or _is_hidden(entry.name))]
     if folders:
@@ -450,7 +450,8 @@ def _load_folder(path, channels, train, background, skip_broken, image_size):
 
 def _class_folders(path):
     """The names of the class folders, in order; InputError where they are train, val and test."""
-    folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
+    folders = [f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name)]
+    folders.sort(key=lambda f: f.name)  # on Windows, too, where paths ignore case
     for folder in folders:
         inside = [*folder.iterdir()] if folder.name.lower() in TRAINS + TESTS else []
         if any(map(Path.is_dir, inside)) and not any(map(_is_picture, inside)):
@@ -495,7 +496,7 @@ def _files_below(folder, root, skipped):
         skipped["hidden"] += sum(map(_is_hidden, [*folders, *files]))
         folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [(here, name) for name in files if not _is_hidden(name)]
-    return [Path(*parts) for parts in sorted(found)]
+    return [Path(*parts) for parts in sorted(found, key=lambda x: (Path(x[0]).as_posix(), x[1]))]
 
 
 def _is_hidden(name):

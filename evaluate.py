@@ -61,7 +61,7 @@ NAMES = ("vae", "gan", "ddpm", "ddim", "ldm", "distill")
 # Flags that --export-real, which scores nothing, has no use for.
 OF_SCORES = (
     "num_samples", "seeds", "steps", "guidance", "guidance_interval", "solver", "shard", "tsne",
-    "cas", "output", "extractors",
+    "cas", "output", "extractors", "timing",
 )  # fmt: skip
 K = 5  # neighbours that make a radius, for precision, recall, density and coverage
 QUERIES = 2000  # images whose nearest neighbours are looked for
@@ -311,7 +311,7 @@ def task(images, labels, classes):
     if classes > 1:
         return images, labels
     turned = [np.rot90(images, quarters, axes=(2, 3)) for quarters in range(4)]
-    return np.concatenate(turned), np.arange(4).repeat(len(images))
+    return np.concatenate(turned), np.arange(4, dtype=np.int64).repeat(len(images))
 
 
 def extractor_file(folder, name, which, image_shape=(1, 32, 32)):
@@ -921,7 +921,7 @@ def build_parser():
         help="guidance weights, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided "
              "(the model's default)")
     add("--guidance-interval", type=several(interval), metavar="LOW:HIGH,...",
-        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
+        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps "
              "(the model's default)")
     add("--guidance-limit", action=infer_onnx.Renamed, nargs="?",
         const="--guidance-interval 0:HIGH", help=argparse.SUPPRESS)
@@ -1017,12 +1017,18 @@ def score_floor(reference, train, test, accuracy, args, cycle=range(10)):
     return {**row, "scores": summary(scores)}
 
 
+def is_without_class(setting):
+    """Whether samples are of no class: at guidance 0, or of a student that learned from it."""
+    learned = setting.model.card["training"].get("guidance")
+    return setting.options.get("guidance", learned) == 0
+
+
 def score_setting(setting, reference, sets, test, args):
     """A row of results.json.  sets: uint8 (N, C, H, W) of each seed, maybe more of the first."""
     n = args.num_samples
     labels = np.array(balanced_labels(0, len(sets[0]), setting.cycle))
     options, card = setting.options, setting.model.card
-    unconditional = options.get("guidance") == 0
+    unconditional = is_without_class(setting)
     requested = None if unconditional else labels[:n]
     try:
         scores = [
@@ -1031,7 +1037,7 @@ def score_setting(setting, reference, sets, test, args):
         ]
     except InputError as error:
         raise InputError(f"{setting.title()}: {error}") from error
-    if args.cas and not unconditional:
+    if args.cas:
         most = len(reference.train)
         samples = sets[0][:most], labels[:most]
         scores[0]["cas"] = classifier_accuracy(samples, test, reference.classes)
@@ -1096,6 +1102,8 @@ def score_models(args):
     if args.export_real and (given := [k for k in OF_SCORES if getattr(args, k) != defaults[k]]):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         raise InputError(f"--export-real only writes real images: leave out {flags}")
+    if args.export_real and len(args.models) > 1:
+        raise InputError("--export-real writes images as one model has them: name one at most")
     check_packages(args)
     is_named = named_set(args.data, args.data_dir) is not None
     if not (is_named or args.models):
@@ -1130,6 +1138,9 @@ def score_models(args):
                 print(f"warning: {path} {said}")
     cache = args.output / "cache"
     cache.mkdir(parents=True, exist_ok=True)  # or fail, before the work
+    without = [setting for setting in settings if is_without_class(setting)]
+    if args.cas and without:
+        raise InputError(f"--cas needs classes, and {without[0].title()} has none at guidance 0")
     sizes = [n] * args.seeds
     if args.cas:
         sizes[0] = max(n, len(train[0]))
@@ -1183,10 +1194,10 @@ def write_results(args, results, settings, reference, train):
     """
     folder = args.output
     file = folder / "results.json"
-    text = json.dumps(results, indent=1) + "\n"
-    unchanged = file.is_file() and file.read_bytes() == text.encode()
+    content = (json.dumps(results, indent=1) + "\n").encode()
+    unchanged = file.is_file() and file.read_bytes() == content
     with written_whole(file) as scratch:
-        scratch.write_text(text)
+        scratch.write_bytes(content)
     try:
         from benchmarks import report  # here, so that a copy of this file alone can score
     except ImportError as error:

@@ -559,9 +559,10 @@ def interpolate(args, model):
     With --mix-at below 1 each end walks by itself to this fraction of T, where it has its outlines;
     there the two are mixed, as in DDPM section 4.3, so that frames change more evenly.
     """
-    vary = args.vary or ("class" if len(model.classes) == 2 else "noise")
+    has_two = len({*model.classes}) == 2
+    vary = args.vary or ("class" if has_two else "noise")
     if vary == "class":
-        if len(model.classes) != 2:
+        if not has_two:
             raise InputError("--vary class needs two classes, as in --class Sneaker,Bag")
         rows = [(*model.classes, 0, 0)]
     else:
@@ -733,7 +734,10 @@ def draw_map(args, model):
     labels = subsample(data.labels, MAP_IMAGES)
     codes = model.encode(subsample(data.images, MAP_IMAGES), labels).flatten(1)
     check_finite(codes)
-    method = "" if codes.shape[1] == 2 else f" by {args.method}"
+    method = f" by {args.method}"
+    if codes.shape[1] == 2:
+        print("codes of two numbers are points already: --method has no effect")
+        method = ""
     axes.set_title(f"{'latents' if model.latent else 'codes'} of images{method} ({args.name})")
     lines = []
     if model.latent:

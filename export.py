@@ -474,7 +474,7 @@ def random_inputs(inputs, batch, card):
     inputs: examples, whose shapes count.
     """
     num_classes = len(card["class_names"])
-    rows = np.arange(batch)
+    rows = np.arange(batch, dtype=np.int64)  # NumPy 1 on Windows has int32
     last = len(card.get("alpha_bars", [0])) - 1
     known = {
         "t": np.linspace(0, last, batch).astype(np.int64),

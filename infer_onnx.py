@@ -1493,6 +1493,8 @@ def output_path(text):
     exists = os.path.exists(path)  # noqa: PTH110  Path's own raises for names that are too long
     if not path.suffix and not text.endswith(("/", os.sep)) and not exists:
         raise argparse.ArgumentTypeError(f"{text!r} has no ending: a new folder is {text}/")
+    if path.suffix and text.endswith(("/", os.sep)) and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder by its /, a file by its ending")
     return path
 
 
@@ -1516,7 +1518,7 @@ def add_model_flags(parser):
         help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided; "
              "diffusion models only (the model's default)")
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps; "
+        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps; "
              "diffusion models only (the model's default)")
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)
@@ -1622,7 +1624,7 @@ def check_output(path, suffixes, given=(), flag="--output"):
 
 def check_combination(args, classes):
     """Raise InputError for flags that do not go together with each other or with the classes."""
-    if args.interpolate == "class" and len(classes) != 2:
+    if args.interpolate == "class" and len({*classes}) != 2:
         raise InputError("--interpolate class is between two classes: give two, as --class 7,8")
     if (args.interpolate or args.between) and args.num_samples < 2:
         raise InputError("frames between two images need --num-samples 2 or more")
@@ -1705,9 +1707,13 @@ def run(args):
     else:
         check_output(output, [".png", ".npz", ""], given)
     note_on_all(names)
-    step = card.get("training", {}).get("step", YOUNG)
+    training = card.get("training", {})
+    step = training.get("step", YOUNG)
     if step < YOUNG:
         print(f"{path} is of step {step}, early in its training")
+    has_class = options.get("guidance", training.get("guidance")) != 0  # that of a student
+    if not has_class:
+        print("guidance 0: the images are of no class that was asked for")
     start = time.perf_counter()
     count, found = len(numbers), 0
     if folder:
@@ -1723,7 +1729,7 @@ def run(args):
     else:
         images, labels, columns = images_of_flags(model, args, classes, options)
         seconds = time.perf_counter() - start
-        rows = rows_of_flags(args, names, classes, labels, columns)
+        rows = rows_of_flags(args, names, classes, labels, columns) if has_class else None
         write_images(images, labels, names, output, columns, texts, rows)
         count = len(images)
     there = f" ({found} were there)" if found else ""

@@ -578,6 +578,9 @@ def train(args, checkpoint=None):
         raise InputError(f"--autoencoder is for stage 2: leave it out, or --stage {args.stage}")
     if "stage_1_share" in args.typed and fraction in (0, 1):
         raise InputError("--stage-1-share is for the training of both stages: leave it out")
+    later = [key for key in OF_STAGE_2 if key in args.typed]
+    if fraction == 1 and later:
+        print(f"{as_flags(later)}: of stage 2, which --resume --stage both trains")
     start = None
     if args.start and resumed != NAME:
         if fraction == 0:
@@ -868,6 +871,10 @@ FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",
     "autoencoder",
 )  # fmt: skip
+OF_STAGE_2 = (
+    "widths", "depths", "attention", "emb_channels", "num_timesteps", "schedule", "prediction",
+    "noise_levels", "loss", "label_dropout", "optimizer",
+)  # fmt: skip
 # The flags that must be as in the run of --start.
 FITTING = (
     "image_size", "channels", "latent_channels", "autoencoder_widths", "channel_attention",
@@ -887,7 +894,7 @@ def sampling_flags(parser):
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,
-        help="guide only at LOW T <= t < HIGH T, fractions of T, the number of training timesteps "
+        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps "
              f"({low} {high})")
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)

@@ -135,6 +135,8 @@ def output_path(text):
     exists = os.path.exists(path)  # noqa: PTH110  Path's own raises for names that are too long
     if not path.suffix and not text.endswith(("/", os.sep)) and not exists:
         raise argparse.ArgumentTypeError(f"{text!r} has no ending: a new folder is {text}/")
+    if path.suffix and text.endswith(("/", os.sep)) and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder by its /, a file by its ending")
     return path
 
 
@@ -269,6 +271,8 @@ def parse_run(parser, argv, names, fixed, free):
     if args.output and args.output.suffix.lower() == ".gif":
         raise InputError(f"a .gif is now: python explore.py gif {script} --output {args.output}")
     training = args.train or args.resume
+    if args.train and args.resume:
+        raise InputError("--train begins a run, --resume continues one: give one of them")
     if args.epochs and args.minutes:
         raise InputError("give --epochs or --minutes, not both")
     if args.checkpoint and training:
@@ -286,6 +290,9 @@ def parse_run(parser, argv, names, fixed, free):
         raise InputError(f"{of_sampling}: to sample from a model, not to train one")
     if of_training and not training:
         raise InputError(f"{of_training}: to train a model, with --train or --resume")
+    others = as_flags({*typed} - {"list_classes", "checkpoint"})
+    if args.list_classes and others:
+        raise InputError(f"--list-classes makes no images: leave out {others}")
     if not training and "LOCAL_RANK" in os.environ:
         raise InputError("torchrun is for --train and --resume: sample with python")
     if not args.resume:
@@ -921,6 +928,9 @@ class Run:
         if self.rank == 0 and not self.resumed:
             if self.data.warnings:
                 self.log({"warnings": self.data.warnings})
+            steps = (self.args.epochs or math.inf) * self.fraction * self.steps_per_epoch
+            if self.args.warmup > steps:
+                print(f"warning: --warmup {self.args.warmup} is longer than the run, {steps:.0f}")
             save()  # from now on there is a run to resume
             self.start = time.monotonic()  # of the images/s
         while not self._is_over():
@@ -993,7 +1003,7 @@ class Run:
 
     def _show(self):
         images = (self.step - self.first_step) * self.args.batch_size
-        speed = images / (time.monotonic() - self.start)
+        speed = images / max(time.monotonic() - self.start, 1e-3)  # some clocks tick in 16 ms
         text = f"epoch {int(self._epoch())}, {self.text}, {speed:.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(min(self.fraction_done(), 1.0) - self.bar.n)
@@ -1075,6 +1085,8 @@ class Run:
             self._is_over()  # or a signal during that would be lost, and the next part begin
         minutes = self._seconds() / 60
         print(f"{self.step} steps, {self._epoch():.2f} epochs, {minutes:.1f} minutes")
+        if self.resumed and self.step == self.first_step and not self.stopped:
+            print("it was at its end: only a greater --epochs or --minutes trains on")
         if self.stopped:
             resume = self._resume_command()
             print(f"Stopped and saved. Resume with:\n  {resume}", flush=True)
@@ -1397,6 +1409,9 @@ def save_samples(args, name, opened, images, labels, options):
     columns = grid_columns(args.num_samples, len(images))
     names = checkpoint["class_names"]
     rows = names_of_rows(labels.tolist(), names, columns) if args.names else None
+    if options.get("guidance", checkpoint["config"].get("guidance")) == 0:  # that of a student
+        print("guidance 0: the images are of no class that was asked for")
+        rows = None
     save_images(images, labels, names, output, columns, texts, rows)
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
     print(f"wrote {output}: {settings} (weights: {path})")

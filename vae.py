@@ -409,6 +409,9 @@ def train(args, checkpoint=None):
         if components:
             fitting = f"fitting the prior, {components} Gaussians for a class"
             tqdm.write(f"saved; {fitting} (Ctrl-C skips it, --resume does it later)")
+            few = (data.labels.bincount(minlength=num_classes) < 2 * components).sum()
+            if components > 1 and few:
+                tqdm.write(f"{few} classes have fewer than {2 * components} images: one Gaussian")
             save(len(images), components)
 
     size = sum(p.numel() for p in model.parameters())
@@ -513,7 +516,8 @@ def build_parser():
     add("--kl-warmup", type=number(float, 0, 1), default=0.1,
         help="fraction of the run in which the KL weight grows from 0, 0 to 1 (0.1)")
     add("--prior-components", type=number(int, 0, 1000), default=15,
-        help="Gaussians fitted per class after the time of training; 0 leaves N(0, 1) (15)")
+        help="Gaussians fitted per class after the time of training, one where a class has fewer "
+             "than twice as many images; 0 leaves N(0, 1) (15)")
     optimisation_flags(parser, lr=2e-3)
     # fmt: on
     sampling_flags(parser)

@@ -10,6 +10,17 @@ SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+def only_table(parser, args):
+    """Whether --table is given; ends with an error beside flags of work, which it does not do."""
+    useful = ("table", "output", "data_dir", "what")
+    given = [key for key, value in vars(args).items() if value not in (parser.get_default(key), [])]
+    if args.table and (others := [key for key in given if key not in useful]):
+        what = "NAME" if others[0] == "names" else f"--{others[0].replace('_', '-')}"
+        text = f"--table only writes the table anew: leave out {what}"
+        parser.exit(2, f"{parser.prog}: error: {text}\n")
+    return args.table
+
+
 def pinned(core):
     """Options of subprocess for a program with one thread on one core, in the repository.
 

@@ -85,7 +85,8 @@ def probes(path):
         shape = card.get("latent_shape") or card["image_shape"]
         inputs = {
             "noise": infer_onnx.next_noise(infer_onnx.noise_streams(0, [0]), shape),
-            "labels": np.array([probe["y"]]), "steps": np.array(card["steps"]),
+            "labels": np.array([probe["y"]], np.int64),
+            "steps": np.array(card["steps"], np.int64),
             "guidance": np.array(card["guidance"], np.float32),
             "guidance_interval": np.array(card["guidance_interval"], np.float32),
             "second_order": np.array(card.get("solver") == "dpm++"),

@@ -180,6 +180,8 @@ def main(argv=None):
             flag = "--" + key.replace("_", "-")
             said = f"{flag} has no meaning for {args.what} (see --help)"
             parser.exit(2, f"{parser.prog}: error: {said}\n")
+    if args.subject and args.rounds != parser.get_default("rounds"):
+        parser.exit(2, f"{parser.prog}: error: --subject is measured once: leave out --rounds\n")
     if args.rounds < 1:
         parser.exit(2, f"{parser.prog}: error: --rounds {args.rounds}: right is 1 or more\n")
     if args.subject:

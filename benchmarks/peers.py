@@ -32,7 +32,7 @@ import numpy as np
 
 import evaluate
 import infer_onnx
-from benchmarks import SCORES, pinned, report
+from benchmarks import SCORES, libraries, only_table, pinned, report
 from benchmarks.libraries import LIBRARIES, OURS, ROOT, build
 from infer_onnx import InputError, written_whole
 
@@ -429,10 +429,11 @@ def planned(args):
 def train_all(args):
     """Compare the pairs that are not in libraries.json yet, and write its table."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainings end, too
+    table_only = only_table(libraries.build_parser(), args)
     file = Path(args.output, "libraries.json")
     rows = json.loads(file.read_text()) if file.is_file() else []
     kept = {key(row) for row in rows}
-    runs = [] if args.table else [run for run in planned(args) if key(run) not in kept]
+    runs = [] if table_only else [run for run in planned(args) if key(run) not in kept]
     cores = sorted(os.sched_getaffinity(0))
     if runs and len(cores) < 2:
         raise InputError("a pair needs two cores, one for each training")

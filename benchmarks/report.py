@@ -251,7 +251,7 @@ def write_picture(picture, path):
 
 def write_text(text, path):
     with written_whole(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", newline="\n")
 
 
 def stem_of(title):

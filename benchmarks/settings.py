@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import infer_onnx  # noqa: E402
-from benchmarks import SCORES, report  # noqa: E402
+from benchmarks import SCORES, only_table, report  # noqa: E402
 from common import to_uint8  # noqa: E402
 from runs import load_checkpoint, pick_device  # noqa: E402
 
@@ -203,9 +203,7 @@ def run(args):
     wanted = {key(row): row for row in rows if words(row) in (args.only or [words(row)])}
     file = args.output / "settings.json"
     kept = {key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
-    if args.table:
-        if args.names or args.only:
-            raise infer_onnx.InputError("--table writes all rows: leave out NAME and --only")
+    if only_table(build_parser(), args):
         if not kept:
             raise infer_onnx.InputError(f"--table: there is no {file}")
         write([*kept.values()], args.output)

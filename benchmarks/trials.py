@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
-from benchmarks import SCORES, pinned, report
+from benchmarks import SCORES, only_table, pinned, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
@@ -359,8 +359,7 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    if args.table and (args.names or args.flags):
-        parser.error("--table writes all trials: leave out NAME and --flags")
+    only_table(parser, args)
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
     kept = read_kept()

@@ -948,6 +948,22 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, arg
     assert message in error and not (in_tmp / "results").exists()
 
 
+def test_cas_needs_a_class(workplace, in_tmp, capsys):
+    argv = ["ddim", *workplace, "--steps", "2", "--guidance", "0", "--cas"]
+    assert "has none at guidance 0" in refused(evaluate.main, argv, capsys, alone=False)
+
+
+def test_a_student_that_learned_without_a_class_has_no_label_accuracy(exports):
+    model = infer_onnx.load_model(exports("ddim"), "cpu", 1)
+    for training, options, answer in (
+        ({}, {"guidance": 0}, True), ({}, {"guidance": 1}, False), ({}, {}, False),
+        ({"guidance": 0.0}, {"steps": 4}, True), ({"guidance": 2.0}, {"steps": 4}, False),
+    ):  # fmt: skip
+        card = {**model.card, "training": {**model.card["training"], **training}}
+        setting = SimpleNamespace(model=SimpleNamespace(card=card), options=options)
+        assert evaluate.is_without_class(setting) is answer
+
+
 def test_missing_packages_are_reported_before_the_work(workplace, in_tmp, capsys, monkeypatch):
     for flag, module in (
         ("--tsne", "sklearn.manifold"), ("--tsne", "matplotlib.figure"), ("--cas", "torch"),

@@ -1,6 +1,7 @@
 """ldm.py: its two stages, its latents, and its sampler with a denoiser that knows the answer."""
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_stages_alone_and_another_run_s_autoencoder(in_tmp, data_dir, monkeypatc
         assert torch.equal(value, second["ema"][f"autoencoder.{key}"])
     assert torch.equal(second["ema"]["latent_std"], third["ema"]["latent_std"])
     assert second["config"]["kl_weight"] == first["config"]["kl_weight"] == 0.02
+
+
+def test_flags_of_the_second_stage_are_named_in_the_first(in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "1", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    assert ldm.main([*flags, "--stage", "1", "--loss", "l1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"--widths.*--loss: of stage 2, which --resume --stage both trains", said)
 
 
 def test_the_second_stage_takes_the_newest_autoencoder(in_tmp, data_dir, capsys):

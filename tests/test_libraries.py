@@ -222,6 +222,7 @@ def test_a_stopped_run_resumes(stubs, tmp_path):
         (["--lr", "nan"], "--lr nan: right is 1e-06 or more"),
         (["--rounds", "5"], "--rounds has no meaning for train"),
         (["--table"], "has no rows yet"),
+        (["--table", "--lr", "3e-4"], "--table only writes the table anew: leave out --lr"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, said, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What all five scripts have in common: they train, resume, sample, and refuse bad input."""
 
 import importlib
+import shutil
 import signal
 from shlex import split
 
@@ -128,6 +129,34 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
     for path in kept:
         weights = torch.load(path, weights_only=True)["weights"]
         assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_flag_that_would_be_ignored_is_refused(name, script, tiny_runs, in_tmp, capsys):
+    where = ["--checkpoint", tiny_runs(name)]
+    for flags, message in (
+        (["--list-classes", "--class", "Snaeker", *where], "leave out --class"),
+        (["--output", "x.png/", *where], "'x.png/' is a folder by its /, a file by its ending"),
+    ):
+        assert message in refused(script.main, flags, capsys)
+
+
+def test_a_run_that_is_over_says_so_when_it_is_resumed(name, script, tiny_runs, in_tmp, capsys):
+    shutil.copytree(tiny_runs(name), "run")
+    assert script.main(["--resume", "--run-dir", "run"]) == 0
+    assert "it was at its end: only a greater --epochs or --minutes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
+def test_images_of_no_class_are_called_so(name, script, tiny_runs, in_tmp, capsys):
+    flags = ["--checkpoint", str(tiny_runs(name)), "--steps", "2", "--num-samples", "2"]
+    pictures = []
+    for guidance in ("0", "1"):
+        said = "of no class that was asked for"
+        assert script.main([*flags, "--guidance", guidance, "--output", "x.png"]) == 0
+        assert (said in capsys.readouterr().out) == (guidance == "0")
+        with Image.open("x.png") as picture:
+            pictures.append(picture.width)
+    assert pictures[0] < pictures[1]  # without the names of the classes beside its rows
 
 
 def test_ctrl_c_while_sampling_is_one_line(name, script, tiny_runs, in_tmp, monkeypatch, capsys):

@@ -523,6 +523,14 @@ def test_reconstruction_and_interpolation_of_images_equal_those_of_torch(
     assert len(found) == 5
 
 
+def test_images_of_no_class_are_called_so(exports, in_tmp, capsys):
+    flags = ["--model", str(exports("ldm")), "--steps", "2", "--class", "o,su", "--output", "x.png"]
+    for guidance in ("0", "1"):
+        assert infer_onnx.main([*flags, "--guidance", guidance]) == 0
+        said = "guidance 0: the images are of no class that was asked for"
+        assert (said in capsys.readouterr().out) == (guidance == "0")
+
+
 def test_a_session_has_the_threads_that_were_asked_for(exports):
     for threads in (1, 2):
         model = infer_onnx.load_model(exports("ldm"), "cpu", threads)
@@ -705,6 +713,7 @@ def test_a_flag_that_a_model_has_no_use_for_exits_with_2(exports, in_tmp, capsys
     [
         (["--interpolate", "noise"], "need --num-samples 2"),
         (["--interpolate", "class", "--num-samples", "3"], "give two"),
+        (["--interpolate", "class", "--num-samples", "3", "--class", "o,o"], "give two"),
         (["--reconstruct", "a.png", "--interpolate", "noise"], "not allowed with"),
         (["--reconstruct", "a.png"], "need one --class"),
         (["--reconstruct", "a.png", "--class", "o", "--prior", "normal"], "--prior are of noise"),

@@ -533,6 +533,10 @@ def test_a_link_is_a_picture(page, address):
     assert_draws(page, shipped("ddim"), 0, **options, solver="dpm++")
     assert open_page(page, address, **settings, guidance_limit=0.5) == "done"  # an older link
     assert "--guidance-interval 0 0.5" in text(page, "command")
+    said = "guidance 0: of no class that was asked for"
+    assert said not in text(page, "report")
+    assert open_page(page, address, model="ddim", steps=2, guidance=0) == "done"
+    assert said in text(page, "report")
 
 
 @needs_chromium
@@ -826,8 +830,11 @@ def test_a_page_without_server_or_runtime(page, serve, tmp_path):
     page.wait("document.readyState === 'complete'")
     assert text(page, "error").startswith("This page needs a server: run python -m http.server")
     (tmp_path / "web").mkdir()
-    for name in ("index.html", "sampler.js"):
-        shutil.copy(ROOT / "web" / name, tmp_path / "web")
+    shutil.copy(ROOT / "web/index.html", tmp_path / "web")
+    page.open(serve(tmp_path))
+    page.wait("document.readyState === 'complete'")
+    assert text(page, "error").startswith("sampler.js must lie beside this page")
+    shutil.copy(ROOT / "web/sampler.js", tmp_path / "web")
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     alone = serve(tmp_path)
     assert open_page(page, alone) == "error"
