@@ -26,7 +26,9 @@ import infer_onnx
 import ldm
 import runs
 import vae
-from benchmarks import reconstructions, report, settings, speed, start, trials
+from benchmarks import (
+    libraries, peers, reconstructions, report, settings, speed, start, trials,
+)  # fmt: skip
 
 PAGES = {
     name: (ROOT / name).read_text()
@@ -336,6 +338,23 @@ def test_the_tables_of_trials_are_those_of_their_figures():
     folder = ROOT / "results/start"
     found = start.table(json.loads((folder / "start.json").read_text()))
     assert found == (folder / "start.md").read_text()
+
+
+def test_what_is_said_of_other_libraries_is_in_their_table():
+    folder = ROOT / "results/libraries"
+    rows = json.loads((folder / "libraries.json").read_text())
+    assert peers.table(rows) == (folder / "libraries.md").read_text()
+    said = one_line(RESULTS.split("## Beside other libraries")[1].split("\n## ")[0])
+    for row in rows:
+        ours, theirs = row["sides"]["this repository"], row["sides"][row["library"]]
+        ffids = [side["scores"]["ffid"] for side in (ours, theirs)]
+        text = f"{row['library']}: F-FID {ffids[1]:.2f}, {ffids[1] / ffids[0]:.1f} times the "
+        text += f"{ffids[0]:.3f} of `ddim.py`, in {theirs['evaluations']} evaluations of the "
+        text += f"network against {ours['evaluations']}. In this time it saw "
+        assert text + f"{ours['images'] / theirs['images']:.1f} times fewer images" in said
+        assert row["minutes"] == 20 and row["num_samples"] == 10_000
+    is_missing = len({row["library"] for row in rows}) < len(libraries.LIBRARIES)
+    assert ("has not been scored yet" in said) == is_missing
 
 
 @pytest.mark.parametrize(
