@@ -496,7 +496,7 @@ def sampling_flags(parser):
     add = parser.add_argument_group("sampling").add_argument
     add("--guidance", type=number(float, 0, 1000),
         help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided "
-             f"({GUIDANCE:g})")
+             f"(1 or 0 where labels were dropped never or always, else {GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,

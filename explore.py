@@ -853,7 +853,7 @@ def add_flags(parser, command, name):
             help="times that each step is taken, 1 to 100; more, and the parts fit better (5)")
     if command == "edit":
         add("--strength", type=number(float, 0, 1, above=True), default=0.6,
-            help="fraction of T that the image is noised to, above 0 to 1 (0.6)")
+            help="fraction of the walk's length that the image is noised to, above 0 to 1 (0.6)")
     if command == "map":
         add("--method", choices=("pca", "tsne"), default="pca",
             help="projection: two principal directions, or t-SNE, which takes a minute (pca)")

@@ -207,7 +207,8 @@ def run_parser(name, doc, batch_size=64, data=True):
     add("--checkpoint", type=file_path,
         help="a .pt file or a run's folder to sample from (newest run, else the included weights)")
     add("--output", type=output_path,
-        help="a .png grid, an .npz of arrays, or a folder for PNGs, as in out/ (NAME_CLASS.png)")
+        help="a .png grid, an .npz of arrays, or a folder for PNGs, as in out/ (NAME_CLASS.png, of "
+             "several classes NAME_samples.png)")
     add("--names", action=on_off, default=True,
         help="class names beside the rows of a .png grid (on)")
     # fmt: on
@@ -624,6 +625,8 @@ def load_run_data(args, checkpoint=None):
     named = args.data.removeprefix("set:") in NAMED_SETS
     if checkpoint and not named and not Path(args.data).exists():
         raise InputError(f"the run's data, {args.data}, is not there: say where it is with --data")
+    if "background" in args.typed and (named or Path(args.data).is_file()):
+        raise InputError(f"--background is for folders, and {args.data} is none: leave it out")
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     in_turn = named and dist.is_initialized()  # one process of each machine may have to download
     if in_turn and not first_here:

@@ -124,6 +124,7 @@ COMBINATIONS = [
     (SCRIPTS, ["--train", "--data", "nowhere"], "no data set 'nowhere'"),
     (SCRIPTS, ["--train", "--data", "mnist", "--data-dir", "nowhere"], "nowhere is not a folder"),
     (SCRIPTS, ["--train", "--batch-size", "61"], "--batch-size 61 is not in 1..60"),
+    (SCRIPTS, ["--train", "--background", "red"], "--background is for folders"),
     (SCRIPTS, ["--train", "--checkpoint", "x"], "--checkpoint is to sample from"),
     (SCRIPTS, ["--train", "--resume"], "--train begins a run, --resume continues one"),
     (SCRIPTS, ["--resume", "--run-dir", "nowhere"], "there is no nowhere"),
@@ -181,7 +182,7 @@ def test_steps_and_guidance_are_those_that_the_help_says(name, tiny_runs, in_tmp
     )
     assert script.main(["--checkpoint", run_dir, "--class", "0", "--output", "x.png"]) == 0
     said = {action.dest: action.help for action in script.build_parser()._actions}
-    assert said["guidance"].endswith(f"({seen[0]['guidance']:g})")
+    assert said["guidance"].endswith(f"always, else {seen[0]['guidance']:g})")
     assert said["steps"].endswith(f"({seen[0]['steps']})") and seen[0]["steps"] == script.STEPS
 
 

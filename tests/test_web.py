@@ -653,6 +653,8 @@ def test_the_picture_outlives_wrong_input(page, address):
         ({"solver": "euler"}, "solver euler is not ddim or dpm++"),
         ({"model": "ddpm", "solver": "ddim"}, "solver is not for ddpm models here: leave it out"),
         ({"model": "distill", "guidance_low": "0"}, "guidance_interval is not for distill models"),
+        ({"model": "gan", "clas": "Bag"}, "the link's clas: right are model, class, seed, solver"),
+        ({"model": "ddim", "eta": "1"}, "the link's eta: right are"),
     ],
 )
 def test_wrong_links(page, address, settings, message):
@@ -666,6 +668,18 @@ def test_wrong_links(page, address, settings, message):
     assert state == "error" and text(page, "error").startswith(message)
     if settings.get("model") in ("flow", "file"):  # no model is chosen, so that any can be
         assert page.evaluate("document.querySelectorAll('#model input:checked').length") == 0
+
+
+@needs_chromium
+@needs_runtime
+def test_a_link_says_each_thing_once_and_after_a_hash(page, address):
+    for link in ("#model=gan&seed=1&seed=2", "?class=Bag#model=gan"):
+        page.open(address + link)
+        page.wait("document.body && document.body.dataset.state === 'error'")
+        assert "right are model, class" in text(page, "error")
+    page.evaluate("document.querySelector('#model input[value=gan]').click()")
+    assert settle(page) == "done"
+    assert_draws(page, shipped("gan"))
 
 
 @needs_chromium
