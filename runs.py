@@ -933,7 +933,8 @@ class Run:
                 self.log({"warnings": self.data.warnings})
             steps = (self.args.epochs or math.inf) * self.fraction * self.steps_per_epoch
             if self.args.warmup > steps:
-                print(f"warning: --warmup {self.args.warmup} is longer than the run, {steps:.0f}")
+                late = f"--warmup {self.args.warmup} is more than the {steps:.0f} steps of the run"
+                print(f"warning: {late}: the rate never reaches --lr")
             save()  # from now on there is a run to resume
             self.start = time.monotonic()  # of the images/s
         while not self._is_over():

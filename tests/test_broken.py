@@ -214,7 +214,7 @@ def test_a_learning_rate_that_is_too_high_or_too_low_is_said_while_training(
     ):
         flags = flags_of("ddim", data_dir, "--epochs", epochs, "--lr", lr)
         assert ddim.main([*flags, "--run-dir", lr]) == 0
-        said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        said = [line for line in capsys.readouterr().out.splitlines() if "warning: step" in line]
         logged = [text for line in lines_of(f"{lr}/log.jsonl") for text in line.get("warnings", ())]
         if message:
             assert len(said) == 1 and message in said[0]

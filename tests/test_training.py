@@ -353,6 +353,13 @@ def test_every_rate_ends_where_half_a_cosine_does(name, tiny_runs):
         assert name != "gan" or {tuple(group["betas"]) for group in groups} == {(0.0, 0.99)}
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_said(in_tmp, data_dir, capsys):
+    for warmup in (3, 4):
+        assert gan.main([*flags_of("gan", data_dir), "--warmup", str(warmup)]) == 0
+        said = "warning: --warmup 4 is more than the 3 steps of the run"
+        assert (said in capsys.readouterr().out) == (warmup == 4)
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_log_has_means_of_its_steps(name, in_tmp, data_dir, monkeypatch):
     script, key = importlib.import_module(name), {"vae": "kl", "gan": "loss_g"}.get(name, "loss")
