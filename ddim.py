@@ -561,7 +561,7 @@ def sampling_flags(parser):
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,
-        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps "
+        help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              f"({low} {high})")
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)

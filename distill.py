@@ -337,7 +337,7 @@ def build_parser():
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,
-        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps "
+        help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
         help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); it takes more where it "

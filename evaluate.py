@@ -921,7 +921,7 @@ def build_parser():
         help="guidance weights, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided "
              "(the model's default)")
     add("--guidance-interval", type=several(interval), metavar="LOW:HIGH,...",
-        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps "
+        help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              "(the model's default)")
     add("--guidance-limit", action=infer_onnx.Renamed, nargs="?",
         const="--guidance-interval 0:HIGH", help=argparse.SUPPRESS)
@@ -1037,7 +1037,7 @@ def score_setting(setting, reference, sets, test, args):
         ]
     except InputError as error:
         raise InputError(f"{setting.title()}: {error}") from error
-    if args.cas:
+    if args.cas and not unconditional:
         most = len(reference.train)
         samples = sets[0][:most], labels[:most]
         scores[0]["cas"] = classifier_accuracy(samples, test, reference.classes)
@@ -1101,6 +1101,7 @@ def score_models(args):
     defaults = vars(build_parser().parse_args([]))
     if args.export_real and (given := [k for k in OF_SCORES if getattr(args, k) != defaults[k]]):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        flags = flags.replace("--timing", "--no-timing")
         raise InputError(f"--export-real only writes real images: leave out {flags}")
     if args.export_real and len(args.models) > 1:
         raise InputError("--export-real writes images as one model has them: name one at most")
@@ -1130,6 +1131,12 @@ def score_models(args):
     behind = None if is_named else background
     cycle = range(10) if is_named else train[1].tolist()
     settings = find_settings(args, class_names, image_shape, behind, cycle)
+    without = [setting.title() for setting in settings if is_without_class(setting)]
+    if args.cas and without:
+        said = f"guidance 0 ignores classes, which --cas needs: {', '.join(without)}"
+        if len(without) == len(settings):
+            raise InputError(said)
+        print(f"no CAS where {said}")
     held_out = args.hold_out or real.test is None
     if held_out:
         for path, card in {setting.path: setting.model.card for setting in settings}.items():
@@ -1138,9 +1145,6 @@ def score_models(args):
                 print(f"warning: {path} {said}")
     cache = args.output / "cache"
     cache.mkdir(parents=True, exist_ok=True)  # or fail, before the work
-    without = [setting for setting in settings if is_without_class(setting)]
-    if args.cas and without:
-        raise InputError(f"--cas needs classes, and {without[0].title()} has none at guidance 0")
     sizes = [n] * args.seeds
     if args.cas:
         sizes[0] = max(n, len(train[0]))

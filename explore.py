@@ -559,7 +559,7 @@ def interpolate(args, model):
     With --mix-at below 1 each end walks by itself to this fraction of T, where it has its outlines;
     there the two are mixed, as in DDPM section 4.3, so that frames change more evenly.
     """
-    has_two = len({*model.classes}) == 2
+    has_two = len(model.classes) == 2 == len({*model.classes})
     vary = args.vary or ("class" if has_two else "noise")
     if vary == "class":
         if not has_two:
@@ -736,7 +736,7 @@ def draw_map(args, model):
     check_finite(codes)
     method = f" by {args.method}"
     if codes.shape[1] == 2:
-        print("codes of two numbers are points already: --method has no effect")
+        print(f"codes of two numbers are points already: drawn as they are, not by {args.method}")
         method = ""
     axes.set_title(f"{'latents' if model.latent else 'codes'} of images{method} ({args.name})")
     lines = []

@@ -1518,7 +1518,7 @@ def add_model_flags(parser):
         help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided; "
              "diffusion models only (the model's default)")
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
-        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps; "
+        help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps; "
              "diffusion models only (the model's default)")
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)
@@ -1624,7 +1624,7 @@ def check_output(path, suffixes, given=(), flag="--output"):
 
 def check_combination(args, classes):
     """Raise InputError for flags that do not go together with each other or with the classes."""
-    if args.interpolate == "class" and len({*classes}) != 2:
+    if args.interpolate == "class" and not len(classes) == 2 == len({*classes}):
         raise InputError("--interpolate class is between two classes: give two, as --class 7,8")
     if (args.interpolate or args.between) and args.num_samples < 2:
         raise InputError("frames between two images need --num-samples 2 or more")
@@ -1713,7 +1713,7 @@ def run(args):
         print(f"{path} is of step {step}, early in its training")
     has_class = options.get("guidance", training.get("guidance")) != 0  # that of a student
     if not has_class:
-        print("guidance 0: the images are of no class that was asked for")
+        print("guidance 0 ignores the class: the images are of any")
     start = time.perf_counter()
     count, found = len(numbers), 0
     if folder:

@@ -871,6 +871,7 @@ FREE = (
     *RUN_FLAGS, "lr", "warmup", "grad_clip", "bf16", "compile", "stage", "stage_1_share",
     "autoencoder",
 )  # fmt: skip
+# Flags that --stage 1 keeps for stage 2.
 OF_STAGE_2 = (
     "widths", "depths", "attention", "emb_channels", "num_timesteps", "schedule", "prediction",
     "noise_levels", "loss", "label_dropout", "optimizer",
@@ -894,7 +895,7 @@ def sampling_flags(parser):
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,
-        help="guide above 1 only at LOW T <= t < HIGH T, fractions of T, the training timesteps "
+        help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              f"({low} {high})")
     add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
         help=argparse.SUPPRESS)

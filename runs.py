@@ -43,6 +43,7 @@ FORMAT = 2  # of the checkpoint file
 # What runs had before there were these flags.
 OLDER = {"image_size": 32, "noise_levels": "uniform"}
 LOG_EVERY = 50  # steps
+OF_CLASSES = ("list_classes", "checkpoint", "device")  # flags that go with --list-classes
 YOUNG = 1000  # steps before which samples may be noise still
 # Flags that may change when a run is resumed; each script adds to them.
 RUN_FLAGS = (
@@ -291,9 +292,9 @@ def parse_run(parser, argv, names, fixed, free):
         raise InputError(f"{of_sampling}: to sample from a model, not to train one")
     if of_training and not training:
         raise InputError(f"{of_training}: to train a model, with --train or --resume")
-    others = as_flags({*typed} - {"list_classes", "checkpoint"})
+    others = [key for key in typed_flags(parser, argv) if key not in OF_CLASSES]
     if args.list_classes and others:
-        raise InputError(f"--list-classes makes no images: leave out {others}")
+        raise InputError(f"--list-classes makes no images: leave out {as_flags(others)}")
     if not training and "LOCAL_RANK" in os.environ:
         raise InputError("torchrun is for --train and --resume: sample with python")
     if not args.resume:
@@ -625,7 +626,7 @@ def load_run_data(args, checkpoint=None):
     named = args.data.removeprefix("set:") in NAMED_SETS
     if checkpoint and not named and not Path(args.data).exists():
         raise InputError(f"the run's data, {args.data}, is not there: say where it is with --data")
-    if "background" in args.typed and (named or Path(args.data).is_file()):
+    if "background" in getattr(args, "typed", ()) and (named or Path(args.data).is_file()):
         raise InputError(f"--background is for folders, and {args.data} is none: leave it out")
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     in_turn = named and dist.is_initialized()  # one process of each machine may have to download
@@ -931,10 +932,9 @@ class Run:
         if self.rank == 0 and not self.resumed:
             if self.data.warnings:
                 self.log({"warnings": self.data.warnings})
-            steps = (self.args.epochs or math.inf) * self.fraction * self.steps_per_epoch
-            if self.args.warmup > steps:
-                late = f"--warmup {self.args.warmup} is more than the {steps:.0f} steps of the run"
-                print(f"warning: {late}: the rate never reaches --lr")
+            if self.args.epochs and self.args.warmup >= self._length():
+                whole = f"--warmup {self.args.warmup} takes all {self._length()} steps"
+                tqdm.write(f"warning: {whole} of this training: the rate stays below --lr")
             save()  # from now on there is a run to resume
             self.start = time.monotonic()  # of the images/s
         while not self._is_over():
@@ -962,11 +962,14 @@ class Run:
             self.stopped = bool(both[1])
         return self.stopped or self.progress >= 1
 
+    def _length(self):
+        """The steps of this part of a run of --epochs."""
+        return math.ceil(round(self.args.epochs * self.fraction * self.steps_per_epoch, 6))
+
     def fraction_done(self):
         """The fraction of --epochs or --minutes that is over, from 0 on."""
         if self.args.epochs:
-            total = math.ceil(round(self.args.epochs * self.fraction * self.steps_per_epoch, 6))
-            return self.position / max(total, 1)
+            return self.position / max(self._length(), 1)
         return self._seconds() / 60 / (self.args.minutes * self.fraction)
 
     def _seconds(self):
@@ -1089,7 +1092,7 @@ class Run:
             self._is_over()  # or a signal during that would be lost, and the next part begin
         minutes = self._seconds() / 60
         print(f"{self.step} steps, {self._epoch():.2f} epochs, {minutes:.1f} minutes")
-        if self.resumed and self.step == self.first_step and not self.stopped:
+        if self.resumed and self.step == self.first_step and not (self.stopped or self.part):
             print("it was at its end: only a greater --epochs or --minutes trains on")
         if self.stopped:
             resume = self._resume_command()
@@ -1414,7 +1417,7 @@ def save_samples(args, name, opened, images, labels, options):
     names = checkpoint["class_names"]
     rows = names_of_rows(labels.tolist(), names, columns) if args.names else None
     if options.get("guidance", checkpoint["config"].get("guidance")) == 0:  # that of a student
-        print("guidance 0: the images are of no class that was asked for")
+        print("guidance 0 ignores the class: the images are of any")
         rows = None
     save_images(images, labels, names, output, columns, texts, rows)
     settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())

@@ -411,7 +411,8 @@ def train(args, checkpoint=None):
             tqdm.write(f"saved; {fitting} (Ctrl-C skips it, --resume does it later)")
             few = (data.labels.bincount(minlength=num_classes) < 2 * components).sum()
             if components > 1 and few:
-                tqdm.write(f"{few} classes have fewer than {2 * components} images: one Gaussian")
+                least = f"classes of fewer than {2 * components} images get one Gaussian"
+                tqdm.write(f"{least}: {few} of {num_classes}")
             save(len(images), components)
 
     size = sum(p.numel() for p in model.parameters())

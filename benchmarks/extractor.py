@@ -183,8 +183,8 @@ def build_parser():
     add("--data-dir", type=infer_onnx.path_text, metavar="FOLDER",
         help="folder of its IDX files; nothing is downloaded (data/, else Debian's folder)")
     add("--epochs", type=infer_onnx.number(int, 1, 1000),
-        help=f"passes over the training images, 1 to 1000 ({EPOCHS[1]}, then {EPOCHS[2]}; more of "
-             "few images)")
+        help=f"passes over the training images, 1 to 1000 ({EPOCHS[1]}, then {EPOCHS[2]}; more "
+             "where images are few)")
     add("--output", type=infer_onnx.file_path,
         default=Path(evaluate.__file__).parent / "pretrained",
         metavar="FOLDER", help="folder for the two files (pretrained/, where they ship)")

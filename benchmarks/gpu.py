@@ -304,7 +304,7 @@ def build_parser():
     # fmt: off
     add("--output", type=file_path, required=True, help="folder of the report")
     add("--data-dir", type=file_path, default=ROOT / "data", help="folder of Fashion-MNIST (data/)")
-    add("--steps", type=int, default=300, help="steps of a training of train and compile (300)")
+    add("--steps", type=int, default=300, help="training steps in parts train and compile (300)")
     add("--limit", type=float, default=300, help="seconds that a program may take (300)")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (all)")
     add("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="scripts to run (all)")

@@ -950,7 +950,8 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, arg
 
 def test_cas_needs_a_class(workplace, in_tmp, capsys):
     argv = ["ddim", *workplace, "--steps", "2", "--guidance", "0", "--cas"]
-    assert "has none at guidance 0" in refused(evaluate.main, argv, capsys, alone=False)
+    assert "guidance 0 ignores classes" in refused(evaluate.main, argv, capsys, alone=False)
+    assert not (in_tmp / "results").exists()
 
 
 def test_a_student_that_learned_without_a_class_has_no_label_accuracy(exports):

@@ -135,6 +135,7 @@ def test_a_flag_that_would_be_ignored_is_refused(name, script, tiny_runs, in_tmp
     where = ["--checkpoint", tiny_runs(name)]
     for flags, message in (
         (["--list-classes", "--class", "Snaeker", *where], "leave out --class"),
+        (["--list-classes", "--seed", "3", *where], "leave out --seed"),
         (["--output", "x.png/", *where], "'x.png/' is a folder by its /, a file by its ending"),
     ):
         assert message in refused(script.main, flags, capsys)
@@ -151,7 +152,7 @@ def test_images_of_no_class_are_called_so(name, script, tiny_runs, in_tmp, capsy
     flags = ["--checkpoint", str(tiny_runs(name)), "--steps", "2", "--num-samples", "2"]
     pictures = []
     for guidance in ("0", "1"):
-        said = "of no class that was asked for"
+        said = "guidance 0 ignores the class"
         assert script.main([*flags, "--guidance", guidance, "--output", "x.png"]) == 0
         assert (said in capsys.readouterr().out) == (guidance == "0")
         with Image.open("x.png") as picture:

@@ -533,7 +533,7 @@ def test_a_link_is_a_picture(page, address):
     assert_draws(page, shipped("ddim"), 0, **options, solver="dpm++")
     assert open_page(page, address, **settings, guidance_limit=0.5) == "done"  # an older link
     assert "--guidance-interval 0 0.5" in text(page, "command")
-    said = "guidance 0: of no class that was asked for"
+    said = "guidance 0 ignores the class"
     assert said not in text(page, "report")
     assert open_page(page, address, model="ddim", steps=2, guidance=0) == "done"
     assert said in text(page, "report")
@@ -677,9 +677,11 @@ def test_a_link_says_each_thing_once_and_after_a_hash(page, address):
         page.open(address + link)
         page.wait("document.body && document.body.dataset.state === 'error'")
         assert "right are model, class" in text(page, "error")
-    page.evaluate("document.querySelector('#model input[value=gan]').click()")
+    page.press("n")  # whatever is chosen then is drawn
     assert settle(page) == "done"
-    assert_draws(page, shipped("gan"))
+    assert_draws(page, shipped("gan"), seed=1)
+    page.open(f"{address}?utm_source=x#model=gan")  # of others, and not for the page
+    assert settle(page) == "done"
 
 
 @needs_chromium
