@@ -1010,10 +1010,11 @@ def test_a_model_has_the_flags_of_its_script_with_its_defaults(command, name):
 def test_the_help_of_a_model_has_its_true_defaults(capsys):
     text = help_of(capsys, "invert", "ddim")
     assert "the network predicts eps (100)" in text and "misses the image (1)" in text
-    assert "(15)" not in text and "guided (2)" not in text
+    assert "(15)" not in text and "else 2)" not in text
     assert "(15)" in help_of(capsys, "interpolate", "ddim")
     assert "(250)" in help_of(capsys, "filmstrip", "ddpm")
-    assert "above 1 guided (2.5)" in help_of(capsys, "gif", "ldm")
+    assert "above 1 guided (1 or 0 where" in help_of(capsys, "gif", "ldm")
+    assert "always, else 2.5)" in help_of(capsys, "gif", "ldm")
     assert "samples of each class, 1 to 10,000 (10)" in help_of(capsys, "gif", "gan")
     assert "samples of each class, 1 to 10,000 (1)" in help_of(capsys, "gif", "ddim")
 
