@@ -7,6 +7,7 @@
     resume     --deterministic twice, and once stopped by Ctrl-C and resumed: are the weights equal?
     torchrun   one process on nccl against none
     samples    the included checkpoints, sampled on the CPU and on the card
+    onnx       infer_onnx.py with the included files: --check, and samples beside those of the CPU
     memory     a batch that cannot fit: one line, exit code 2
     speed      one at a time: images/s, and of ddim.py the fraction of the matrix-product rate
 
@@ -49,7 +50,7 @@ RUNS = (
     ("ddim", 512, 200, LARGE, COMPILED),
 )  # fmt: skip
 IMAGES = {"distill": 64 * 32}  # in an epoch; else those of Fashion-MNIST
-PARTS = ("train", "compile", "resume", "torchrun", "samples", "memory", "speed")
+PARTS = ("train", "compile", "resume", "torchrun", "samples", "onnx", "memory", "speed")
 
 
 def start(name, *flags, launcher=(sys.executable,)):
@@ -193,25 +194,50 @@ def part_torchrun():
     return rows
 
 
+def compared(name, started):
+    """The row of a script's two samplings, which write {name}_cpu.npz and {name}_cuda.npz."""
+    done = [finish(process) for process in started]
+    row = {"script": name, "exit codes": [r["exit code"] for r in done]}
+    if not any(row["exit codes"]):
+        a, b = (np.load(f"{name}_{d}.npz")["x"].astype(int) for d in ("cpu", "cuda"))
+        levels = np.abs(a - b)
+        row |= {
+            "images": len(a), "largest difference in grey levels": int(levels.max()),
+            "mean": float(levels.mean()), "fraction above 1": float((levels > 1).mean()),
+        }  # fmt: skip
+    return row | {"last lines": [r["last line"] for r in done if "last line" in r]}
+
+
 def part_samples():
-    rows, started = [], {}
+    started = {}
     for name in arguments.scripts:
-        for device in ("cpu", "cuda"):
-            flags = ["--num-samples", 4, "--device", device, "--output", f"{name}_{device}.npz"]
-            pt = ROOT / "pretrained" / f"{'ddim' if name == 'ddpm' else name}.pt"
-            started[name, device] = start(name, *flags, "--checkpoint", pt)
+        pt = ROOT / "pretrained" / f"{'ddim' if name == 'ddpm' else name}.pt"
+        flags = ["--num-samples", 4, "--checkpoint", pt]
+        started[name] = [
+            start(name, *flags, "--device", device, "--output", f"{name}_{device}.npz")
+            for device in ("cpu", "cuda")
+        ]
+    return [compared(name, processes) for name, processes in started.items()]
+
+
+def part_onnx():
+    """Needs onnxruntime-gpu.  The files' own checks allow a difference of 0.01 on CUDA (TF32)."""
+    started = {}
     for name in arguments.scripts:
-        done = [finish(started[name, device]) for device in ("cpu", "cuda")]
-        row = {"script": name, "exit codes": [r["exit code"] for r in done]}
-        if not any(row["exit codes"]):
-            a, b = (np.load(f"{name}_{d}.npz")["x"].astype(int) for d in ("cpu", "cuda"))
-            levels = np.abs(a - b)
-            row |= {
-                "images": len(a), "largest difference in grey levels": int(levels.max()),
-                "mean": float(levels.mean()), "fraction above 1": float((levels > 1).mean()),
-            }  # fmt: skip
-        rows.append(row | {"last lines": [r["last line"] for r in done if "last line" in r]})
-    return rows
+        file = ["--model", ROOT / "pretrained" / f"{name}.onnx"]
+        started[name] = [
+            start("infer_onnx", *file, "--num-samples", 4, "--provider", provider,
+                  "--output", f"{name}_{provider}.npz")
+            for provider in ("cpu", "cuda")
+        ]  # fmt: skip
+        started[name] += [start("infer_onnx", *file, "--check", "--provider", "cuda")]
+        started[name] += [start("infer_onnx", *file, "--check", "--provider", "cuda", "--no-tf32")]
+    for name, (cpu, cuda, *checks) in started.items():
+        row = compared(name, [cpu, cuda])
+        for said, process in zip(("check", "check without TF32"), checks, strict=True):
+            row[f"{said}, exit code"] = finish(process)["exit code"]
+            row[said] = process.output.read_text().strip().splitlines()
+        yield row
 
 
 def part_memory():

@@ -238,9 +238,9 @@ def test_the_gpu_section_says_what_the_report_says():
         f"Python {python}, {machine['cores']} cores)"
     ) in section
     short = ".".join(torch_version.split(".")[:2])
-    assert f"on one {machine['card']} with torch {short} " in one_line(README)
+    assert f"on one {machine['card']} with torch {short}, " in one_line(README)
     assert "cut off before the last, speed" in section
-    assert set(parts) == {"train", "compile", "resume", "torchrun", "samples", "memory"}
+    assert set(parts) == {"train", "compile", "resume", "torchrun", "samples", "onnx", "memory"}
 
     scripts = {"vae", "gan", "ddpm", "ddim", "ldm", "distill"}
     assert {row["command"].split(".py")[0] for row in parts["train"]} == scripts
@@ -254,7 +254,7 @@ def test_the_gpu_section_says_what_the_report_says():
     assert "same weights, bit for bit, as without torchrun" in section
     assert "two runs end in the same weights, bit for bit" in section
     assert "40 of each: the CPU and the card (with TF32) differ by at most one grey" in section
-    for part in ("resume", "torchrun", "samples"):
+    for part in ("resume", "torchrun", "samples", "onnx"):
         assert {row["script"] for row in parts[part]} == scripts
         assert all(set(row["exit codes"]) == {0} for row in parts[part])
     for row in parts["resume"]:
@@ -263,6 +263,19 @@ def test_the_gpu_section_says_what_the_report_says():
     assert all(row["largest difference"] == 0 for row in parts["torchrun"])
     for row in parts["samples"]:
         assert row["images"] == 40 and row["largest difference in grey levels"] <= 1
+    worst = {}
+    for row in parts["onnx"]:
+        most = 3 if row["script"] == "gan" else 1
+        assert row["images"] == 40 and row["largest difference in grey levels"] == most
+        assert round(row["fraction above 1"], 4) == (0.0002 if row["script"] == "gan" else 0)
+        for check in ("check", "check without TF32"):
+            assert row[f"{check}, exit code"] == 0
+            assert row[check][0] == "running on CUDAExecutionProvider" and len(row[check]) > 1
+            found = [float(re.search(r"within (\S+)", line)[1]) for line in row[check][1:]]
+            worst[check] = max(worst.get(check, 0), *found)
+    differences = f"{worst['check']:.1e} with TF32 and {worst['check without TF32']:.1e} with"
+    assert f"`--check` passes, with differences up to {differences} `--no-tf32`" in section
+    assert "by up to 3 grey levels, in 0.02 % of the pixels by more than one, all others" in section
     assert "ends with one line and exit code 2" in section
     assert [row["exit code"] for row in parts["memory"]] == [2]
 
