@@ -8,7 +8,7 @@
     torchrun   one process on nccl against none
     samples    the included checkpoints, sampled on the CPU and on the card
     onnx       infer_onnx.py with the included files: --check, and samples beside those of the CPU
-    memory     a batch that cannot fit: one line, exit code 2
+    memory     of ddim.py, a batch that cannot fit: one line, exit code 2
     speed      one at a time: images/s, and of ddim.py the fraction of the matrix-product rate
 
 Writes cuda.json and cuda.md as it goes; what they hold of other parts and scripts stays.  A
@@ -242,7 +242,7 @@ def part_onnx():
 
 def part_memory():
     flags = ["--minutes", "1", "--batch-size", "60000", *LARGE]
-    return [finish(train("ddim", "memory", *flags))]
+    return [finish(train("ddim", "memory", *flags))] if "ddim" in arguments.scripts else []
 
 
 def rate(function, operations):
