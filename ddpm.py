@@ -60,8 +60,9 @@ def make_alpha_bars(schedule, num_timesteps, image_size=32):
     linear     beta from 1e-4 to 0.02, DDPM section 4
     quadratic  sqrt(beta) linear in t, beta from and to the same values
     cosine     alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008,
-               beta <= 0.999, Nichol & Dhariwal eq. (17)
-    The betas of linear and quadratic, made for T = 1000, are scaled by 1000 / T for other T.
+               Nichol & Dhariwal eq. (17)
+    The betas of linear and quadratic, made for T = 1000, are scaled by 1000 / T for other T.  No
+    beta is above 0.999.
     """
     if schedule == "cosine":
         u = (torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps + 0.008) / 1.008
@@ -84,8 +85,8 @@ def q_sample(x_0, eps, alpha_bar_t):
 
     DDPM eq. (4): x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps
 
-    x_0: (B, C, H, W) float in [-1, 1];  eps: like x_0, ~ N(0, 1);  alpha_bar_t: (B, 1, 1, 1).
-    Returns like x_0, unbounded.
+    x_0: (B, C, H, W) float, images in [-1, 1] or latents;  eps: like x_0, ~ N(0, 1);
+    alpha_bar_t: (B, 1, 1, 1).  Returns like x_0, unbounded.
     """
     return alpha_bar_t**0.5 * x_0 + (1 - alpha_bar_t) ** 0.5 * eps
 
@@ -289,8 +290,7 @@ def sample(
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
-    pairs = time_pairs(length, steps)
-    times = guided_times(guidance_interval, config["num_timesteps"])
+    interval = guided_times(guidance_interval, config["num_timesteps"])
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -299,8 +299,9 @@ def sample(
         def noise(streams=streams):
             return torch.from_numpy(next_noise(streams, shape)).to(device)
 
-        denoise = guided(model, labels[part].to(device), guidance, *times)
+        denoise = guided(model, labels[part].to(device), guidance, *interval)
         x_T = noise()
+        pairs = time_pairs(length, steps)
         x_0 = ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance, clip, noise, trace)
         images.append(x_0.cpu())
     return torch.cat(images)
@@ -351,7 +352,7 @@ def ema_network(checkpoint, device):
 # From here on runs.py helps; cut above this line to use the model with a trainer of your own.
 
 from runs import (  # noqa: E402
-    LOG_EVERY, RUN_FLAGS, Muon, Renamed, Run, autocast, errors_in_one_line, learning_rate,
+    LOG_EVERY, RUN_FLAGS, Muon, Run, autocast, errors_in_one_line, learning_rate,
     load_run_data, number, open_checkpoint, optimisation_flags, parallel, parse_run, pick_device,
     power_ema, read_start, run_parser, save_samples, training_device, whole_numbers,
 )  # fmt: skip
@@ -381,6 +382,7 @@ def train(args, checkpoint=None):
     network["num_classes"] = len(data.class_names)
     model = UNet(**network).to(device, memory_format=torch.channels_last)
     if args.start and not checkpoint:
+        # Of other classes, start has no class table: the new one stays.
         start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
         model.load_state_dict({**model.state_dict(), **start["ema"]})
     alpha_bars = schedule_of(vars(args)).float().to(device)
@@ -427,14 +429,15 @@ def train(args, checkpoint=None):
                 group["lr"] = learning_rate(args, step, run.progress)
 
             # Whatever is random depends on (seed, step) alone: a resumed run repeats it exactly.
+            # It is drawn for the whole batch, of which each process takes its part.
             run.seed(generator)
             batch = run.batch().to(device)
             t = draw_t(len(batch), args.num_timesteps, args.noise_levels, generator)
             eps = torch.randn(len(batch), *images.shape[1:], generator=generator, device=device)
             dropped = torch.rand(len(batch), generator=generator, device=device)
+            batch, t, eps, dropped = run.shard(batch, t, eps, dropped)
 
             # Some labels are hidden, so that one network learns both terms of the guidance.
-            batch, t, eps, dropped = run.shard(batch, t, eps, dropped)
             x_0 = to_float(images[batch])
             y = torch.where(dropped < args.label_dropout, NULL_LABEL, labels[batch])
 
@@ -460,11 +463,11 @@ def train(args, checkpoint=None):
             both = torch.stack([losses.detach(), losses_of_zero])
             tenths = t * 10 // args.num_timesteps
             sums = torch.zeros_like(by_tenth).index_add_(1, tenths, both)
-            by_tenth += run.mean(sums) * (args.batch_size // len(t))  # the sum over all processes
+            by_tenth += run.mean(sums / len(t))
             if (step + 1) % LOG_EVERY == 0:
                 ratios = [a / b if b else None for a, b in by_tenth.T.tolist()]
                 run.log({
-                    "loss": by_tenth[0].sum().item() / LOG_EVERY / args.batch_size,
+                    "loss": by_tenth[0].sum().item() / LOG_EVERY,
                     "loss_by_tenth_of_t": ratios,
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
                 })  # fmt: skip
@@ -502,8 +505,6 @@ def sampling_flags(parser):
         default=GUIDANCE_INTERVAL,
         help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              f"({low} {high})")
-    add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
-        help=argparse.SUPPRESS)
     add("--steps", type=number(int, 1),
         help="number of sampling steps, 1 to the number of training timesteps, or to some fewer "
              f"where the network predicts eps ({STEPS})")
@@ -532,8 +533,8 @@ def build_parser():
     add("--emb-channels", type=number(int, 4), default=128,
         help="size of the time and class embedding, a multiple of 4 (128)")
     add = parser.add_argument_group("method").add_argument
-    add("--num-timesteps", type=number(int, 2, 100_000), default=1000,
-        help="number of timesteps T in training, 2 to 100,000 (1000)")
+    add("--num-timesteps", type=number(int, 2, 10_000), default=1000,
+        help="number of timesteps T in training, 2 to 10,000 (1000)")
     add("--schedule", choices=("linear", "quadratic", "cosine"), default="cosine",
         help="noise schedule (cosine)")
     add("--prediction", choices=("eps", "v"), default="v",
@@ -559,6 +560,8 @@ def draw(args):
     _, checkpoint, classes, _ = opened
     config = checkpoint["config"]
     guidance = default_guidance(config) if args.guidance is None else args.guidance
+    if guidance <= 1 and "guidance_interval" in args.typed:
+        raise InputError("--guidance-interval is for a guidance above 1: leave it out")
     steps = min(STEPS, max_steps(config)) if args.steps is None else args.steps
     labels = torch.tensor(classes).repeat_interleave(args.num_samples)
     model = ema_network(checkpoint, pick_device(args.device))

@@ -10,7 +10,8 @@ led, so that it learns to correct them; the image at the end is compared in the 
 teacher, too (Lin & Yang 2023, arXiv:2401.00110): pixels alone leave it blurred.
 
     implied_output  x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t),  r = sigma_s / sigma_t
-                    v = (alpha_t * x_t - x_0) / sigma_t: the DDIM step from x_t with it ends at x_s
+                    v = (alpha_t * x_t - x_0) / sigma_t: the DDIM step from x_t with it, not
+                    clipped, ends at x_s
     step_losses     || implied_output - model(x_t, t, y) ||^2,  for each step t -> s of the student,
                     and for the last w * || features(x_0) - features(x_0_hat) ||^2
     with alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar)
@@ -53,7 +54,7 @@ FIRST_NOISE = 2**63  # index of the first noise of the training; those of sample
 
 
 def implied_output(x_t, x_s, prediction, alpha_bar_t, alpha_bar_s):
-    """The network output, eps or v, whose DDIM step from x_t lands on x_s.
+    """The network output, eps or v, whose DDIM step from x_t, not clipped, lands on x_s.
 
     Salimans & Ho 2022, appendix G: x_0 = (x_s - r * x_t) / (alpha_s - r * alpha_t) with r =
     sigma_s / sigma_t.
@@ -99,12 +100,16 @@ def feature_losses(teacher, x_0, x_0_hat, y, alpha_bars):
     teacher: UNet, given both at the t of SEEN_AT, but no noise;  x_0: (B, C, H, W) in [-1, 1];
     x_0_hat: like x_0, not clipped, so that each pixel gets a gradient;  y: int64 (B,).
     """
-    t = max(int((alpha_bars > SEEN_AT).sum()) - 1, 0)
+    t = max(int((alpha_bars > SEEN_AT).sum()) - 1, 0)  # the last whose alpha_bar is above SEEN_AT
     found = []
+
+    def keep(block, inputs, output):
+        found.append(output)
+
     blocks = [block for block in teacher.modules() if isinstance(block, ResidualBlock)]
     with contextlib.ExitStack() as hooks:
         for block in blocks:
-            hooks.enter_context(block.register_forward_hook(lambda *hook: found.append(hook[-1])))
+            hooks.enter_context(block.register_forward_hook(keep))
         for x in (x_0, x_0_hat):
             teacher(alpha_bars[t].item() ** 0.5 * x, torch.full_like(y, t), y)
     pairs = zip(found[: len(blocks)], found[len(blocks) :], strict=True)
@@ -170,6 +175,10 @@ def read_teacher(args):
     args.teacher = str(path)
     if args.guidance is None:
         args.guidance = ddim.default_guidance(config)
+    if args.guidance <= 1 and "guidance_interval" in args.typed:
+        raise InputError("--guidance-interval is for a guidance above 1: leave it out")
+    if args.guidance == 0 and args.feature_weight > 0:
+        raise InputError("--guidance 0 has no classes, features are of one: --feature-weight 0")
     length = ddim.max_steps(config)
     if args.teacher_steps is None:
         args.teacher_steps = min(TEACHER_STEPS, length)
@@ -187,15 +196,13 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
-    if checkpoint and ("walker" in checkpoint or "own_states" in checkpoint["config"]):
-        raise InputError("this run is of an older distill.py, and cannot go on: begin a new one")
     # A run keeps its teacher: the file may be another one when it is resumed.
     teacher = checkpoint["teacher"] if checkpoint else read_teacher(args)
     teacher = {key: teacher[key] for key in ("network", "class_names", "ema", "config")}
     config = {key: value for key, value in teacher["config"].items() if key in TAUGHT}
     config |= {key: getattr(args, key) for key in FIXED + FREE}
 
-    # The teacher passes all times of the student.
+    # The teacher's walk has a step at each t of the student's: its states there are the targets.
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
@@ -333,7 +340,8 @@ def build_parser():
              f"can hardly correct those before it ({STEPS})")
     add("--guidance", type=number(float, 0, 1000),
         help="guidance weight of the teacher, 0 to 1000: 0 ignores the class, 1 is conditional, "
-             f"above 1 guided ({ddim.GUIDANCE:g})")
+             "above 1 guided (1 or 0 where labels were dropped never or always, else "
+             f"{ddim.GUIDANCE:g})")
     low, high = GUIDANCE_INTERVAL
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         default=GUIDANCE_INTERVAL,

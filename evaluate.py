@@ -717,6 +717,8 @@ def setting_options(args, name, card):
     if args.guidance and card["guidance_fixed"]:
         guidances = [card["guidance"]]
         print(f"{name} supports only guidance {card['guidance']:g}: --guidance is ignored")
+    if args.guidance_interval and max(guidances) <= 1:
+        print(f"{name}: no guidance is above 1: --guidance-interval is ignored")
     usual = card.get("solver")  # ddpm has only one sampler
     solvers = args.solver or [usual]
     if usual is None and args.solver:
@@ -923,8 +925,6 @@ def build_parser():
     add("--guidance-interval", type=several(interval), metavar="LOW:HIGH,...",
         help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              "(the model's default)")
-    add("--guidance-limit", action=infer_onnx.Renamed, nargs="?",
-        const="--guidance-interval 0:HIGH", help=argparse.SUPPRESS)
     add("--solver", type=several(solver), metavar="NAME,...",
         help="samplers of ddim and ldm: ddim, dpm++ or both (the model's default)")
     add("--data", type=infer_onnx.path_text, default="fashion-mnist",

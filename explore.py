@@ -326,6 +326,8 @@ def sampler_options(args, script, config):
     guidance = guidance if args.guidance is None else args.guidance
     script.check_sampling(config, steps, guidance)
     options = {key: getattr(args, key) for key in script.SAMPLER_FLAGS}
+    if guidance <= 1 and tuple(args.guidance_interval) != script.GUIDANCE_INTERVAL:
+        raise InputError("--guidance-interval is for a guidance above 1: leave it out")
     return {"steps": steps, "guidance": guidance, **options}
 
 

@@ -129,9 +129,8 @@ class Discriminator(nn.Module):
         self.out = nn.Linear(128, 1)
         self.label = nn.Linear(num_classes, 128, bias=False)
         self.scale = 1.0 if spectral else 128**0.5
-        layers = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         if spectral:
-            for layer in layers:
+            for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
                 spectral_norm(layer)
 
     def forward(self, x, classes):
@@ -280,6 +279,7 @@ def train(args, checkpoint=None):
     )
     discriminator.to(device, memory_format=torch.channels_last)
     if args.start and not checkpoint:
+        # Of other classes, start has no class table: the new one stays.
         start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
         model.load_state_dict({**model.state_dict(), **start["ema"]})
         if "discriminator" not in start:  # as in the included weights
@@ -366,12 +366,13 @@ def train(args, checkpoint=None):
             loss.backward()
             optimizer_d.step()
 
-            # Then the generator learns to be taken for real, from new noise.
+            # Then the generator learns to be taken for real, from new noise. The discriminator
+            # stays as it is: it needs no gradients.
             discriminator.requires_grad_(False)
             real_logits_g = None
             with precision:
                 fake_logits_g = discriminator(forward_g(z_g, classes), classes).float()
-                if args.loss == "relativistic":
+                if args.loss == "relativistic":  # its real logits have changed with its step
                     with torch.no_grad():
                         real_logits_g = discriminator(x, classes).float()
             loss_g = generator_loss(real_logits_g, fake_logits_g, args.loss)
@@ -379,6 +380,8 @@ def train(args, checkpoint=None):
             loss_g.backward()
             optimizer_g.step()
             discriminator.requires_grad_(True)
+
+            # A loss that is not finite ends the run before it reaches the average.
             run.watch(loss_g=loss_g.item(), loss_d=loss_d.item(), penalty=last_penalty.item())
             ema_model.update_parameters(model)
 
@@ -429,14 +432,15 @@ def build_parser():
         help="channels at each resolution, finest first (32,64,128, for 64 pixels 32,32,64,128, "
              "for 128 32,32,32,64,128)")
     add("--widths-d", type=whole_numbers,
-        help="channels of the discriminator at each resolution, finest first (as for --widths)")
+        help="channels of the discriminator at each resolution, finest first (the default of "
+             "--widths, whatever that is set to)")
     add("--emb-channels", type=number(int, 4), default=128,
         help="size of the code and class embedding, 4 or more (128)")
     add = parser.add_argument_group("method").add_argument
     add("--loss", choices=LOSSES, default="nonsaturating",
         help="what both networks minimise, see the top of this help (nonsaturating)")
     add("--gamma", type=number(float, 0), default=1.0,
-        help="weight of R1 (nonsaturating) or R1 + R2 (relativistic), 0 or more (1)")
+        help="twice the weight of R1 (nonsaturating) or R1 + R2 (relativistic), 0 or more (1)")
     add("--penalty-every", type=number(int, 1), default=8,
         help="steps from one penalty to the next, each weighted by this number, 1 or more (8)")
     optimisation_flags(parser, lr=1e-3, clipped=False)

@@ -1442,13 +1442,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-class Renamed(argparse.Action):
-    """A flag that is refused with the name of the one that took its place, in const."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} is now: {self.const}")
-
-
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: int or float in [low, high], or in (low, high] with above."""
 
@@ -1520,8 +1513,6 @@ def add_model_flags(parser):
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps; "
              "diffusion models only (the model's default)")
-    add("--guidance-limit", action=Renamed, nargs="?", const="--guidance-interval 0 HIGH",
-        help=argparse.SUPPRESS)
     add("--solver", choices=SOLVERS,
         help="sampler: ddim, or dpm++, of second order, for few steps; "
              "ddim and ldm only (the model's default)")
@@ -1573,8 +1564,6 @@ def build_parser():
     add("--card", action="store_true", help="print the whole model card, JSON, and no more (off)")
     add("--check", action="store_true",
         help="compare the outputs of the network on this machine with those at its export (off)")
-    add("--benchmark", action=Renamed, nargs=0, const="python benchmarks/latency.py --model NAME",
-        help=argparse.SUPPRESS)
     return parser
 # fmt: on
 
@@ -1591,6 +1580,8 @@ def sampling_options(args, card):
     for key in (*DIFFUSION_OPTIONS, "solver"):
         if key in MODEL_FLAGS[card["model"]]:
             options[key] = card[key] if getattr(args, key) is None else getattr(args, key)
+    if args.guidance_interval and options["guidance"] <= 1:
+        raise InputError("--guidance-interval is for a guidance above 1: leave it out")
     interval = options.get("guidance_interval", card["guidance_interval"])
     guided_times(interval, len(card["alpha_bars"]))  # or InputError
     check_walk(card, options["steps"], options.get("guidance"), options.get("solver"), args.eta)

@@ -73,13 +73,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-class Renamed(argparse.Action):
-    """A flag that is refused with the name of the one that took its place, in const."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} is now: {self.const}")
-
-
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: int or float in [low, high], or in (low, high] with above."""
 
@@ -689,9 +682,6 @@ def adopt_batch_size(args, num_images, checkpoint):
     then = num_images // before
     epoch = checkpoint["position"] / then
     checkpoint["position"] = -(-checkpoint["position"] * now // then)  # rounded up
-    if "by_tenth" in checkpoint:  # sums over the batches since the last line of the log
-        scale = args.batch_size / before
-        checkpoint["by_tenth"] = [[v * scale for v in row] for row in checkpoint["by_tenth"]]
     print(f"--batch-size {args.batch_size} from epoch {epoch:.2f} on; before, it was {before}")
 
 

@@ -198,7 +198,8 @@ def fit_prior(codes, labels, num_classes, components, seed):
         if components > 1 and len(members) >= 2 * components:
             from sklearn.mixture import GaussianMixture  # optional, and only here
 
-            mixture = GaussianMixture(components, reg_covar=1e-4, random_state=seed % 2**32)
+            seed %= 2**32  # scikit-learn takes no larger ones
+            mixture = GaussianMixture(components, reg_covar=1e-4, random_state=seed)
             mixture.fit(members)
             weights[y] = mixture.weights_
             means[y] = mixture.means_
@@ -308,7 +309,7 @@ def sample(model, labels, *, prior="fitted", truncation=None, seed=0, batch_size
 
     Image i depends on (seed, i), not on N.  model: from ema_network;  labels: a list, array or
     tensor of class names or indices;  prior: "fitted" (model.prior), "normal" or None (N(0, 1)), or
-    a result of fit_prior;  truncation: as in sample_codes.  Raises InputError.
+    a result of fit_prior;  truncation: as in code_noise.  Raises InputError.
     """
     if isinstance(prior, str):
         check_options(prior=prior)
@@ -359,6 +360,7 @@ def train(args, checkpoint=None):
     network["num_classes"] = num_classes
     model = VAE(**network).to(device, memory_format=torch.channels_last)
     if args.start and not checkpoint:
+        # Of other classes, start has no class table: the new one stays.
         start = read_start(args, SAMPLES_FROM, FITTING, data.class_names)
         model.load_state_dict({**model.state_dict(), **start["ema"]})
     forward = parallel(torch.compile(model) if args.compile else model)
@@ -388,11 +390,13 @@ def train(args, checkpoint=None):
         # The prior is fitted to codes of `count` of the images, as the averaged weights see them.
         cpu_generator = torch.Generator()
         run.seed(cpu_generator)
-        some = subsample(data.labels, count)
-        mu, logvar = encode(ema_model.module, subsample(data.images, count), some)
+        some_labels = subsample(data.labels, count)
+        mu, logvar = encode(ema_model.module, subsample(data.images, count), some_labels)
         run.watch(mu=mu.abs().max().item(), logvar=logvar.abs().max().item())
         codes = reparameterise(mu, logvar, torch.randn(mu.shape, generator=cpu_generator))
-        prior = fit_prior(codes, some, num_classes, components, args.seed) if components else None
+        prior = None
+        if components:
+            prior = fit_prior(codes, some_labels, num_classes, components, args.seed)
         grid = sample(model=ema_model.module, prior=prior, labels=grid_labels)
         state = {
             "config": config, "network": network, "class_names": data.class_names,
@@ -411,8 +415,10 @@ def train(args, checkpoint=None):
             tqdm.write(f"saved; {fitting} (Ctrl-C skips it, --resume does it later)")
             few = (data.labels.bincount(minlength=num_classes) < 2 * components).sum()
             if components > 1 and few:
-                least = f"classes of fewer than {2 * components} images get one Gaussian"
-                tqdm.write(f"{least}: {few} of {num_classes}")
+                tqdm.write(
+                    f"{few} of {num_classes} classes have fewer than {2 * components} images: "
+                    "those get one Gaussian"
+                )
             save(len(images), components)
 
     size = sum(p.numel() for p in model.parameters())

@@ -656,7 +656,6 @@ def test_checkpoints_of_ddpm_are_sampled_and_others_refused(tiny_run, in_tmp, ca
         (["--invert=3"], "python explore.py invert ddim"),
         (["--solver", "dpm++", "--eta", "1"], "--eta 1.0 is for --solver ddim"),
         (["--guidance-interval", "0.8", "0.2"], "right is 0 <= LOW <= HIGH <= 1"),
-        (["--guidance-limit", "0.8"], "--guidance-limit is now: --guidance-interval 0 HIGH"),
     ],
 )
 def test_bad_input_gets_one_line(tiny_run, in_tmp, data_dir, capsys, flags, message):

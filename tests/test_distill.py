@@ -434,18 +434,6 @@ def test_a_run_that_ends_at_any_step_resumes_bit_for_bit(fault, student, tiny_ru
         assert equal(whole[key], broken[key]), key
 
 
-@pytest.mark.parametrize("kind", ["walker", "own_states"])
-def test_a_run_of_the_older_kinds_is_refused(kind, student, in_tmp, capsys):
-    checkpoint = torch.load(student / "distill.pt", weights_only=True)
-    old = {"walker": checkpoint["ema"]}
-    if kind == "own_states":
-        old = {"config": {**checkpoint["config"], "own_states": True}}
-    Path("old").mkdir()
-    torch.save({**checkpoint, **old}, "old/distill.pt")
-    error = refused(distill.main, ["--resume", "--run-dir", "old"], capsys)
-    assert "older distill.py" in error and "begin a new one" in error
-
-
 def test_two_processes_train_what_one_does(tiny_run, in_tmp):
     flags = [*FLAGS, "--no-bf16", "--teacher", str(tiny_run)]
     assert distill.main([*flags, "--run-dir", "one"]) == 0
@@ -484,6 +472,8 @@ def test_any_size_colour_and_script_can_teach(name, in_tmp):
         ("--train --teacher nowhere", "there is no nowhere"),
         ("--train --teacher-steps 1004", "--teacher-steps 1004 is more than the 1000 timesteps"),
         ("--train --guidance-interval .8 .2", "right is 0 <= LOW <= HIGH <= 1"),
+        ("--train --guidance 1 --guidance-interval 0 .5", "is for a guidance above 1"),
+        ("--train --guidance 0", "features are of one: --feature-weight 0"),
         ("--train --data mnist", "unrecognized arguments: --data mnist"),
         ("--train --steps 0", "from 1 to 16"),
         ("--steps 8", "--steps: to train a model, with --train or --resume"),
@@ -502,6 +492,13 @@ def test_bad_input_is_refused_in_a_line(flags, message, student, tiny_run, in_tm
     error = refused(distill.main, flags, capsys)
     assert error.startswith("distill.py: error: ") and message in error
     assert not list(in_tmp.iterdir())
+
+
+def test_without_a_run_the_included_weights_teach(in_tmp):
+    args = distill.build_parser().parse_args(["--train"])
+    args.typed = []
+    distill.read_teacher(args)
+    assert Path(args.teacher).samefile(Path(distill.__file__).with_name("pretrained") / "ddim.pt")
 
 
 def test_only_what_the_teacher_has_learned_can_be_distilled(tiny_run, in_tmp, capsys):
@@ -542,7 +539,8 @@ def test_the_file_samples_as_the_checkpoint_does_in_its_steps_only(
 def test_the_card_says_what_was_distilled_and_names_no_folder(exported, student, tiny_run):
     model = infer_onnx.load_model(exported, "cpu")
     card = model.card
-    assert card["model"] == "distill" and card["steps"] == 4 and card["steps_fixed"] is True
+    assert card["model"] == "distill" and card["steps"] == 4
+    assert card["steps_fixed"] is card["guidance_fixed"] is True
     assert (
         card["training"]["guidance"] == ddim.GUIDANCE and card["training"]["teacher"] == "ddim.pt"
     )

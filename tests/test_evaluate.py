@@ -870,7 +870,12 @@ def test_settings_follow_the_flags(workplace, capsys):
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
     found = [(o["guidance"], o.get("guidance_interval")) for o in options]
     assert found == [(0, None), (1, None), (1.6, None), (1.6, (0, 1))]
-    assert "--steps 2000 is more than the 1000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--steps 2000 is more than the 1000" in said and "interval is ignored" not in said
+    flags = ["ddim", "--guidance", "0,1", "--guidance-interval", "0.25:0.8"]
+    evaluate.find_settings(evaluate.build_parser().parse_args(flags), CLASSES)
+    said = capsys.readouterr().out
+    assert "ddim: no guidance is above 1: --guidance-interval is ignored" in said
     args = evaluate.build_parser().parse_args(["gan", "--steps", "5"])
     assert evaluate.find_settings(args, CLASSES)[0].options == {}
     bare = {"parameters"}
@@ -908,7 +913,6 @@ def test_a_title_names_every_solver_but_ddim(in_tmp, usual):
         (["--guidance-interval", "0.8"], "'0.8' is not LOW:HIGH with 0 <= LOW <= HIGH <= 1"),
         (["--guidance-interval", "0:1,0.8:0.2"], "'0.8:0.2' is not LOW:HIGH"),
         (["--guidance-interval", "0:x"], "'0:x' is not LOW:HIGH"),
-        (["--guidance-limit", "0.6,0.8"], "is now: --guidance-interval 0:HIGH"),
     ],
 )
 def test_intervals_that_are_none_are_refused_in_one_line(flags, message, capsys):

@@ -808,7 +808,7 @@ def test_a_gif_of_a_gan_has_ten_samples(draw, frames_of):
         ("filmstrip ddim --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("filmstrip ldm --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("interpolate ddim --guidance-interval 0.8 0.2", "right is 0 <= LOW <= HIGH <= 1"),
-        ("filmstrip ddpm --guidance-limit 0.8", "is now: --guidance-interval 0 HIGH"),
+        ("invert ddim --guidance-interval 0 0.7", "is for a guidance above 1"),
         ("gif ddim --output x.png", "must end in .gif"),
         ("gif gan --steps 5", "unrecognized arguments: --steps"),
         ("gif ddim --checkpoint nowhere.pt", "there is no nowhere.pt"),

@@ -133,12 +133,16 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
 
 def test_a_flag_that_would_be_ignored_is_refused(name, script, tiny_runs, in_tmp, capsys):
     where = ["--checkpoint", tiny_runs(name)]
-    for flags, message in (
-        (["--list-classes", "--class", "Snaeker", *where], "leave out --class"),
-        (["--list-classes", "--seed", "3", *where], "leave out --seed"),
-        (["--output", "x.png/", *where], "'x.png/' is a folder by its /, a file by its ending"),
-    ):
-        assert message in refused(script.main, flags, capsys)
+    cases = [
+        (["--list-classes", "--class", "Snaeker"], "leave out --class"),
+        (["--list-classes", "--seed", "3"], "leave out --seed"),
+        (["--output", "x.png/"], "'x.png/' is a folder by its /, a file by its ending"),
+    ]
+    if name in ("ddpm", "ddim", "ldm"):
+        flags = ["--guidance", "1", "--guidance-interval", "0", "0.8"]
+        cases.append((flags, "--guidance-interval is for a guidance above 1"))
+    for flags, message in cases:
+        assert message in refused(script.main, [*flags, *where], capsys)
 
 
 def test_a_run_that_is_over_says_so_when_it_is_resumed(name, script, tiny_runs, in_tmp, capsys):

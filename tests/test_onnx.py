@@ -1130,10 +1130,9 @@ def test_values_that_export_never_writes_exit_with_3(exports, in_tmp, capsys, na
         (["--solver", "dpm++", "--eta", "1"], "--eta 1.0 is for --solver ddim"),
         (["--guidance-interval", "0.8", "0.2"], "right is 0 <= LOW <= HIGH <= 1"),
         (["--guidance-interval", "0.8"], "expected 2 arguments"),
-        (["--guidance-limit", "0.8"], "--guidance-limit is now: --guidance-interval 0 HIGH"),
+        (["--guidance", "1", "--guidance-interval", "0", "0.8"], "is for a guidance above 1"),
         (["--variance", "small"], "--variance is not for ddim"),
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
-        (["--benchmark"], "is now: python benchmarks/latency.py --model"),
     ],
 )
 def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):

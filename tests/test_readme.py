@@ -226,6 +226,10 @@ def test_what_a_log_holds_is_said():
             assert any(key in line for line in lines) == (name != "ddim")
 
 
+def test_the_included_files_stay_small():
+    assert sum(path.stat().st_size for path in (ROOT / "pretrained").iterdir()) < 30_000_000
+
+
 def test_the_gpu_section_says_what_the_report_says():
     report_of = json.loads((ROOT / "results/cuda/cuda.json").read_text())
     machine, parts = report_of["machine"], report_of["parts"]
