@@ -557,9 +557,8 @@ def train(args, checkpoint=None):
     Returns the exit code.
     """
     device = training_device(args)
-    widths = args.autoencoder_widths
-    if len(widths) != 2 or min(widths) < 4:
-        raise InputError(f"--autoencoder-widths {widths} must be two numbers from 4")
+    if len(args.autoencoder_widths) != 2 or min(args.autoencoder_widths) < 4:
+        raise InputError("--autoencoder-widths must be two numbers from 4")
     args.widths = args.widths or WIDTHS[args.image_size]
     args.depths = args.depths or (1,) * (len(args.widths) - 1) + (3,)
     side = args.image_size // 4
@@ -570,32 +569,16 @@ def train(args, checkpoint=None):
         )
     # Numbers that make no network are refused now, not after stage 1.
     UNet(args.latent_channels, 1, args.widths, args.depths, 1, args.attention, args.emb_channels)
+    fraction = stage_1_fraction(args)
+    check_stages(args, checkpoint, fraction)
     data = load_run_data(args, checkpoint)
 
     # Stage 1, unless another run's autoencoder is given or a resumed run is past it; then stage 2.
-    fraction = stage_1_fraction(args)
     resumed = checkpoint["model"] if checkpoint else None
-    if {"stage", "autoencoder"} <= {*args.typed} and args.stage != "2" and not resumed:
-        raise InputError(f"--autoencoder is for stage 2: leave it out, or --stage {args.stage}")
-    if "stage_1_share" in args.typed and fraction in (0, 1):
-        raise InputError("--stage-1-share is for the training of both stages: leave it out")
-    later = [key for key in OF_STAGE_2 if key in args.typed]
-    if fraction == 1 and later:
-        print(f"{as_flags(later)}: of stage 2, which --resume --stage both trains")
     start = None
     if args.start and resumed != NAME:
-        if fraction == 0:
-            raise InputError("--start begins with both stages: leave out --stage 2, --autoencoder")
         start = resumed and checkpoint.get("start")  # the file may be another one by now
         start = start or read_start(args, SAMPLES_FROM, FITTING, data.class_names)["ema"]
-    if (resumed == "autoencoder" and fraction == 0) or (resumed == NAME and fraction == 1):
-        left_out = f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in"
-        raise InputError(f"{left_out}: resume without it")
-    if resumed == NAME:
-        before = argparse.Namespace(**{**vars(args), **checkpoint["config"]})
-        if (fraction, args.autoencoder) != (stage_1_fraction(before), before.autoencoder):
-            late = "--stage, --stage-1-share and --autoencoder come too late: leave them out"
-            raise InputError(f"{args.run_dir} is in stage 2: {late}")
     folder = args.run_dir if checkpoint else None
     if fraction > 0 and resumed != NAME:
         run, code = train_autoencoder(args, data, device, checkpoint, start, fraction)
@@ -604,6 +587,28 @@ def train(args, checkpoint=None):
         folder = run.folder
         checkpoint = None
     return train_denoiser(args, data, device, checkpoint, start, folder, 1 - fraction)
+
+
+def check_stages(args, checkpoint, fraction):
+    """Raise InputError for flags that do not suit the stages to train."""
+    resumed = checkpoint["model"] if checkpoint else None
+    if {"stage", "autoencoder"} <= {*args.typed} and args.stage != "2" and not resumed:
+        raise InputError(f"--autoencoder is for stage 2: leave it out, or --stage {args.stage}")
+    if "stage_1_share" in args.typed and fraction in (0, 1):
+        raise InputError("--stage-1-share is for the training of both stages: leave it out")
+    later = [key for key in OF_STAGE_2 if key in args.typed]
+    if fraction == 1 and later:
+        print(f"{as_flags(later)}: of stage 2, which --resume --stage both trains")
+    if args.start and resumed != NAME and fraction == 0:
+        raise InputError("--start begins with both stages: leave out --stage 2, --autoencoder")
+    if (resumed == "autoencoder" and fraction == 0) or (resumed == NAME and fraction == 1):
+        left_out = f"--stage or --autoencoder leaves out the stage that {args.run_dir} is in"
+        raise InputError(f"{left_out}: resume without it")
+    if resumed == NAME:
+        before = argparse.Namespace(**{**vars(args), **checkpoint["config"]})
+        if (fraction, args.autoencoder) != (stage_1_fraction(before), before.autoencoder):
+            late = "--stage, --stage-1-share and --autoencoder come too late: leave them out"
+            raise InputError(f"{args.run_dir} is in stage 2: {late}")
 
 
 def stage_1_fraction(args):
