@@ -1,7 +1,7 @@
 """Score exported models against real images, without torch.
 
     python evaluate.py                                     the newest of each, or the included one;
-                                                           ddpm takes an hour on two cores
+                                                           ddpm takes up to an hour on two cores
     python evaluate.py ddim gan --steps 10,20 --seeds 3    these, at several numbers of steps
     python evaluate.py ddim --guidance 1,1.5,2             at several strengths of guidance
     python evaluate.py ddim --steps 5 --solver ddim,dpm++  with both solvers
@@ -23,9 +23,10 @@ frequencies of the training images.  Test images are those of a folder test (or 
 .../train, or of the .npz; else every sixth image, which training with --hold-out leaves out.
 
 results.json goes to results/, and benchmarks/report.py adds its table, diagrams and pictures of
-samples: they replace those of the same names.  Samples are cached in results/cache under all that
-they depend on: a stopped run resumes, and only new samples are generated.  Needs the packages of
-infer_onnx.py; matplotlib for diagrams, scikit-learn too for --tsne, requirements.txt for --cas.
+samples: they replace those of the same names.  Samples are cached in the folder cache/ of --output,
+by model file, settings and seed: a stopped run resumes, and only new samples are generated.  Needs
+the packages of infer_onnx.py; matplotlib for diagrams, scikit-learn too for --tsne, and
+requirements.txt for --cas.
 
 Exit codes: 0 done, 2 wrong flags or data, 3 wrong model file, 4 provider not available, 5 the run
 failed, 130 Ctrl-C.
@@ -911,7 +912,8 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("models", type=infer_onnx.path_text, nargs="*", metavar="MODEL",
-        help=f"models to score: {', '.join(NAMES)}, or .onnx files (all that are found)")
+        help=f"models to score: {', '.join(NAMES)}, another name of a file in pretrained/, such as "
+             "distill2, or .onnx files (those of the first six that are found)")
     add("--num-samples", type=number(int, 20, 1_000_000),
         help="number of samples of each seed, 20 to 1,000,000; of named sets a multiple of 10 "
              "(10000; of your own data as many as test images, at most 10000)")

@@ -14,7 +14,7 @@
 
     python infer_onnx.py --class Sneaker                 one Sneaker
     python infer_onnx.py --class all --num-samples 10    ten images of each class
-    python infer_onnx.py --model vae --class Bag         gan, ddpm, ddim, ldm, distill, a file
+    python infer_onnx.py --model vae --class Bag         gan, ddpm, ldm, distill, distill2, a file
     python infer_onnx.py --info                          what the model file says about itself
     python infer_onnx.py --list-classes                  the names of its classes and their indices
 

@@ -382,14 +382,14 @@ def key(row):
 def table(rows):
     """All pairs as Markdown: ours, and below it the library of the same run."""
     text = "# Quality after equal time\n\n"
-    text += "`python benchmarks/libraries.py train`: pairs of ddim.py and a library, trained at "
-    text += "once on one core each,\nthe library below ours.  F-FID and the other scores are "
-    text += "beside the test images; the library's guidance\nwas chosen by images that both "
-    text += "trainings left out.  / ours: F-FID over that of the row above, by the\nfirst and the "
-    text += "second extractor.\n\n"
+    text += "`python benchmarks/libraries.py train`: each pair is two rows, ddim.py and below it "
+    text += "a library, trained\nat once on one core each.  Scores compare samples with the test "
+    text += f"images; the library's guidance was\nchosen by {TRIED} samples and images that both "
+    text += "trainings left out.  / ours: F-FID over that of the row\nabove, by either extractor."
+    text += "\n\n"
     head = ["network", "settings", "minutes", "N", "parameters", "images seen", "evaluations"]
     head += ["F-FID", "/ ours", "F-FID, second extractor", "/ ours"]
-    head += [name.replace("_", " ") for name in SCORES[2:]]
+    head += [report.HEADINGS[name] for name in SCORES[2:]]
     cells = []
     for row in rows:
         for name, side in row["sides"].items():

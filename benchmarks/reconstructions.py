@@ -67,13 +67,13 @@ def table(rows):
         f"Of `python benchmarks/reconstructions.py`: {COUNT:,} training images, scored beside the "
     )
     text += "test images.\nGrey levels: mean difference from the image, of 255.\n\n"
-    head = ["model", "grey levels", *SCORES]
+    head = ["model", "grey levels", *(report.HEADINGS[name] for name in SCORES)]
     lines = []
     for row in rows:
         cells = [f"{row['scores'][score]:.3f}" for score in SCORES[1:]]
         ffid = f"{row['scores']['ffid']:.4f}"
         lines.append([row["title"], f"{row['grey_levels']:.2f}", ffid, *cells])
-    return text + report.as_table([name.replace("_", " ") for name in head], lines)
+    return text + report.as_table(head, lines)
 
 
 def build_parser():

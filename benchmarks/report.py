@@ -43,6 +43,7 @@ SCORES = (
     ("copies", "copies", ".3f"),
     ("cas", "CAS", ".3f"),
 )
+HEADINGS = {name: heading for name, heading, _ in SCORES}
 
 # --- Table ----------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ def table(results):
     return text + NOTES.format(few=FEW, parts=FLOOR_PARTS, real=real, means=means, **protocol)
 
 
-PARTS = {"scores": scores_of, "classes": classes_of, "cost": cost_of, "overview": overview}
+PARTS = {"scores": scores_of, "cost": cost_of, "overview": overview}
 
 
 def filled(page, root):

@@ -129,12 +129,12 @@ def table(rows):
     floor = next(group for group in groups.values() if group[0]["name"] == "real images")
     text = "# How to sample, chosen by held-out images\n\n"
     counts = Counter(row["device"] for row in rows)
-    devices = " and ".join(f"{device} ({count} rows)" for device, count in counts.items())
+    devices = " and ".join(f"{device} ({count} samplings)" for device, count in counts.items())
     text += "`python benchmarks/settings.py --output results/settings`, on "
     text += f"{devices}.\nN = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every "
     text += "sixth training image, which the\nmodels have seen: they are the included ones.\n\n"
     head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
-    head += ["F-FID", *SCORES[1:]]
+    head += [report.HEADINGS[name] for name in SCORES]
     cells = []
     for group in [floor, *(group for group in groups.values() if group is not floor)]:
         first = group[0]
@@ -150,7 +150,7 @@ def table(rows):
         ffid = np.mean([row["scores"]["ffid"] for row in group])
         line += [f"{ffid:.4f}" + (f" ± {spread:.4f}" if spread else "")]
         cells.append([str(cell) for cell in line] + [means[name] for name in SCORES[1:]])
-    return text + report.as_table([name.replace("_", " ") for name in head], cells)
+    return text + report.as_table(head, cells)
 
 
 def write_diagram(rows, path):

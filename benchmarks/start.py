@@ -81,8 +81,7 @@ def table(results):
     text += "`python benchmarks/start.py --output results/start`, each on a core of an "
     text += f"{results['processor']}; one run\neach, N = {SAMPLES:,}.  Copies are of the "
     text += f"{PICTURES} pictures.\n\n"
-    headings = {name: heading for name, heading, _ in report.SCORES}
-    head = ["run", "minutes", "images seen", *(headings[name] for name in SCORES)]
+    head = ["run", "minutes", "images seen", *(report.HEADINGS[name] for name in SCORES)]
     rows = []
     for row in results["rows"]:
         figures = [f"{row['scores'][name]:.3f}" for name in SCORES]

@@ -252,7 +252,7 @@ def spread_table(trials):
     head = ["script", "training", "samples", *(f"F-FID, seed {seed}" for seed in SEEDS)]
     head += ["mean", "spread over training seeds", "over sampling seeds"]
     behind = ("ffid2", "recall", "label_accuracy")
-    head += [score.replace("_", " ") for score in behind]
+    head += [report.HEADINGS[score] for score in behind]
     rows = []
     spreads = training_spreads(trials)
     for (name, flags), runs in seeded_runs(trials).items():
@@ -281,7 +281,7 @@ def script_table(trials, spreads):
     text += f"{first['minutes']:g} minutes on one core of {first['processor']}; "
     text += f"`{first['drawn']}`, two sampling seeds; floor F-FID {first['floor']:.4f}.\n\n"
     head = ["change", "default", "verdict", "/ without", "epochs", "F-FID", "excess"]
-    head += [score.replace("_", " ") for score in SCORES[1:]]
+    head += [report.HEADINGS[score] for score in SCORES[1:]]
     rows = []
     ffids = {trial["flags"]: trial["scores"]["ffid"] for trial in trials}
     for trial in trials:
@@ -314,13 +314,13 @@ def verdict_of(ratio, spread):
 
 
 LEGEND = """\
-/ without: F-FID over that of the longest row that the change starts with.  default: what the
-scripts do today.  better, worse: by more than 2 sqrt(2) times the spread over training seeds; open:
-within that, one run of each cannot tell, or the spread was not measured.  ±: over sampling seeds.
-Earlier trials trained on all images and were chosen by the test images.  A student of distill
-learns from the included ddim, which has seen the held-out images.  Compare within a table: the
-machine was faster in some.  Rows of ddim and ldm were drawn with the steps of time_pairs, before
-dpm_pairs: draw all anew before one is added.
+floor: F-FID of real images; excess: F-FID less the floor.  / without: F-FID over that of the
+longest row that the change starts with.  default: what the scripts do today.  better, worse: by
+more than 2 sqrt(2) times the spread over training seeds; open: within that, one run of each cannot
+tell, or the spread was not measured.  ±: over sampling seeds.  Earlier trials trained on all images
+and were chosen by the test images.  A student of distill learns from the included ddim, which has
+seen the held-out images.  Compare within a table: the machine was faster in some.  Rows of ddim and
+ldm were drawn with the steps of time_pairs, before dpm_pairs: draw all anew before one is added.
 """
 
 

@@ -95,7 +95,7 @@ def test_a_line_tells_of_a_fault_and_not_too_early(line, early, later, message):
     assert len(found) == (message is not None) and all(message in text for text in found)
 
 
-LOGS = [*ROOT.glob("pretrained/*.jsonl"), *ROOT.glob("results/ten_minutes/*.jsonl")]
+LOGS = [*ROOT.glob("pretrained/*.jsonl")]
 
 
 @pytest.mark.parametrize("path", LOGS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -147,7 +147,7 @@ def test_the_tables_are_those_of_the_results(name):
     marks = re.findall(r"<!-- (\w+) of (.+?) -->", PAGES[name])
     assert [part for part, _ in marks] == {
         "README.md": ["overview"],
-        "results/README.md": ["scores", "classes", "cost", "scores", "scores", "cost"],
+        "results/README.md": ["scores", "cost", "scores", "scores", "cost"],
     }[name]
     assert PAGES[name].count("<!-- end -->") == len(marks) + PAGES[name].count("<!-- start -->")
 
@@ -190,24 +190,12 @@ def log_of(path):
 
 
 @pytest.mark.parametrize("name", ["vae", "gan"])
-@pytest.mark.parametrize("path", ["pretrained/{}.log.jsonl", "results/ten_minutes/{}.jsonl"])
-def test_the_diversities_are_those_of_the_logs(path, name):
-    found = [line["diversity"] for line in log_of(path.format(name)) if "diversity" in line][-1]
+def test_the_diversities_are_those_of_the_logs(name):
+    lines = log_of(f"pretrained/{name}.log.jsonl")
+    found = [line["diversity"] for line in lines if "diversity" in line][-1]
     low, high = min(found, key=found.get), max(found, key=found.get)
     text = f"{found[low]:.2f} ({low}) to {found[high]:.2f} ({high}) for the {name.upper()}"
     assert text in one_line(RESULTS)
-
-
-def test_the_epochs_of_ten_minutes_are_those_of_the_logs():
-    names = ("vae", "gan", "ddim", "ldm", "ldm_autoencoder")
-    epochs = {name: log_of(f"results/ten_minutes/{name}.jsonl")[-1]["epoch"] for name in names}
-    for name in ("vae", "gan", "ddim"):
-        assert f"`python {name}.py --train --minutes 10`: {epochs[name]:.1f} epochs" in RESULTS
-    autoencoder, diffusion = epochs["ldm_autoencoder"], epochs["ldm"]
-    assert (
-        f"`python ldm.py --train --minutes 10`: {autoencoder:.1f} epochs of the autoencoder, "
-        f"{diffusion:.1f} of diffusion"
-    ) in RESULTS
 
 
 def test_what_a_log_holds_is_said():
@@ -243,7 +231,7 @@ def test_the_gpu_section_says_what_the_report_says():
     ) in section
     short = ".".join(torch_version.split(".")[:2])
     assert f"on one {machine['card']} with torch {short}, " in one_line(README)
-    assert "cut off before the last, speed" in section
+    assert "the last, speed, was cut off twice and has no figures" in section
     assert set(parts) == {"train", "compile", "resume", "torchrun", "samples", "onnx", "memory"}
 
     scripts = {"vae", "gan", "ddpm", "ddim", "ldm", "distill"}
