@@ -51,15 +51,17 @@ TRIALS = {
     "ldm": ["", "--latent-channels 4"],
     "gan": ["", "--gamma 0.3"],
     "vae": ["", "--latent-dim 128 --prior-components 5"],
-    "distill": ["", *(f"--steps {steps}" for steps in (1, 2, 8))],
-}
-PLAIN = "--feature-weight 0"  # tried with each of these students
+    "distill": [
+        "", "--seed 1", "--seed 2", "--steps 1", "--steps 2", "--steps 8", "--feature-weight 0",
+        "--loss huber", "--teacher-steps 20", "--passes 1", "--passes 16",
+    ],
+}  # fmt: skip
 TAUGHT = "--teacher pretrained/ddim.pt"
 EPOCHS = {"ddim": 6, "ldm": 7, "gan": 4, "vae": 9}  # of the runs for the spread: ten minutes
 SEEDS = (0, 1, 2)  # of their training
 UNIFORM, LOGNORMAL = "--noise-levels uniform", "--noise-levels lognormal"
 SEEDED = {  # changes tried with the seeds
-    "ddim": [UNIFORM, f"{UNIFORM} --prediction eps"],
+    "ddim": [UNIFORM, f"{UNIFORM} --prediction eps", "--ema-length 0.04", "--ema-length 0.16"],
     "ldm": [LOGNORMAL, f"{LOGNORMAL} --latent-channels 4"],
     "gan": ["--loss hinge", "--gamma 0.1", "--gamma 0.01", "--gamma 3"],
     "vae": ["--latent-dim 128 --prior-components 5"],
@@ -84,8 +86,7 @@ def plan(minutes):
         drawn = {"name": name, "drawn": DRAWN[name]}
         if name == "distill":
             students = {**drawn, "base": TAUGHT, "minutes": minutes, "model": model}
-            both = [(flags, f"{flags} {PLAIN}".strip()) for flags in TRIALS[name]]
-            trials += [{**students, "flags": flags} for pair in both for flags in pair]
+            trials += [{**students, "flags": flags} for flags in TRIALS[name]]
             continue
         base = "--hold-out"
         trials += [
