@@ -21,7 +21,7 @@ import ldm
 import runs
 import vae
 
-NAMES = ["vae", "gan", "ddpm", "ddim", "ldm"]
+NAMES = ["vae", "gan", "ddpm", "ddim", "ldm", "distill", "distill2"]
 SNEAKER = 7
 LEVELS = 1  # grey levels by which processors, threads and runtimes may differ
 NOISE = {  # SHA-256 of the first noise of (seed, image), float32 (1, 32, 32) in little endian
