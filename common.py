@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import math
 import os
-import shutil
 import tempfile
 import unicodedata
 from collections import Counter
@@ -298,7 +297,7 @@ def _load_idx(name, data_dir, train):
     parsed = []
     with tempfile.TemporaryDirectory() as scratch:  # torchvision's parser takes a plain file
         for file, base, kind in zip(found, wanted, readers, strict=True):
-            content = _read_verified(file, sums and sums[IDX_FILES.index(base)])
+            content = _read_verified(file, name, sums and sums[IDX_FILES.index(base)])
             plain = Path(scratch, base)
             plain.write_bytes(content)
             try:
@@ -339,7 +338,7 @@ def _find_idx(places, class_name, wanted):
 
 
 def _download(dataset_class, root, folder, **options):
-    """torchvision's download, its folder moved into place only when it is whole."""
+    """torchvision's download, its files moved into place only when all are there."""
     root.mkdir(parents=True, exist_ok=True)
     target = root / folder
     with tempfile.TemporaryDirectory(dir=root) as scratch:
@@ -351,20 +350,27 @@ def _download(dataset_class, root, folder, **options):
                 f"{dataset_class.__name__} was not found and could not be downloaded ({reason}); "
                 f"put its files into {target}, or name their folder with --data-dir"
             ) from error
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        Path(scratch, folder).replace(target)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in Path(scratch, folder).iterdir():  # what else is there stays
+            file.replace(target / file.name)
 
 
-def _read_verified(file, sha256):
-    """Decompressed bytes of `file`; InputError if it is broken or not the published file."""
+def _read_verified(file, name, sha256):
+    """Decompressed bytes of `file`; InputError if it is broken, of another set than `name`, or not
+    the published file, whose sum is sha256, None if there is none.
+    """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, ValueError, gzip.zlib.error) as error:
         raise InputError(
             f"{file} is corrupted ({error}): delete it and run again, or name another --data-dir"
         ) from error
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    found = [other for other, (*_, sums) in IDX_SETS.items() if digest in (sums or ())]
+    if found and found != [name]:
+        hint = f"name the folder of {name} with --data-dir"
+        raise InputError(f"{file} is of {found[0]}, not of {name}: {hint}")
+    if sha256 and digest != sha256:
         raise InputError(
             f"{file} is not the published file (its SHA-256 differs): "
             "delete it, or name another --data-dir"
@@ -478,6 +484,12 @@ def _test_folder(path):
     return next((f for f in found if bool(_class_folders(f)) == labelled), None)
 
 
+def _refuse(error):
+    """For os.walk, which else leaves out a folder that cannot be read."""
+    if not isinstance(error, FileNotFoundError):  # test images need not have all classes
+        raise error
+
+
 def _files_below(folder, root, skipped):
     """The files in a folder and its sub-folders, in order.
 
@@ -486,7 +498,7 @@ def _files_below(folder, root, skipped):
     """
     found = []
     seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         place = Path(here).resolve()
         if place in seen or root.resolve().is_relative_to(place):
             skipped["links that lead back"] += 1

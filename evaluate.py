@@ -43,6 +43,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import dataclass
@@ -533,6 +534,7 @@ class Reference:
     train: np.ndarray  # coarse pixels of all training images
     held_out: np.ndarray  # uint8 (N, C, H, W), a fifth of the test images
     others: np.ndarray  # coarse pixels of the other test images
+    ratios: np.ndarray | None  # copy ratios of the held-out images
     limit: float | None  # below: 1 % of held-out images, duplicates aside; None if they are few
     limits: tuple = (0, 255)  # the lowest and the highest value of the test images
     classes: int = 10
@@ -545,7 +547,7 @@ def make_reference(sessions, train, test, classes=10):
     """
     count = min(QUERIES, len(test) // 5)
     held_out = test[:count]
-    coarse = others = limit = None
+    coarse = others = ratios = limit = None
     if train is not None:
         coarse, others = coarse_pixels(train), coarse_pixels(test[count:])
         ratios = copy_ratios(held_out, coarse, others)
@@ -557,7 +559,8 @@ def make_reference(sessions, train, test, classes=10):
     features = [extract(session, test)[0] for session in sessions]
     radii = neighbour_radii(features[0])
     limits = (int(test.min()), int(test.max()))
-    return Reference(sessions, features, radii, coarse, held_out, others, limit, limits, classes)
+    copies = (coarse, held_out, others, ratios, limit)
+    return Reference(sessions, features, radii, *copies, limits, classes)
 
 
 def score_images(reference, images, labels):
@@ -589,7 +592,12 @@ def copy_scores(reference, images):
     The latter is None where the held-out images are too few to tell.
     """
     ratios = copy_ratios(images[:QUERIES], reference.train, reference.others)
-    copies = None if reference.limit is None else float((ratios < reference.limit).mean())
+    return told_copies(ratios, reference.limit)
+
+
+def told_copies(ratios, limit):
+    """The scores of copy_scores from copy ratios (N,);  limit: as in Reference."""
+    copies = None if limit is None else float((ratios < limit).mean())
     return {"copy_ratio": float(np.median(ratios)), "copies": copies}
 
 
@@ -1011,7 +1019,7 @@ def score_floor(reference, train, test, accuracy, args, cycle=range(10)):
     off = [np.abs(count - wanted).sum() - reference.classes for count in counts]  # but for rounding
     parts = [part for part, images_off in zip(parts, off, strict=True) if images_off < 0.05 * n]
     known = accuracy if reference.classes > 1 else None  # of one class it is that of quarter turns
-    others = {**copy_scores(reference, reference.held_out), "label_accuracy": known}
+    others = {**told_copies(reference.ratios, reference.limit), "label_accuracy": known}
     scores = [{**score_images(reference, images[part], None), **others} for part in parts]
     if args.cas:
         scores[0]["cas"] = classifier_accuracy(train, test, reference.classes)
@@ -1146,7 +1154,9 @@ def score_models(args):
                 said = "was not trained with --hold-out: it has seen what it is compared with"
                 print(f"warning: {path} {said}")
     cache = args.output / "cache"
-    cache.mkdir(parents=True, exist_ok=True)  # or fail, before the work
+    cache.mkdir(parents=True, exist_ok=True)
+    for folder in (args.output, cache):  # or fail, before the work
+        tempfile.TemporaryFile(dir=folder).close()
     sizes = [n] * args.seeds
     if args.cas:
         sizes[0] = max(n, len(train[0]))
@@ -1156,7 +1166,8 @@ def score_models(args):
         part, of = args.shard
         sample_shard(cache, parts[part - 1 :: of])
         return
-    print(f"running on {settings[0].model.where}")
+    for where in dict.fromkeys(setting.model.where for setting in settings):
+        print(f"running on {where}")
     print(f"{len(settings)} settings; real images are scored first", flush=True)
     reference = make_reference([*sessions], train[0], test[0], len(class_names))
     results = {
@@ -1240,7 +1251,7 @@ def write_results(args, results, settings, reference, train):
 
 
 def main(argv=None):
-    stopped = "stopped; samples are cached, the same command resumes"
+    stopped = "stopped; samples are cached: the same command resumes, unless it is --export-real"
     return infer_onnx.run_command(build_parser(), score_models, argv, stopped)
 
 

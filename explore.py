@@ -235,7 +235,9 @@ def read_log(path):
     path: a .jsonl file, or the folder of a run.  `images` are missing where neither the log has
     them nor the checkpoint beside it, as it is beside pretrained/*.log.jsonl.  Raises InputError.
     """
-    path = path / "log.jsonl" if path.is_dir() else path
+    if path.is_dir():  # a run of ldm.py that is in stage 1 has only the other
+        logs = [path / "log.jsonl", path / "autoencoder_log.jsonl"]
+        path = next((log for log in logs if log.is_file()), logs[0])
     try:
         texts = path.read_text().splitlines()
         lines = [json.loads(text) for text in texts[:-1]]
@@ -284,7 +286,7 @@ def draw_log(logs, path):
         for part, alpha in ((10, 0.3), (2, 0.6), (1, 1)) if by_tenth else ():
             at = len(by_tenth) // part
             recent = by_tenth[max(at - 10, 0) : max(at, 1)]  # the mean of ten lines
-            means = np.nanmean(np.array(recent, float), axis=0)  # None, of no image, becomes NaN
+            means = np.ma.masked_invalid(np.array(recent, float)).mean(axis=0)  # None: of no image
             tenths.plot(np.arange(10) / 10 + 0.05, means, "o-", alpha=alpha, **colour)
         if "lr" in lines[0]:
             rates.plot(steps, [line["lr"] for line in lines], **colour)
@@ -361,6 +363,10 @@ class Trained:
             if checkpoint["prior"] is None and args.prior == "fitted":
                 print(f"{self.path} has no fitted prior: codes are samples of N(0, 1)")
                 self.settings["prior"] = "normal"
+        guidance = self.options.get("guidance", self.config.get("guidance"))  # that of a student
+        if guidance == 0 and args.command not in ("invert", "reconstruct"):
+            print("guidance 0 ignores the class: the images are of any")
+            args.names = False
         self.device = pick_device(args.device)
         self.network = self.script.ema_network(checkpoint, self.device)
 
@@ -638,13 +644,11 @@ def invert(args, model):
     x_T = ddim_invert(denoise, model.start_of(images, labels), *model.schedule(), trace)
     steps = len(trace)
     model.solve(denoise, x_T, trace)
-    trace = model.decode_trace(trace)
-    _, noise, _ = trace[steps]
-    _, back, _ = trace[-1]
+    (_, noise, _), (_, back, _) = model.decode_trace([trace[steps], trace[-1]])
     print(f"{steps} steps each way")
     print_error(x_0, back)
     if args.output.suffix.lower() == ".gif":
-        save_gif(trajectory_frames(trace, 1), args.output)
+        save_gif(trajectory_frames(model.decode_trace(trace), 1), args.output)
     else:
         rows = torch.stack([x_0, noise, back], dim=1).flatten(0, 1)
         model.save(rows, labels.repeat_interleave(3), 3)
@@ -693,9 +697,7 @@ def edit(args, model):
     x_t = ddim.q_sample(start, eps, alpha_bars[pairs[0][0]].item())
     trace = []
     model.solve(model.denoiser(y), x_t, trace, schedule=(alpha_bars, pairs, prediction))
-    trace = model.decode_trace(trace)
-    _, noised, _ = trace[0]
-    _, samples, _ = trace[-1]
+    (_, noised, _), (_, samples, _) = model.decode_trace([trace[0], trace[-1]])
     model.save_changes([x_0, noised[:1], samples], labels, y)
 
 

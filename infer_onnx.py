@@ -154,6 +154,8 @@ def load_model(path, provider="auto", threads=0, tf32=True):
     provider: auto (CUDA where it works, else CPU), cuda (else ProviderError) or cpu;
     threads: of the CPU, 0 for one per core;  tf32: whether CUDA may use TF32.  Raises ModelError.
     """
+    if provider not in ("auto", "cuda", "cpu"):
+        raise InputError(f"provider {provider!r} is not one of auto, cuda, cpu")
     path = Path(path)
     trouble = None if provider == "cpu" else cuda_trouble()
     contents = {"": read_model(path)}
@@ -161,7 +163,9 @@ def load_model(path, provider="auto", threads=0, tf32=True):
     try:
         sessions = {"": open_session(path, contents[""], threads)}
     except ModelError as error:
-        raise error if is_sealed else damaged(path) from error
+        if is_sealed:
+            raise
+        raise damaged(path) from error
     if not is_sealed and SEAL_KEY in sessions[""].get_modelmeta().custom_metadata_map:
         raise damaged(path)
     card = read_card(sessions[""], path)
@@ -946,7 +950,7 @@ def save_png(picture, path, texts):
 @contextmanager
 def written_whole(path):
     """Yield a temporary path beside `path`, which replaces `path` only if the block succeeds."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1274,7 +1278,9 @@ def check(model):
             raise RunError(f"{name} has inputs of any size: it cannot be compared with the export")
         inputs = part_inputs(shapes, card["probe"], len(card["class_names"]))
         expected = np.array(exported["output"], np.float32)
-        found = run_session(session, **inputs).ravel()[: len(expected)]
+        found = run_session(session, **inputs).ravel()
+        if found.shape != expected.shape:
+            raise RunError(f"the check failed: {name} has more or fewer outputs than its export")
         difference = np.abs(found - expected).max()
         if not difference <= limit:
             differ = f"{name}'s outputs differ by {difference:.1e} from the export's"
@@ -1606,9 +1612,13 @@ def check_output(path, suffixes, given=(), flag="--output"):
         raise InputError(f"{flag} {path} is a file, not a folder for images: name another")
     if path.resolve() in [Path(name).resolve() for name in given]:
         raise InputError(f"{path} is one of the input images: name another {flag}")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{flag} {path} is no file: name another")
+    place = path.absolute()
+    above = [place, *place.parents] if path.is_dir() else place.parents
+    existing = next(folder for folder in above if folder.exists())
+    try:  # its name, too: the file is written under a longer one
+        tempfile.NamedTemporaryFile(dir=existing, prefix=f".{path.name}.").close()
     except OSError as error:
         raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from error
 
@@ -1716,6 +1726,7 @@ def run(args):
             return sample(model, part, **where, **options)
 
         found = folder.fill(numbers, size, images_of)
+        folder.check(numbers)  # a shard with other settings may have begun at the same time
         seconds = time.perf_counter() - start
     else:
         images, labels, columns = images_of_flags(model, args, classes, options)

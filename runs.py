@@ -637,6 +637,8 @@ def load_run_data(args, checkpoint=None):
     note_on_all(data.class_names)
     if not named:  # so that the run can be resumed from another folder
         args.data = str(Path(args.data).absolute())
+    if args.data_dir:
+        args.data_dir = str(Path(args.data_dir).absolute())
     if checkpoint:
         check_same_data(data, checkpoint)
         adopt_batch_size(args, len(data.labels), checkpoint)
@@ -729,7 +731,11 @@ def call_until_signal(function):
 
 @contextmanager
 def signals_caught():
-    """Yield a list that collects the first of the signals; the second ends the program."""
+    """Yield a list that collects signals.
+
+    The same one twice ends the program, and so does SIGINT after any; a SIGTERM after a SIGINT does
+    not: torchrun sends both.
+    """
     caught = []
 
     def catch(number, frame):
@@ -826,8 +832,8 @@ class Run:
         """
         folders = [asked]
         if self.rank == 0 and asked:
-            files = {f"{self.stem}.pt", f"{self.name}.pt"}  # without one it cannot be resumed
-            if any((asked / file).exists() for file in files):
+            held = {path.stem for path in asked.glob("*.pt")}  # of any script: logs would mix
+            if held - (set() if self.part else {"autoencoder"}):  # whose stage 2 goes beside it
                 raise InputError(f"{asked} holds a run: --resume it, or name another --run-dir")
             asked.mkdir(parents=True, exist_ok=True)
         elif self.rank == 0:
@@ -1230,7 +1236,7 @@ def diversity(samples, reals):
 @contextmanager
 def written_whole(path):
     """Yield a temporary path beside `path`, which replaces `path` only if the block succeeds."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1260,9 +1266,13 @@ def check_output(path, suffixes, given=(), flag="--output"):
         raise InputError(f"{flag} {path} is a file, not a folder for images: name another")
     if path.resolve() in [Path(name).resolve() for name in given]:
         raise InputError(f"{path} is one of the input images: name another {flag}")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{flag} {path} is no file: name another")
+    place = path.absolute()
+    above = [place, *place.parents] if path.is_dir() else place.parents
+    existing = next(folder for folder in above if folder.exists())
+    try:  # its name, too: the file is written under a longer one
+        tempfile.NamedTemporaryFile(dir=existing, prefix=f".{path.name}.").close()
     except OSError as error:
         raise InputError(f"{flag} {path} cannot be written: {error.strerror}") from error
 

@@ -57,7 +57,10 @@ def load(path, image_shape, background, skip_broken):
     else:
         with np.load(path) as file:
             has_test = {*file} & {keys[2] for keys in NPZ_KEYS[1:]}
-    test = read(False)[0] if has_test else None
+    test = None
+    if has_test:
+        test, _, of_test = read(False)
+        notes = [*notes, *(f"of the test images: {note}" for note in of_test)]
     place = path.resolve()
     place = place.parent if place.name.lower() in TRAINS else place
     return fold(place.stem).strip("-") or "data", class_names, train, test, notes
@@ -176,6 +179,12 @@ def _test_folder(path):
     return next((f for f in found if bool(_class_folders(f)) == labelled), None)
 
 
+def _refuse(error):
+    """For os.walk, which else leaves out a folder that cannot be read."""
+    if not isinstance(error, FileNotFoundError):  # test images need not have all classes
+        raise error
+
+
 def _files_below(folder, root, skipped):
     """The files in a folder and its sub-folders, in order.
 
@@ -184,7 +193,7 @@ def _files_below(folder, root, skipped):
     """
     found = []
     seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         place = Path(here).resolve()
         if place in seen or root.resolve().is_relative_to(place):
             skipped["links that lead back"] += 1

@@ -217,7 +217,7 @@ def test_evaluate_reads_the_same_data_as_common():
         definitions((ROOT / file).read_text()) for file in ("benchmarks/real.py", "common.py")
     )
     shared = ours.keys() & theirs.keys() - {"load_image"}  # which is infer_onnx.py's here
-    assert len(shared) == 9
+    assert len(shared) == 10
     for name in shared:
         assert ours[name] == theirs[name], f"{name} differs between real.py and common.py"
     assert imports((ROOT / "benchmarks/real.py").read_text()) <= WITHOUT_TORCH | {

@@ -301,6 +301,13 @@ def test_a_folder_with_the_name_of_a_set_is_ambiguous(in_tmp, data_dir):
         assert len(load_data(name, folder).images) == 60
 
 
+def test_files_of_another_set_are_refused(fashion, in_tmp):
+    """That of KMNIST has no published sums: its name would be all that counts."""
+    folder = fashion(in_tmp / "elsewhere")
+    with pytest.raises(InputError, match="is of fashion-mnist, not of kmnist: name the folder of"):
+        load_data("kmnist", folder)
+
+
 X, Y = RNG.integers(0, 256, (4, 28, 28), dtype=np.uint8), np.array([0, 2, 1, 2], np.uint8)
 
 
@@ -426,6 +433,21 @@ def test_a_set_of_torchvision_that_is_not_there_is_downloaded_whole(in_tmp, monk
         load_data("cifar10", "elsewhere")
     assert len(load_data("cifar10").images) == 20
     assert [file.name for file in (in_tmp / "data").iterdir()] == ["cifar-10-batches-py"]
+
+
+def test_a_download_keeps_what_is_there(in_tmp):
+    class Fake:
+        def __init__(self, root, download):
+            write(common.Path(root, "X/raw/new"))
+
+    def write(path):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+
+    write(in_tmp / "data/X/raw/mine")
+    common._download(Fake, common.Path("data"), "X/raw")
+    assert sorted(path.name for path in (in_tmp / "data/X/raw").iterdir()) == ["mine", "new"]
+    assert [path.name for path in (in_tmp / "data").iterdir()] == ["X"]
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -448,6 +448,19 @@ def test_mixing_later_keeps_the_ends_and_changes_the_middle(draw, solver):
         assert np.abs(whole[2] - half[2]).max() > 1 and np.abs(half[2] - late[2]).max() > 1
 
 
+def test_rows_of_no_class_have_no_names(tiny_runs, in_tmp, capsys):
+    flags = ["--checkpoint", str(tiny_runs("ddim")), "--steps", "3"]
+    widths = []
+    for guidance in ("0", "1"):
+        argv = ["filmstrip", "ddim", *flags, "--guidance", guidance, "--output", "x.png"]
+        assert explore.main(argv) == 0
+        said = "guidance 0 ignores the class: the images are of any"
+        assert (said in capsys.readouterr().out) == (guidance == "0")
+        with Image.open("x.png") as picture:
+            widths.append(picture.width)
+    assert widths[0] < widths[1]
+
+
 def test_names_stand_beside_the_rows(tiny_runs, in_tmp):
     for command, name, *argv in (
         ("interpolate", "gan", "--class", "o,ki"), ("reconstruct", "vae", "3"),
@@ -808,7 +821,7 @@ def test_a_gif_of_a_gan_has_ten_samples(draw, frames_of):
         ("filmstrip ddim --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("filmstrip ldm --eta 0.5 --solver dpm++", "--eta 0.5 is for --solver ddim"),
         ("interpolate ddim --guidance-interval 0.8 0.2", "right is 0 <= LOW <= HIGH <= 1"),
-        ("invert ddim --guidance-interval 0 0.7", "is for a guidance above 1"),
+        ("invert ddim 0 --guidance-interval 0 0.7", "is for a guidance above 1"),
         ("gif ddim --output x.png", "must end in .gif"),
         ("gif gan --steps 5", "unrecognized arguments: --steps"),
         ("gif ddim --checkpoint nowhere.pt", "there is no nowhere.pt"),

@@ -177,10 +177,14 @@ def test_ctrl_c_while_sampling_is_one_line(name, script, tiny_runs, in_tmp, monk
     assert list(in_tmp.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_script_is_refused(name, script, tiny_runs, in_tmp, capsys):
+def test_what_is_of_another_script_is_refused(name, script, tiny_runs, data_dir, in_tmp, capsys):
     other = "gan" if name == "vae" else "vae"
     error = refused(script.main, ["--checkpoint", tiny_runs(other) / f"{other}.pt"], capsys)
     assert f"is a checkpoint of {other}, not of {name}" in error
+    shutil.copytree(tiny_runs(other), "run")  # its log and its grids would be mixed with others
+    flags = ["--train", *TINY_FLAGS[name], "--data-dir", data_dir, "--run-dir", "run"]
+    error = refused(script.main, flags, capsys, alone=False)
+    assert "run holds a run: --resume it, or name another --run-dir" in error
 
 
 def test_fixed_flags_cannot_change_on_resume(name, script, tiny_runs, capsys):

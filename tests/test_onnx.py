@@ -1133,6 +1133,8 @@ def test_values_that_export_never_writes_exit_with_3(exports, in_tmp, capsys, na
         (["--guidance", "1", "--guidance-interval", "0", "0.8"], "is for a guidance above 1"),
         (["--variance", "small"], "--variance is not for ddim"),
         (["--output", "x.jpg"], "must end in .png or .npz, or be a folder"),
+        (["--output", f"{'x' * 250}.png"], "--output xxx"),  # that of its scratch file is too long
+        (["--output", "/dev/null"], "/dev/null is no file: name another"),
     ],
 )
 def test_bad_flags_exit_with_2(exported, in_tmp, capsys, flags, message):
@@ -1250,6 +1252,8 @@ def test_cuda_asked_for_and_not_there_exits_with_4(exported, in_tmp, capsys, mon
     infer_onnx.main(["--model", str(exported), "--steps", "1"])
     said = "running on CPUExecutionProvider; not on CUDA: the cable is out"
     assert said in capsys.readouterr().out
+    with pytest.raises(infer_onnx.InputError, match="'CUDA' is not one of auto, cuda, cpu"):
+        infer_onnx.load_model(exported, "CUDA")
 
 
 class CudaSession:
@@ -1370,6 +1374,15 @@ def test_a_changed_file_can_be_sealed_with_its_part(exports, in_tmp, capsys, nam
     assert infer_onnx.main(["--model", str(whole), "--check"]) == 0
     assert capsys.readouterr().err == ""
     assert export.main(["seal", str(whole)]) == 0 and whole.read_bytes() == content
+
+
+def test_a_check_of_some_of_the_outputs_is_none(exported, in_tmp, capsys):
+    def shortened(card):
+        return {**card, "probe": {**card["probe"], "output": card["probe"]["output"][:1]}}
+
+    with_card(exported, "x.onnx", shortened)
+    error = refused(infer_onnx.main, ["--model", "x.onnx", "--check"], capsys, code=5)
+    assert "ddim has more or fewer outputs than its export" in error
 
 
 def test_weights_changed_on_purpose_are_sealed_and_said(exported, in_tmp, capsys):

@@ -274,8 +274,8 @@ def test_image_i_has_the_noise_of_first_plus_i():
 @needs_runtime
 def test_settings_out_of_range():
     refused = {
-        "steps 0 is not in 1..1000": {"steps": 0},
-        "steps 1001 is not in 1..1000": {"steps": 1001},
+        "steps 0 is not a whole number from 1 to 1000": {"steps": 0},
+        "steps 1001 is not a whole number from 1 to 1000": {"steps": 1001},
         "guidance -1 is not a number from 0 to 1000": {"guidance": -1},
         "guidance interval 0 1.5: right is 0 <= LOW <= HIGH <= 1": {"guidance_interval": [0, 1.5]},
         "guidance interval 0.8 0.2: right is 0 <= LOW <= HIGH <= 1": {
@@ -536,6 +536,8 @@ def test_a_link_is_a_picture(page, address):
     said = "guidance 0 ignores the class"
     assert said not in text(page, "report")
     assert open_page(page, address, model="ddim", steps=2, guidance=0) == "done"
+    assert "--guidance 0" in text(page, "command")
+    assert "--guidance-interval" not in text(page, "command")  # which is for one above 1
     assert said in text(page, "report")
 
 

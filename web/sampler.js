@@ -54,21 +54,26 @@ export async function loadModel(ort, name, bytes, readPart) {
   const session = await openSession(ort, name, bytes).catch((error) => {
     throw sealed || error instanceof RunError ? error : damaged(name);
   });
-  if (!sealed && "sha256" in readMetadata(bytes)) throw damaged(name); // a seal in a wrong place
-  const card = readCard(name, bytes);
   const parts = {};
-  for (const [key, part] of Object.entries(card.parts)) {
-    if (!NEEDED_PARTS.includes(key)) continue;
-    const content = await readPart(part.file);
-    await checkFile(part.file, content);
-    const digest = await sha256(content);
-    if (digest !== null && digest !== part.sha256) {
-      const remedy = "export both again, or seal them together with export.py seal";
-      throw new ModelError(`${part.file} is not the ${key} of ${name}: ${remedy}`);
+  try {
+    if (!sealed && "sha256" in readMetadata(bytes)) throw damaged(name); // a seal in a wrong place
+    const card = readCard(name, bytes);
+    for (const [key, part] of Object.entries(card.parts)) {
+      if (!NEEDED_PARTS.includes(key)) continue;
+      const content = await readPart(part.file);
+      await checkFile(part.file, content);
+      const digest = await sha256(content);
+      if (digest !== null && digest !== part.sha256) {
+        const remedy = "export both again, or seal them together with export.py seal";
+        throw new ModelError(`${part.file} is not the ${key} of ${name}: ${remedy}`);
+      }
+      parts[key] = await openSession(ort, part.file, content);
     }
-    parts[key] = await openSession(ort, part.file, content);
+    return { ort, card, session, parts, sealed, prior: fittedPrior(card) };
+  } catch (error) {
+    for (const opened of [session, ...Object.values(parts)]) opened.release(); // free their memory
+    throw error;
   }
-  return { ort, card, session, parts, sealed, prior: fittedPrior(card) };
 }
 
 /** Throw ModelError unless the bytes have the right seal, or none, as other tools write them.
@@ -359,7 +364,7 @@ export function walkLength(card) {
     t + 1 = T * (i / steps)^1.3 for i = steps ... 1, but at least i, so that all differ. */
 export function timePairs(numTimesteps, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
-    throw new InputError(`steps ${steps} is not in 1..${numTimesteps}`);
+    throw new InputError(`steps ${steps} is not a whole number from 1 to ${numTimesteps}`);
   }
   const times = [];
   for (let i = steps; i > 0; i--) {
@@ -374,7 +379,7 @@ export function timePairs(numTimesteps, steps) {
     in the cosine schedule nearer to even in log SNR. */
 export function dpmPairs(numTimesteps, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > numTimesteps) {
-    throw new InputError(`steps ${steps} is not in 1..${numTimesteps}`);
+    throw new InputError(`steps ${steps} is not a whole number from 1 to ${numTimesteps}`);
   }
   const times = [];
   for (let i = steps; i > 0; i--) {
