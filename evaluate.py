@@ -1150,9 +1150,12 @@ def score_models(args):
     held_out = args.hold_out or real.test is None
     if held_out:
         for path, card in {setting.path: setting.model.card for setting in settings}.items():
-            if not card["training"].get("hold_out"):
+            training = card["training"]
+            if not training.get("hold_out"):
                 said = "was not trained with --hold-out: it has seen what it is compared with"
                 print(f"warning: {path} {said}")
+            elif training.get("start"):
+                print(f"note: {path} began with {training['start']}, which may have seen it")
     cache = args.output / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     for folder in (args.output, cache):  # or fail, before the work

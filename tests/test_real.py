@@ -337,6 +337,19 @@ def test_pictures_without_classes_are_scored(place, in_tmp, monkeypatch, capsys)
     assert "label_accuracy" not in results["floor"]["scores"]
     assert report.main(["scores"]) == 0 and not Path("scores/classes.png").exists()
 
+    def begun(card):
+        return card | {"training": card["training"] | {"hold_out": True, "start": "old.pt"}}
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with_card("ddim.onnx", "begun.onnx", begun)
+    monkeypatch.setattr(infer_onnx, "sample", stop)
+    with pytest.raises(SystemExit, match="130"):
+        evaluate.main(["begun.onnx", *argv])
+    said = "note: begun.onnx began with old.pt, which may have seen it"
+    assert said in capsys.readouterr().out
+
 
 def test_other_data_and_models_are_refused_in_a_line(there, in_tmp, monkeypatch, capsys):
     monkeypatch.chdir(there)
