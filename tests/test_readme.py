@@ -214,6 +214,18 @@ def test_what_a_log_holds_is_said():
             assert any(key in line for line in lines) == (name != "ddim")
 
 
+def test_the_included_models_are_ahead_of_those_before():
+    [said] = re.findall(r"weights that were included before it .*?\n\n", RESULTS, re.DOTALL)
+    before = re.findall(r"`(\w+)` ([\d.]+), ([\d.]+), ([\d.]+)[;.]", one_line(said))
+    assert [name for name, *_ in before] == ["vae", "gan", "ddim", "ldm"]
+    rows = {row["title"].split(",")[0]: row["scores"] for row in results_of(".")["rows"]}
+    for name, *figures in before:
+        ffid, coverage, accuracy = map(float, figures)
+        now = {score: rows[name][score]["mean"] for score in ("ffid", "coverage", "label_accuracy")}
+        assert now["ffid"] < ffid
+        assert now["coverage"] > coverage and now["label_accuracy"] > accuracy
+
+
 def test_the_included_files_stay_small():
     assert sum(path.stat().st_size for path in (ROOT / "pretrained").iterdir()) < 30_000_000
 
