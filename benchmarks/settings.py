@@ -35,9 +35,9 @@ from runs import load_checkpoint, pick_device  # noqa: E402
 CHECKPOINTS = {"ddim": "ddim", "ddpm": "ddim", "ldm": "ldm"}  # script: file in pretrained/
 WALKS = {"ddim": (10, 15, 20, 30, 50), "dpm++": (8, 10, 12, 15, 20, 30)}  # solver: steps
 GUIDANCES = {
-    "ddim": (1.3, 1.6, 2.0, 2.5), "ddpm": (1.3, 1.6, 2.0), "ldm": (1.5, 2.0, 2.5, 3.0),
+    "ddim": (1.3, 1.6, 2.0, 2.2, 2.5), "ddpm": (1.3, 1.6, 2.0), "ldm": (1.5, 2.0, 2.5, 3.0),
 }  # fmt: skip
-INTERVALS = ([0, 1], [0, 0.8], [0, 0.7], [0.25, 0.8], [0.25, 0.75], [0.25, 0.7])
+INTERVALS = ([0, 1], [0, 0.8], [0, 0.7], [0.25, 0.8], [0.25, 0.7])
 GUIDED = {"solver": "dpm++", "steps": 15}  # where guidance is tried; ddpm: in 250 steps
 OLDER = {"ddim": 1.6, "ddpm": 1.6, "ldm": 2.5}  # guidance where walks are tried, below 0.8 T
 GPU_BATCH = 2500
