@@ -43,7 +43,7 @@ SAMPLES_FROM = ("ddpm", "ddim")  # both scripts train the same network in the sa
 STEPS = 250  # default number of sampling steps
 GRID_STEPS = 50  # of the grids of samples written while training
 SAMPLER_FLAGS = ("guidance_interval", "variance", "clip")  # passed on to sample()
-GUIDANCE = 1.6  # default
+GUIDANCE = 1.3  # default
 GUIDANCE_INTERVAL = (0, 0.8)  # default, fractions of T
 WIDTHS = {32: (32, 96), 64: (32, 64, 96), 128: (32, 32, 64, 96)}  # default, by image size
 
@@ -278,7 +278,6 @@ def sample(
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
-    check_options(variance=variance)
     config = config or model.config
     guidance = default_guidance(config) if guidance is None else guidance
     steps = min(STEPS, max_steps(config)) if steps is None else steps
@@ -291,6 +290,10 @@ def sample(
     prediction = config["prediction"]
     length = walk_length(alpha_bars, prediction)
     interval = guided_times(guidance_interval, config["num_timesteps"])
+    check_options(variance=variance)
+    pairs = time_pairs(length, steps)
+    if guidance > 1 and not any(interval[0] <= t < interval[1] for t, _ in pairs):
+        print(f"guidance {guidance:g} counts as 1: no step lies in --guidance-interval")
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -301,7 +304,6 @@ def sample(
 
         denoise = guided(model, labels[part].to(device), guidance, *interval)
         x_T = noise()
-        pairs = time_pairs(length, steps)
         x_0 = ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance, clip, noise, trace)
         images.append(x_0.cpu())
     return torch.cat(images)

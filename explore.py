@@ -404,14 +404,19 @@ class Trained:
         pairs_of = ddim.dpm_pairs if is_dpm else ddim.time_pairs
         pairs = pairs_of(length, min(self.options["steps"], length))
         self.settings["steps"] = len(pairs)  # a part of the way may have fewer than asked for
+        guidance, start, stop = self.options["guidance"], *self.guided_times()
+        if guidance > 1 and not any(start <= t < stop for t, _ in pairs):
+            self.settings["guidance"] = f"{guidance:g} (counts as 1: no step is guided)"
         return alpha_bars, pairs, prediction
 
     def denoiser(self, y):
         """denoise(x_t, t) of classes y, int64 (B,)."""
         network = self.network.denoiser if self.latent else self.network
-        interval = self.options["guidance_interval"]
-        times = ddim.guided_times(interval, self.config["num_timesteps"])
+        times = self.guided_times()
         return ddim.guided(network, y.to(self.device), self.options["guidance"], *times)
+
+    def guided_times(self):
+        return ddim.guided_times(self.options["guidance_interval"], self.config["num_timesteps"])
 
     def solve(self, denoise, x_t, trace=None, schedule=None, last=None):
         """Walk from noise to images, or latents, without noise in the steps.

@@ -1715,6 +1715,8 @@ def run(args):
     has_class = options.get("guidance", training.get("guidance")) != 0  # that of a student
     if not has_class:
         print("guidance 0 ignores the class: the images are of any")
+    if options.get("guidance", 0) > 1 and evaluations(card, **options) == options["steps"]:
+        print(f"guidance {options['guidance']:g} counts as 1: no step lies in --guidance-interval")
     start = time.perf_counter()
     count, found = len(numbers), 0
     if folder:

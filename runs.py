@@ -933,6 +933,8 @@ class Run:
                 tqdm.write(f"warning: {whole} of this training: the rate stays below --lr")
             save()  # from now on there is a run to resume
             self.start = time.monotonic()  # of the images/s
+        elif self.rank == 0 and "warmup" in self.args.typed and self.step > self.args.warmup:
+            tqdm.write(f"--warmup {self.args.warmup} changes nothing: it ended before this step")
         while not self._is_over():
             self.in_step = True
             yield self.step

@@ -120,13 +120,20 @@ def comparable(rows):
     return [row for row in rows if row.get("weights") == newest[row["name"]]]
 
 
+def place(group):
+    """Where the rows of a setting stand in the table: real images first."""
+    first = group[0]
+    solver, steps = first.get("solver", ""), first.get("steps", 0)
+    guidance = (first.get("guidance", 0), first.get("guidance_interval", []))
+    return (first["name"] != "real images", first["name"], solver, *guidance, steps)
+
+
 def table(rows):
     """All scores as Markdown: means over the seeds."""
     groups = {}
     for row in rows:
         named = {k: v for k, v in row.items() if k != "seed"}
         groups.setdefault(key(named), []).append(row)
-    floor = next(group for group in groups.values() if group[0]["name"] == "real images")
     text = "# How to sample, chosen by held-out images\n\n"
     counts = Counter(row["device"] for row in rows)
     devices = " and ".join(f"{device} ({count} samplings)" for device, count in counts.items())
@@ -136,7 +143,7 @@ def table(rows):
     head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
     head += [report.HEADINGS[name] for name in SCORES]
     cells = []
-    for group in [floor, *(group for group in groups.values() if group is not floor)]:
+    for group in sorted(groups.values(), key=place):
         first = group[0]
         means = {}
         for name in SCORES:  # real images are of no requested class

@@ -568,7 +568,9 @@ def test_an_edit_is_the_image_at_little_strength_and_a_plain_sample_at_full(
     draw("edit", name, "3", "--strength", "1", "--class", "o", "--output", "full.npz")
     flags = ["--class", "o", "--num-samples", "8", "--steps", "3"]
     plain = script_images(name, *flags, "--checkpoint", str(tiny_runs(name)))
-    assert capsys.readouterr().out.count("steps 1,") == 1  # of the 1000 timesteps one is left
+    said = capsys.readouterr().out
+    assert said.count("steps 1,") == 1  # of the 1000 timesteps one is left, below the interval
+    assert said.count("(counts as 1: no step is guided)") == 1
     little, full = images("little.npz"), images("full.npz")
     assert len(little) == len(full) == 10 and set(np.load("full.npz")["y"][2:]) == {0}
     if name == "ddim":

@@ -149,6 +149,8 @@ def test_a_run_that_is_over_says_so_when_it_is_resumed(name, script, tiny_runs, 
     shutil.copytree(tiny_runs(name), "run")
     assert script.main(["--resume", "--run-dir", "run"]) == 0
     assert "it was at its end: only a greater --epochs or --minutes" in capsys.readouterr().out
+    assert script.main(["--resume", "--run-dir", "run", "--warmup", "1"]) == 0
+    assert "--warmup 1 changes nothing: it ended before this step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ldm"])
@@ -162,6 +164,11 @@ def test_images_of_no_class_are_called_so(name, script, tiny_runs, in_tmp, capsy
         with Image.open("x.png") as picture:
             pictures.append(picture.width)
     assert pictures[0] < pictures[1]  # without the names of the classes beside its rows
+    for ends in ("0 1", "0.25 0.25"):
+        argv = [*flags, "--guidance", "2", "--guidance-interval", *ends.split()]
+        assert script.main([*argv, "--output", "x.png"]) == 0
+        said = "guidance 2 counts as 1: no step lies in --guidance-interval"
+        assert (said in capsys.readouterr().out) == (ends != "0 1")
 
 
 def test_ctrl_c_while_sampling_is_one_line(name, script, tiny_runs, in_tmp, monkeypatch, capsys):

@@ -529,6 +529,11 @@ def test_images_of_no_class_are_called_so(exports, in_tmp, capsys):
         assert infer_onnx.main([*flags, "--guidance", guidance]) == 0
         said = "guidance 0 ignores the class"
         assert (said in capsys.readouterr().out) == (guidance == "0")
+    for ends in ("0 1", "0.25 0.25"):
+        argv = ["--guidance", "2", "--guidance-interval", *ends.split()]
+        assert infer_onnx.main([*flags, *argv]) == 0
+        said = "guidance 2 counts as 1: no step lies in --guidance-interval"
+        assert (said in capsys.readouterr().out) == (ends != "0 1")
 
 
 def test_a_session_has_the_threads_that_were_asked_for(exports):

@@ -539,6 +539,11 @@ def test_a_link_is_a_picture(page, address):
     assert "--guidance 0" in text(page, "command")
     assert "--guidance-interval" not in text(page, "command")  # which is for one above 1
     assert said in text(page, "report")
+    said = "guidance 3 counts as 1"
+    assert said not in text(page, "report")
+    ends = {"guidance_low": 0.25, "guidance_high": 0.25}
+    assert open_page(page, address, model="ddim", steps=2, guidance=3, **ends) == "done"
+    assert said in text(page, "report")
 
 
 @needs_chromium
