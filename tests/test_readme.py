@@ -147,7 +147,7 @@ def test_the_tables_are_those_of_the_results(name):
     marks = re.findall(r"<!-- (\w+) of (.+?) -->", PAGES[name])
     assert [part for part, _ in marks] == {
         "README.md": ["overview"],
-        "results/README.md": ["scores", "cost", "scores", "scores", "cost"],
+        "results/README.md": ["scores", "cost", "scores", "scores", "cost", "scores", "cost"],
     }[name]
     assert PAGES[name].count("<!-- end -->") == len(marks) + PAGES[name].count("<!-- start -->")
 
@@ -178,7 +178,24 @@ def test_other_figures_of_the_scores_are_those_of_the_results():
     }
     [ddpm_row] = results_of("ddpm")["rows"]
     total = ddpm_row["n"] * evaluations["ddpm"]
-    assert f"which take {total / 1e6:.1f} million evaluations" in one_line(RESULTS)
+    assert f"A seed takes {total / 1e6:.1f} million evaluations" in one_line(RESULTS)
+
+
+def test_the_students_beside_ddim_in_20_steps():
+    """The aims of a student: a fraction of the time, and not much more of the F-FID."""
+    rows = {row["model"]: row for row in results_of("ddim20")["rows"]}
+    ddim20 = rows["ddim"]
+    assert ddim20["evaluations"] == 36
+    for name, most in (("distill", 1.15), ("distill2", 1.8)):
+        student = rows[name]
+        ffid = student["scores"]["ffid"]["mean"] / ddim20["scores"]["ffid"]["mean"]
+        assert ffid <= most
+        mine, theirs = (row["latency"] for row in (student, ddim20))
+        single = theirs["batch"]["1"] / mine["batch"]["1"]
+        best = theirs["batch"][theirs["best"]] / mine["batch"][mine["best"]]
+        assert min(single, best) > 7
+        said = f"`{name}`: {ffid:.2f} times its F-FID, {single:.1f} times as fast one image at a "
+        assert f"{said}time, {best:.1f} times at the best batch sizes" in one_line(RESULTS)
 
 
 def test_the_versions_of_the_onnx_files_are_those_of_export():
