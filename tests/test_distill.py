@@ -377,7 +377,7 @@ def test_walks_that_are_learned_from_are_forgotten(tiny_run, in_tmp, monkeypatch
 def test_a_teacher_of_fewer_steps_takes_those_of_the_student(tiny_run, in_tmp, capsys):
     flags = ["--steps", "3", "--teacher-steps", "2", "--teacher", str(tiny_run)]
     assert distill.main([*FLAGS, *flags]) == 0
-    assert "3 steps, guidance 2\n" in capsys.readouterr().out
+    assert f"3 steps, guidance {ddim.GUIDANCE:g}\n" in capsys.readouterr().out
 
 
 def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):
