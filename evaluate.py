@@ -743,6 +743,10 @@ def setting_options(args, name, card):
             options["guidance_interval"] = interval
         if solver != usual:
             options["solver"] = solver
+        if guidance > 1 and infer_onnx.evaluations(card, **options) == count:
+            print(f"{name}, {count} steps: guidance {guidance:g} counts as 1: none is guided")
+            options["guidance"] = 1.0
+            options.pop("guidance_interval", None)
         if options not in found:
             found.append(options)
     return found

@@ -458,7 +458,7 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, export
         shutil.copy(file, "runs/tiny")
     flags = [flag for flag in workplace if flag != "--no-timing"]
     command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "evaluate.py"), "ddim", "gan"]
-    command += ["vae", "--steps", "2,3", "--seeds", "2", *flags]
+    command += ["vae", "--steps", "3,5", "--seeds", "2", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stderr
     later = "pip install matplotlib, then python benchmarks/report.py results"
@@ -466,7 +466,7 @@ def test_a_run_without_torch_leaves_results_table_and_pictures(workplace, export
     assert not any((in_tmp / f"results/{name}").exists() for name in report.DIAGRAMS)
     results = json.loads((in_tmp / "results/results.json").read_text())
     assert [(r["model"], r["steps"], r["evaluations"]) for r in results["rows"]] == [
-        ("ddim", 2, 3), ("ddim", 3, 4),  # t = 999, 405; 999, 589, 239
+        ("ddim", 3, 4), ("ddim", 5, 6),  # t = 999, 922, 428; 999, 979, 870, 570, 157
         ("gan", None, 1), ("vae", None, 1),
     ]  # fmt: skip
     for row in results["rows"]:
@@ -855,7 +855,7 @@ def test_settings_follow_the_flags(workplace, capsys):
     args = evaluate.build_parser().parse_args(flags)
     settings = evaluate.find_settings(args, CLASSES)
     assert [(s.options["guidance"], s.options["steps"], s.evaluations()) for s in settings] == [
-        (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 6), (2, 1000, 1550),
+        (0, 5, 5), (0, 1000, 1000), (1, 5, 5), (1, 1000, 1000), (2, 5, 6), (2, 1000, 1450),
     ]  # fmt: skip
     flags = ["ddim", "--steps", "5", "--guidance", "2", "--guidance-interval"]
     flags.append("0:1,0.1:0.7")  # t = 999, 979, 870, 570, 157
@@ -865,17 +865,22 @@ def test_settings_follow_the_flags(workplace, capsys):
     assert found == [((0, 1), 10), ((0.1, 0.7), 7)]
     title = "ddim, steps 5, guidance 2, guidance interval 0.1:0.7, solver dpm++"
     assert settings[1].title() == title
-    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-interval", "0.25:0.8,0:1"]
+    flags = ["ddim", "--guidance", "0,1,1.6", "--guidance-interval", "0.25:0.7,0:1"]
     args = evaluate.build_parser().parse_args(flags)
     options = [s.options for s in evaluate.find_settings(args, CLASSES)]
     found = [(o["guidance"], o.get("guidance_interval")) for o in options]
     assert found == [(0, None), (1, None), (1.6, None), (1.6, (0, 1))]
     said = capsys.readouterr().out
     assert "--steps 2000 is more than the 1000" in said and "interval is ignored" not in said
-    flags = ["ddim", "--guidance", "0,1", "--guidance-interval", "0.25:0.8"]
+    flags = ["ddim", "--guidance", "0,1", "--guidance-interval", "0.25:0.7"]
     evaluate.find_settings(evaluate.build_parser().parse_args(flags), CLASSES)
     said = capsys.readouterr().out
     assert "ddim: no guidance is above 1: --guidance-interval is ignored" in said
+    flags = ["ddim", "--steps", "2", "--guidance", "1,2,3"]  # t = 999, 749: below is the interval
+    [setting] = evaluate.find_settings(evaluate.build_parser().parse_args(flags), CLASSES)
+    assert setting.options == {"steps": 2, "guidance": 1}
+    said = capsys.readouterr().out
+    assert all(f"guidance {weight} counts as 1: none is guided" in said for weight in (2, 3))
     args = evaluate.build_parser().parse_args(["gan", "--steps", "5"])
     assert evaluate.find_settings(args, CLASSES)[0].options == {}
     bare = {"parameters"}
