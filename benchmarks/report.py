@@ -384,7 +384,9 @@ def plot_results(results, folder):
         name = row["title"].replace(f", steps {row['steps']}", "")
         ffid = row["scores"]["ffid"]["mean"]
         if times := row["latency"]:
-            text = f"{row['steps']} steps" if row["steps"] else ""
+            text = ""
+            if count := row["steps"]:
+                text = f"{count} step{'s' * (count != 1)}"
             by_time.setdefault(name, []).append((times["batch"][times["best"]], ffid, text))
         if row["steps"]:
             by_steps.setdefault(name, []).append((row["steps"], ffid, ""))
