@@ -204,7 +204,7 @@ def cells(answer, expected, unit):
     if small is None:
         return "valid", "valid"
     difference = largest_difference(small[: len(expected)], expected)
-    found = f"{difference:.0f} {unit}" if unit else f"{difference:.0e}"
+    found = f"{difference:.0f} {unit}{'s' * (difference != 1)}" if unit else f"{difference:.0e}"
     load, run = (ours / theirs for ours, theirs in zip(*seconds, strict=True))
     difference = largest_difference(small, wide)
     return found, f"{difference:.0e} ({load:.2f}, {run:.2f})".replace("0e+00", "0")
@@ -239,7 +239,7 @@ def run(args):
                 for key, value in inputs.items()
             }
             paths = [str(path), str(store_as_float32(path, scratch))]
-            unit = "grey levels" if "noise" in inputs else ""
+            unit = "grey level" if "noise" in inputs else ""
             for i, (command, kind, folder) in enumerate(clients):
                 rounds = 1 if kind or unit else ROUNDS
                 request = {"paths": paths, "kind": kind, "rounds": rounds, "inputs": listed}
