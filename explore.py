@@ -416,6 +416,7 @@ class Trained:
         return ddim.guided(network, y.to(self.device), self.options["guidance"], *times)
 
     def guided_times(self):
+        """(start, stop) of the timesteps at which guidance above 1 acts."""
         return ddim.guided_times(self.options["guidance_interval"], self.config["num_timesteps"])
 
     def solve(self, denoise, x_t, trace=None, schedule=None, last=None):
