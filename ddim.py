@@ -238,7 +238,7 @@ def dpm_pairs(num_timesteps, steps):
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
-    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.  Raises
+    steps of time_pairs are so few that a tenth to a quarter of its spread is lost.  Raises
     ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:

@@ -210,6 +210,8 @@ def train(args, checkpoint=None):
     fine_pairs = teacher_pairs(length, args.teacher_steps, pairs)
     print(f"teacher {args.teacher}, {len(fine_pairs)} steps, guidance {args.guidance:g}")
     interval = guided_times(args.guidance_interval, config["num_timesteps"])
+    if args.guidance > 1 and not any(interval[0] <= t < interval[1] for t, _ in fine_pairs):
+        print(f"guidance {args.guidance:g} counts as 1: no step lies in --guidance-interval")
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
 
@@ -229,27 +231,30 @@ def train(args, checkpoint=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(torch.tensor(checkpoint["sums"]))
     precision = autocast(device, args.bf16)
+
+    @torch.no_grad()
+    def states_of(streams, y):
+        """The teacher's states at the times of the student, from the noise of `streams`."""
+        x_T = torch.from_numpy(next_noise(streams, shape)).to(device)
+        denoise = guided(teacher_model, y, args.guidance, *interval)
+        return teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs)
+
     # The log compares its samples with those of its teacher from the same noise.
     num_classes = len(teacher["class_names"])
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
-    images = ddim.sample(
-        model=teacher_model, config=config, labels=grid_labels, steps=len(fine_pairs),
-        guidance=args.guidance, guidance_interval=args.guidance_interval, solver="dpm++",
-    )  # fmt: skip
+    streams = noise_streams(0, range(len(grid_labels)))
+    images = states_of(streams, grid_labels.to(device))[-1]
     check_finite(images)
     data = ImageData(to_uint8(images), grid_labels, teacher["class_names"][:10], args.teacher)
     run = Run(NAME, args, data, checkpoint, walks=WALKS * args.batch_size)
 
-    @torch.no_grad()
     def walk(batch):
         """Classes and teacher's states of batch number `batch`: this process's rows of it."""
         [rows] = run.shard(torch.arange(args.batch_size) + batch * args.batch_size)
         y = (rows % num_classes).to(device)
         streams = noise_streams(args.seed, [FIRST_NOISE + i for i in rows.tolist()])
-        x_T = torch.from_numpy(next_noise(streams, shape)).to(device)
-        denoise = guided(teacher_model, y, args.guidance, *interval)
         with precision:  # bfloat16 moves the images by a third of a grey level
-            return y, teacher_walk(denoise, x_T, alpha_bars, prediction, pairs, fine_pairs)
+            return y, states_of(streams, y)
 
     def save():
         grid = sample(model=ema_model.module, config=config, labels=grid_labels)

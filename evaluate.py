@@ -266,8 +266,12 @@ def read_idx(file, sha256):
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         message = f"{file} is not a whole IDX file ({infer_onnx.one_line(error)})"
         raise InputError(message) from error
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 and found != sha256:
         raise InputError(f"{file} is not the published file (its SHA-256 differs)")
+    for name, (_, _, sums) in IDX_SETS.items():
+        if not sha256 and found in (sums or ()):
+            raise InputError(f"{file} is of {name}: right is --data {name}")
     return array
 
 
@@ -1171,6 +1175,9 @@ def score_models(args):
     parts = [(setting, seed, *chunk) for setting, seed, size in wanted for chunk in chunks(size)]
     if args.shard:
         part, of = args.shard
+        if len(parts) < of:
+            most = f"there are {len(parts)} files of samples to draw, and as many shards at most"
+            raise InputError(f"--shard {part}/{of}: {most}")
         sample_shard(cache, parts[part - 1 :: of])
         return
     for where in dict.fromkeys(setting.model.where for setting in settings):

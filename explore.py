@@ -528,6 +528,8 @@ class Trained:
             save_gif(frames, self.args.output)
         else:
             columns = grid_columns(count, len(images))
+            if rows and len(rows) > 1:  # a row of one image, too
+                columns = min(columns, count)
             if len(images) > count > columns and self.args.output.suffix.lower() == ".png":
                 images, labels = (filled_up(part, count, columns) for part in (images, labels))
             if not getattr(self.args, "names", False):
@@ -880,7 +882,8 @@ def add_flags(parser, command, name):
         add("--num-samples", type=number(int, 1, 10_000), default=count,
             help=f"samples of each class, 1 to 10,000 ({count})")
     add("--checkpoint", type=file_path,
-        help="a .pt file or a run's folder (newest run, else the included weights)")
+        help="a .pt file or a run's folder (newest run, with ddim and ddpm that of either, else "
+             "the included weights)")
     _, _, suffixes = COMMANDS[command]
     kinds = {".npz": ".npz of arrays", "": "a folder of PNGs, as in out/"}
     listed = ", ".join(kinds.get(suffix, suffix) for suffix in suffixes)

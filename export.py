@@ -752,7 +752,8 @@ def build_parser():
     add("file", metavar="FILE", type=infer_onnx.file_path, nargs="?",
         help="with seal: an .onnx file of export.py that another tool has changed")
     add("--checkpoint", type=infer_onnx.file_path,
-        help="a .pt file or a run's folder to export (newest run, else the included weights)")
+        help="a .pt file or a run's folder to export (newest run of NAME.py, else the included "
+             "weights)")
     add("--output", type=infer_onnx.file_path,
         help="the .onnx file to write (NAME.onnx in the run's folder; of included weights, here)")
     add("--sampler", action="store_true",

@@ -492,7 +492,7 @@ def dpm_pairs(num_timesteps, steps):
     t + 1 = T * 3 i^2 / (3 i^2 + (steps - i)^2) for i = steps ... 1, shifted so that all differ;
     in the cosine schedule nearer to even in log SNR, as DPM-Solver is (Lu et al. 2022,
     arXiv:2206.00927).  Brightness shows through much noise, so it is decided near T: there, 15
-    steps of time_pairs are so few that up to a quarter of its standard deviation is lost.  Raises
+    steps of time_pairs are so few that a tenth to a quarter of its spread is lost.  Raises
     ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_timesteps:
@@ -604,7 +604,8 @@ def sample(
     steps, guidance, guidance_interval: of diffusion models, default from the card;  solver, eta: of
     ddim and ldm, the solver's default from the card, eta's 0;  variance: of ddpm (small);
     truncation: of vae and gan (off);  prior: of vae (fitted).  Raises InputError for other values
-    and for options of other models, RunError if the network fails or its output is not finite.
+    and for options of other models, RunError if the network fails or its output is not finite,
+    which a sampler in one graph hides: it returns bytes.
     """
     card = model.card
     given = {
@@ -697,6 +698,8 @@ def check_use(card, options):
         if value is not None and key in for_some and key not in MODEL_FLAGS[card["model"]]:
             name = key.replace("_", "-")
             raise InputError(f"--{name} is not for {card['model']} models: leave it out")
+    if options.get("prior") == "fitted" and card["prior"] is None:
+        raise InputError("--prior fitted: this model was exported without one: leave it out")
 
 
 def check_walk(card, steps, guidance, solver, eta):
@@ -1577,8 +1580,6 @@ def build_parser():
 def sampling_options(args, card):
     """The options of `sample` from the flags, with the model's defaults. Raises InputError."""
     check_use(card, vars(args))
-    if args.prior == "fitted" and card["prior"] is None:
-        raise InputError("--prior fitted: this model was exported without one: leave it out")
     flags = ("eta", "variance", "truncation", "prior")
     options = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     if card["kind"] == "codes":
@@ -1599,13 +1600,13 @@ def check_output(path, suffixes, given=(), flag="--output"):
 
     suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
     """
+    if path.is_dir() and path.suffix:
+        raise InputError(f"{flag} {path} is a folder: name another")
     if path.suffix.lower() not in suffixes:
         names = [suffix for suffix in suffixes if suffix]
         wanted = [f"end in {' or '.join(names)}"] if names else []
         wanted += ["be a folder"] if "" in suffixes else []
         raise InputError(f"{flag} {path}: the name must {', or '.join(wanted)}")
-    if path.is_dir() and path.suffix:
-        raise InputError(f"{flag} {path} is a folder: name another")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{flag} {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:

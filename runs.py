@@ -199,7 +199,8 @@ def run_parser(name, doc, batch_size=64, data=True):
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
         help="number of images of each class, 1 to 1,000,000 (1)")
     add("--checkpoint", type=file_path,
-        help="a .pt file or a run's folder to sample from (newest run, else the included weights)")
+        help="a .pt file or a run's folder to sample from (newest run, with ddim and ddpm that of "
+             "either, else the included weights)")
     add("--output", type=output_path,
         help="a .png grid, an .npz of arrays, or a folder for PNGs, as in out/ (NAME_CLASS.png, of "
              "several classes NAME_samples.png)")
@@ -1255,13 +1256,13 @@ def check_output(path, suffixes, given=(), flag="--output"):
 
     suffixes: those it may have, "" for a folder;  given: input images, which it may not replace.
     """
+    if path.is_dir() and path.suffix:
+        raise InputError(f"{flag} {path} is a folder: name another")
     if path.suffix.lower() not in suffixes:
         names = [suffix for suffix in suffixes if suffix]
         wanted = [f"end in {' or '.join(names)}"] if names else []
         wanted += ["be a folder"] if "" in suffixes else []
         raise InputError(f"{flag} {path}: the name must {', or '.join(wanted)}")
-    if path.is_dir() and path.suffix:
-        raise InputError(f"{flag} {path} is a folder: name another")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{flag} {path} is a folder that holds files: name another")
     if path.is_file() and not path.suffix:

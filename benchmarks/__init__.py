@@ -3,7 +3,11 @@
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+
+from infer_onnx import InputError
 
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 SCORES = ("ffid", "ffid2", "precision", "recall", "density", "coverage", "label_accuracy")
@@ -37,3 +41,16 @@ def pinned(core):
         "env": {**os.environ, **dict.fromkeys(THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""},
         "preexec_fn": begin,
     }
+
+
+def run_pinned(words, core, log):
+    """Run a Python program as `pinned` says; what it prints is added to the file `log`.
+
+    words: its file and flags.  Raises InputError with its last line if it fails.
+    """
+    with log.open("a") as file:
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, stdout=file, stderr=file, **pinned(core))
+    if done.returncode:
+        last = " ".join(log.read_text().strip().splitlines()[-1:])
+        raise InputError(f"a command failed, all it said is in {log}: {last}")

@@ -127,6 +127,8 @@ def write_extractor(path, model, shape, card):
     x = torch.zeros(2, shape[0], shape[1] - 4, shape[2] - 4)
     proto = export.export_graph(model, {"x": x}, "features", "logits")
     onnx.helper.set_model_props(proto, {evaluate.CARD_KEY: json.dumps(card)})
+    if path.is_file():
+        print(f"replacing {path}, which was there")
     with infer_onnx.written_whole(path) as scratch:
         scratch.write_bytes(infer_onnx.sealed(proto.SerializeToString()))
 
@@ -134,11 +136,17 @@ def write_extractor(path, model, shape, card):
 def train_both(args):
     """Train the two extractors of a data set, and load them as evaluate.py will."""
     shape = (args.channels, args.image_size, args.image_size)
+    if args.background != "white" and not Path(args.data).is_dir():
+        text = f"--background is for folders, and {args.data} is none: leave it out"
+        raise infer_onnx.InputError(text)
     real = evaluate.load_real(args.data, args.data_dir, shape, args.background, args.skip_broken)
     train, test = real.parts()
-    class_names = real.class_names or (
-        common.load_data(args.data, args.data_dir, train=False).class_names
-    )
+    try:
+        class_names = real.class_names or (
+            common.load_data(args.data, args.data_dir, train=False).class_names
+        )
+    except common.InputError as error:
+        raise infer_onnx.InputError(str(error)) from error
     classes = len(class_names)
     _, labels = evaluate.task(*test, classes)
     for which in SEEDS:

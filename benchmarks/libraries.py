@@ -108,6 +108,13 @@ def measure(subject):
     return figures
 
 
+def why(stderr):
+    """The last line of what a failed process said, and what to install if a package is missing."""
+    last = " ".join(stderr.strip().splitlines()[-1:])
+    missing = last.startswith("ModuleNotFoundError")
+    return last + ": pip install diffusers denoising-diffusion-pytorch" * missing
+
+
 def compare_speed(rounds):
     """Print the medians over rounds in which the subjects take turns."""
     turns = []
@@ -115,9 +122,10 @@ def compare_speed(rounds):
         turn = {}
         for subject in (*SUBJECTS[i % 3 :], *SUBJECTS[: i % 3]):
             command = [sys.executable, __file__, "--subject", subject]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"{subject} failed: pip install diffusers denoising-diffusion-pytorch")
+                print(f"libraries.py: error: {subject}: {why(done.stderr)}", file=sys.stderr)
+                sys.exit(2)
             turn[subject] = json.loads(done.stdout.splitlines()[-1])
         turns.append(turn)
     import torch
@@ -144,7 +152,9 @@ def folder(text):
 
 def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="libraries.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="libraries.py", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     # fmt: off
     add = parser.add_argument
     add("what", nargs="?", choices=("speed", "train"), default="speed",

@@ -6,12 +6,13 @@ A pair is ddim.py and a library, trained at once, each on one core, for the same
 every sixth image.  Each then draws with its own sampler, networks in float32, and the functions of
 evaluate.py score both beside the test images: what counts is the ratio within a pair.
 
-ddim.py has its defaults.  A library has what ddim.py has, where it offers it: classes with a tenth
-of the labels dropped, cosine schedule, v, clipped gradients, bfloat16 in training where the CPU
-computes in it, the same annealing of the rate, an EMA, which is its own; and RECIPES.  The guidance
-of each library is chosen after its training, by F-FID on the images left out, among none, a middle
-one and its default.  That of ddim.py is not.  Runs stay in runs/libraries, and count as done: after
-a change of this file or of ddim.py, delete them and results/libraries.
+ddim.py has its defaults, those of when the pair was scored.  A library has what ddim.py has, where
+it offers it: classes with a tenth of the labels dropped, cosine schedule, v, clipped gradients,
+bfloat16 in training where the CPU computes in it, the same annealing of the rate, an EMA, which is
+its own; and RECIPES.  The guidance of each library is chosen after its training, by F-FID on the
+images left out, among none, a middle one and its default.  That of ddim.py is not.  Runs stay in
+runs/libraries, and count as done: after a change of this file or of ddim.py, delete them and
+results/libraries.
 """
 
 import argparse
@@ -171,7 +172,7 @@ def train(job):
 
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    data = without_held_out(load_data("fashion-mnist", job["data_dir"]))
+    data = without_held_out(load_data("set:fashion-mnist", job["data_dir"]))
     recipe = argparse.Namespace(warmup=WARMUP, **job["recipe"])
     peer = PEERS[job["library"]](job["recipe"])
     parameters = [*peer.network.parameters()]
@@ -358,7 +359,7 @@ def compare(run, data_dir, cores, judges):
 
 def make_judges(data_dir):
     """F-FID beside the images left out, a function, and the Reference of the test images."""
-    data = evaluate.load_real("fashion-mnist", data_dir)
+    data = evaluate.load_real("set:fashion-mnist", data_dir)
     test, left_out = data.parts()[1][0], data.parts(hold_out=True)[1][0]
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
     sessions = [evaluate.load_extractor(file, data.name, data.parts()[1], 1)[0] for file in files]
@@ -440,9 +441,7 @@ def train_all(args):
     for run in runs:
         done = subprocess.run(job_command("check", run), capture_output=True, text=True)
         if done.returncode:
-            last = " ".join(done.stderr.strip().splitlines()[-1:])
-            need = "it needs pip install diffusers denoising-diffusion-pytorch"
-            raise InputError(f"{run['library']}: {last} ({need})")
+            raise InputError(f"{run['library']}: {libraries.why(done.stderr)}")
     judges = make_judges(args.data_dir) if runs else None
     for run in runs:
         rows.append(compare(run, args.data_dir, cores, judges))

@@ -55,8 +55,8 @@ def load(path, image_shape, background, skip_broken):
     if path.is_dir():
         has_test = _test_folder(path)
     else:
-        with np.load(path) as file:
-            has_test = {*file} & {keys[2] for keys in NPZ_KEYS[1:]}
+        with np.load(path) as file:  # beside x there are no test images, whatever they are called
+            has_test = {*file} & {keys[2] for keys in NPZ_KEYS[1:] if keys[0] in file}
     test = None
     if has_test:
         test, _, of_test = read(False)

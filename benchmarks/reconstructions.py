@@ -35,7 +35,7 @@ def load(path):
     """A checkpoint of what is scored here, Fashion-MNIST, grey and in 32x32. Raises InputError."""
     checkpoint = load_checkpoint(path, NAMES)
     config = checkpoint["config"]
-    given = config["data"], config["channels"], config.get("image_size", 32)
+    given = config["data"].removeprefix("set:"), config["channels"], config.get("image_size", 32)
     if given != ("fashion-mnist", 1, 32):
         found = "{}, {} channels, {} pixels".format(*given)
         raise InputError(f"{path} is of {found}: right is fashion-mnist, 1, 32")
@@ -99,7 +99,7 @@ def run(args):
     except InputError as error:  # run_command knows that of infer_onnx.py
         raise infer_onnx.InputError(str(error)) from error
     args.output.mkdir(parents=True, exist_ok=True)
-    data = evaluate.load_real("fashion-mnist", args.data_dir)
+    data = evaluate.load_real("set:fashion-mnist", args.data_dir)
     (images, labels), test = data.parts()
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
     sessions = [evaluate.load_extractor(file, "fashion-mnist", test, 0)[0] for file in files]

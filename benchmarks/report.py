@@ -27,6 +27,7 @@ from infer_onnx import (
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
 FEW = 2000  # with fewer samples than this, evaluate.py marks a row
+QUERIES = 2000  # samples whose nearest images evaluate.py looks for at most
 FLOOR_PARTS = 30  # disjoint parts of the training images that evaluate.py scores at most
 MOST = 20  # classes in a table, a diagram or a picture; others are left out
 # Columns of the table: (name of the score, heading, format).
@@ -160,10 +161,12 @@ def table(results):
     if by_class := classes_of(results):
         text += f"Label accuracy by class:\n\n{by_class}"
     text += cost_of(results)
-    threads = f"{machine['cores']} cores, {machine['threads'] or 'as many'} threads"
-    text += f"On {machine['processor']}, {threads}, {machine['provider']}, "
-    text += f"onnxruntime {machine['onnxruntime']}; times: medians, "
-    text += "which move with the machine's load.\n\n"
+    cores, threads = machine["cores"], machine["threads"] or machine["cores"]
+    text += f"On {machine['processor']}, {cores} cores, {threads} thread{'s' * (threads > 1)}, "
+    text += f"{machine['provider']}, onnxruntime {machine['onnxruntime']}"
+    if any(row.get("latency") for row in results["rows"]):
+        text += "; times: medians, which move with the machine's load"
+    text += ".\n\n"
     for which, card in enumerate(results["extractors"], 1):
         least = card.get("least_accuracy", 0.93)
         is_weak = card["accuracy"] < least
@@ -175,7 +178,8 @@ def table(results):
     if not protocol.get("balanced", True):
         text += OWN_DATA
     means = "{0} x {0}".format(protocol.get("block", 2))
-    return text + NOTES.format(few=FEW, parts=FLOOR_PARTS, real=real, means=means, **protocol)
+    limits = {"few": FEW, "most": QUERIES, "parts": FLOOR_PARTS}
+    return text + NOTES.format(real=real, means=means, **limits, **protocol)
 
 
 PARTS = {"scores": scores_of, "cost": cost_of, "overview": overview}
@@ -224,14 +228,14 @@ NOTES = """\
   trained on the training images, and each of them is its own nearest neighbour.
 - Precision, recall, density, coverage: k = {k}, all against all.
 - Label accuracy: fraction of samples that the extractor classifies as the requested class.
-- Copy ratio: median over up to {queries:,} samples of the distance to the nearest of {train:,}
-  training images over that to the nearest of {others:,} {real} images, in means of {means} pixels
-  whose brightness and contrast are made equal; of a sample, its mirror image, and both moved by a
-  pixel to any side, the nearest counts. Copies: fraction of them with a ratio that only 1 % of real
-  images fall below, those apart that are training images, too. A copy ratio far below that of real
-  images, or copies far above 0.01, show that training images are reproduced, also if they are moved
-  by a pixel, mirrored, brighter, or a little blurred; stronger changes stay unseen. –: too few
-  {real} images to tell.
+- Copy ratio: median over up to {most:,} samples, or {queries:,} real images, of the distance to the
+  nearest of {train:,} training images over that to the nearest of {others:,} {real} images, in
+  means of {means} pixels whose brightness and contrast are made equal; of a sample, its mirror
+  image, and both moved by a pixel to any side, the nearest counts. Copies: fraction of them with a
+  ratio that only 1 % of real images fall below, those apart that are training images, too. A copy
+  ratio far below that of real images, or copies far above 0.01, show that training images are
+  reproduced, also if they are moved by a pixel, mirrored, brighter, or a little blurred; stronger
+  changes stay unseen. –: too few {real} images to tell.
 - Network evaluations: per image. A guided step takes two; steps are guided at t in the guidance
   interval, fractions of T, which is the model's unless the row names another. A row of ddim or ldm
   that names no solver is of DDIM.

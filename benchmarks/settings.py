@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import infer_onnx  # noqa: E402
 from benchmarks import SCORES, only_table, report  # noqa: E402
-from common import to_uint8  # noqa: E402
+from common import InputError, to_uint8  # noqa: E402
 from runs import load_checkpoint, pick_device  # noqa: E402
 
 CHECKPOINTS = {"ddim": "ddim", "ddpm": "ddim", "ldm": "ldm"}  # script: file in pretrained/
@@ -92,7 +92,7 @@ def key(row):
 
 def make_reference(args):
     """What samples are compared with, and the F-FID of real images beside it."""
-    data = evaluate.load_real("fashion-mnist", args.data_dir)
+    data = evaluate.load_real("set:fashion-mnist", args.data_dir)
     train, real = data.parts(hold_out=True)
     test = data.parts()[1]
     files = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
@@ -105,7 +105,10 @@ def draw(row, device):
     name = row["name"]
     options = {part: row[part] for part in row if part not in ("name", "weights", "n", "pairs")}
     script = importlib.import_module(name)
-    checkpoint = load_checkpoint(checkpoint_of(name), (CHECKPOINTS[name],))
+    try:
+        checkpoint = load_checkpoint(checkpoint_of(name), (CHECKPOINTS[name],))
+    except InputError as error:
+        raise infer_onnx.InputError(str(error)) from error
     model = script.ema_network(checkpoint, device)
     labels = evaluate.balanced_labels(0, row["n"])
     options["batch_size"] = 200 if device.type == "cpu" else GPU_BATCH
@@ -137,8 +140,9 @@ def table(rows):
     text = "# How to sample, chosen by held-out images\n\n"
     counts = Counter(row["device"] for row in rows)
     devices = " and ".join(f"{device} ({count} samplings)" for device, count in counts.items())
-    text += "`python benchmarks/settings.py --output results/settings`, on "
-    text += f"{devices}.\nN = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every "
+    text += "Some or all settings (`--only`) of `python benchmarks/settings.py --output "
+    text += f"results/settings`, on\n{devices}.\n"
+    text += f"N = {rows[-1]['n']:,}; ±: over sampling seeds.  The reference is every "
     text += "sixth training image, which the\nmodels have seen: they are the included ones.\n\n"
     head = ["model", "solver", "steps", "guidance", "interval", "evaluations", "seeds"]
     head += [report.HEADINGS[name] for name in SCORES]
@@ -247,8 +251,12 @@ def run(args):
         for seed in range(args.seeds):
             for setting in wanted.values():
                 row = setting | {"seed": seed}
-                if key(row) not in kept:
-                    jobs.append(pool.submit(score, row, draw(row, device)))
+                if key(row) in kept:
+                    continue
+                jobs.append(pool.submit(score, row, draw(row, device)))
+                for job in jobs:
+                    if job.done():
+                        job.result()  # or its error, before hours of drawing
         for job in jobs:
             job.result()
     write([*kept.values()], args.output)

@@ -11,7 +11,6 @@ runs/start/, and a stopped one resumes: delete it to begin anew after a change o
 
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import infer_onnx  # noqa: E402
-from benchmarks import pinned, report  # noqa: E402
+from benchmarks import report, run_pinned  # noqa: E402
 
 RUNS = ROOT / "runs/start"
 TENTH = 9  # ankle boots
@@ -44,9 +43,7 @@ def train_line(line, core):
     minutes_of = {name: minutes for name, minutes, _ in line}
 
     def ddim(*words):
-        with (RUNS / f"core{core}.out").open("a") as log:
-            command = [sys.executable, "ddim.py", *map(str, words)]
-            subprocess.run(command, stdout=log, stderr=log, check=True, **pinned(core))
+        run_pinned(["ddim.py", *words], core, RUNS / f"core{core}.out")
 
     for name, minutes, start in line:
         run = RUNS / file_of(name, minutes)
@@ -110,7 +107,7 @@ def run(args):
     args.output.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
 
-    (images, labels), test = evaluate.load_real("fashion-mnist", args.data_dir).parts()
+    (images, labels), test = evaluate.load_real("set:fashion-mnist", args.data_dir).parts()
     extractors = [ROOT / f"pretrained/extractor{i}.onnx" for i in ("", "2")]
     loaded = [evaluate.load_extractor(file, "fashion-mnist", test, 0) for file in extractors]
     boots = write_data(images, labels, np.array(loaded[0][1]["class_names"]))

@@ -21,7 +21,6 @@ import json
 import os
 import queue
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -32,11 +31,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import infer_onnx
-from benchmarks import SCORES, only_table, pinned, report
+from benchmarks import SCORES, only_table, report, run_pinned
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, KEPT, TABLE = ROOT / "runs/trials", ROOT / "results/trials.json", ROOT / "results/trials.md"
 
+SEEDS = (0, 1, 2)  # of training, of runs for the spread
+SEED_FLAGS = ("", *(f"--seed {seed}" for seed in SEEDS[1:]))
 # The changes that became defaults of the scripts.
 TAKEN = {
     "ddim": "--optimizer muon --batch-size 64 --lr 5e-3",
@@ -52,13 +53,12 @@ TRIALS = {
     "gan": ["", "--gamma 0.3"],
     "vae": ["", "--latent-dim 128 --prior-components 5"],
     "distill": [
-        "", "--seed 1", "--seed 2", "--steps 1", "--steps 2", "--steps 8", "--feature-weight 0",
-        "--loss huber", "--teacher-steps 20", "--passes 1", "--passes 16",
+        *SEED_FLAGS, "--steps 1", "--steps 2", "--steps 8", "--feature-weight 0", "--loss huber",
+        "--teacher-steps 20", "--passes 1", "--passes 16",
     ],
 }  # fmt: skip
 TAUGHT = "--teacher pretrained/ddim.pt"
 EPOCHS = {"ddim": 6, "ldm": 7, "gan": 4, "vae": 9}  # of the runs for the spread: ten minutes
-SEEDS = (0, 1, 2)  # of their training
 UNIFORM, LOGNORMAL = "--noise-levels uniform", "--noise-levels lognormal"
 SEEDED = {  # changes tried with the seeds
     "ddim": [UNIFORM, f"{UNIFORM} --prediction eps", "--ema-length 0.04", "--ema-length 0.16"],
@@ -69,10 +69,10 @@ SEEDED = {  # changes tried with the seeds
 # How samples are made for the scores.  Guidance is named, so that rows can be compared when the
 # defaults of the scripts change.
 DRAWN = dict.fromkeys(("gan", "vae"), "--hold-out --num-samples 10000")
-WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 10 --guidance-interval 0:0.8"
-DRAWN |= {"ddim": f"{WALK} --guidance 1.6", "ldm": f"{WALK} --guidance 2.5"}
+WALK = "--hold-out --num-samples 5000 --solver dpm++ --steps 15 --guidance"
+DRAWN |= {"ddim": f"{WALK} 2.2 --guidance-interval 0.25:0.7"}
+DRAWN |= {"ldm": f"{WALK} 2.5 --guidance-interval 0.25:0.8"}
 DRAWN |= {"distill": "--hold-out --num-samples 5000"}
-WALKED, DPM = ("ddim", "ldm"), "dpm_pairs"  # scripts that draw in these steps; older rows did not
 SPACINGS = ("1", "1.3", "2", "dpm_pairs")  # of steps: exponents, or that function
 SPACED = "--hold-out --num-samples 2500"  # where they are tried
 WALKS = (("ddim", 20), ("dpm++", 15))  # solver, steps
@@ -112,11 +112,6 @@ def is_of(trial, name):
     return trial["name"] == name
 
 
-def table_of(trial):
-    """What trials that stand in one table have in common."""
-    return tuple(trial.get(part) for part in ("name", "base", "minutes", "drawn"))
-
-
 def key(trial):
     return tuple(trial.get(part) for part in ("name", "flags", "base", "minutes", "drawn", "model"))
 
@@ -149,9 +144,7 @@ def run_trial(trial, cores):
     place = RUNS / "-".join([name, digest, *(flag.lstrip("-").replace(",", ".") for flag in flags)])
 
     def command(*words):
-        with (RUNS / f"{place.name}.out").open("a") as log:
-            command = [sys.executable, *map(str, words)]
-            subprocess.run(command, stdout=log, stderr=log, check=True, **pinned(core))
+        run_pinned(words, core, RUNS / f"{place.name}.out")
 
     try:
         onnx = place / f"{name}.onnx"
@@ -168,8 +161,7 @@ def run_trial(trial, cores):
     results = json.loads((place / "results/results.json").read_text())
     row, floor = results["rows"][0], results["floor"]["scores"]["ffid"]["mean"]
     log = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
-    walk = {"walk": DPM} if name in WALKED else {}
-    return trial | walk | {
+    return trial | {
         "epochs": log[-1]["epoch"], "processor": results["machine"]["processor"],
         "n": row["n"], "floor": floor, "spread": row["scores"]["ffid"]["spread"],
         "scores": {score: row["scores"][score]["mean"] for score in SCORES},
@@ -191,7 +183,7 @@ def try_spacing(trial):
 
     pairs_of = infer_onnx.dpm_pairs if way == "dpm_pairs" else powers
     model = infer_onnx.load_model(ROOT / "pretrained/ddim.onnx")
-    data = evaluate.load_real("fashion-mnist", None)
+    data = evaluate.load_real("set:fashion-mnist", None)
     _, held_out = data.parts(hold_out=True)
     _, test = data.parts()
     extractor = ROOT / "pretrained/extractor.onnx"
@@ -224,24 +216,38 @@ def spacing_table(trials):
 
 
 def seeded_runs(trials):
-    """{(script, flags): its runs that differ in the seed of training alone, by the seed}."""
-    runs = {(t["name"], t["flags"]): t for t in trials if is_of(t, "spread")}
+    """{(script, samples, flags): its runs that differ in the seed of training alone, by the seed}.
+
+    Runs whose samples were drawn alike follow each other.
+    """
+    runs = {(t["name"], t["drawn"], t["flags"]): t for t in trials if is_of(t, "spread")}
     found = {}
-    for name in TRIALS:
+    for name, drawn in dict.fromkeys(which[:2] for which in runs):
         for flags in ("", *SEEDED.get(name, ())):
-            names = {seed: (name, f"{flags} --seed {seed}".strip()) for seed in SEEDS}
-            found[name, flags] = {seed: runs[names[seed]] for seed in SEEDS if names[seed] in runs}
-    return {key: group for key, group in found.items() if group}
+            names = {seed: (name, drawn, f"{flags} --seed {seed}".strip()) for seed in SEEDS}
+            group = {seed: runs[which] for seed, which in names.items() if which in runs}
+            if group:
+                found[name, drawn, flags] = group
+    return found
+
+
+def spread_of(trials):
+    """(mean F-FID of trials, its standard deviation over that mean), or None: one is missing.
+
+    trials: those that differ in the seed of training alone, one for each of SEEDS.
+    """
+    if len(trials) < len(SEEDS):
+        return None
+    ffids = [trial["scores"]["ffid"] for trial in trials]
+    mean, spread = np.mean(ffids), np.std(ffids, ddof=1)
+    return float(mean), float(spread / mean)
 
 
 def training_spreads(trials):
-    """{(script, flags): (mean F-FID of its runs with other seeds, their spread over that mean)}."""
+    """{(script, flags): spread_of its runs with other seeds, as they were sampled first}."""
     found = {}
-    for which, runs in seeded_runs(trials).items():
-        if len(runs) == len(SEEDS):
-            ffids = [run["scores"]["ffid"] for run in runs.values()]
-            mean, spread = np.mean(ffids), np.std(ffids, ddof=1)
-            found[which] = float(mean), float(spread / mean)
+    for (name, _, flags), runs in seeded_runs(trials).items():
+        found.setdefault((name, flags), spread_of([*runs.values()]))
     return found
 
 
@@ -255,13 +261,11 @@ def spread_table(trials):
     behind = ("ffid2", "recall", "label_accuracy")
     head += [report.HEADINGS[score] for score in behind]
     rows = []
-    spreads = training_spreads(trials)
-    for (name, flags), runs in seeded_runs(trials).items():
-        first, *_ = runs.values()
-        base = f"{first['base']} {flags}".strip()
-        cells = [f"{name}.py", f"`{base}`", f"`{first['drawn']}`"]
+    for (name, drawn, flags), runs in seeded_runs(trials).items():
+        base = " ".join([next(iter(runs.values()))["base"], *flags.split()])
+        cells = [f"{name}.py", f"`{base}`", f"`{drawn}`"]
         cells += [f"{runs[s]['scores']['ffid']:.3f}" if s in runs else "–" for s in SEEDS]
-        mean, spread = spreads.get((name, flags), (None, None))
+        mean, spread = spread_of([*runs.values()]) or (None, None)
         cells += [f"{mean:.3f}", f"{spread:.1%}"] if mean else ["–", "–"]
         sampling = np.mean([run["spread"] / run["scores"]["ffid"] for run in runs.values()])
         means = [np.mean([run["scores"][score] for run in runs.values()]) for score in behind]
@@ -278,6 +282,8 @@ def script_table(trials, spreads):
     held_out = "--hold-out" in first["drawn"]
     of_then = (first["name"], UNIFORM)
     defaults = UNIFORM if not held_out and of_then in spreads else ""  # of the time of these trials
+    seeded = [trial for trial in trials if trial["flags"] in SEED_FLAGS]
+    known = spread_of(seeded) or spreads.get((first["name"], defaults))
     text = f"## {first['name']}.py{'' if held_out else ', earlier'}\n\n`{first['base']}`, "
     text += f"{first['minutes']:g} minutes on one core of {first['processor']}; "
     text += f"`{first['drawn']}`, two sampling seeds; floor F-FID {first['floor']:.4f}.\n\n"
@@ -287,13 +293,14 @@ def script_table(trials, spreads):
     ffids = {trial["flags"]: trial["scores"]["ffid"] for trial in trials}
     for trial in trials:
         flags, ffid, spread = trial["flags"], trial["scores"]["ffid"], trial["spread"]
-        shorter = [other for other in ffids if flags.startswith(other) and other != flags]
+        shorter = [other for other in ffids if f"{flags} ".startswith(f"{other} ".lstrip())]
+        shorter.remove(flags)
         without = max(shorter, key=len, default=None)
         verdict = ratio = taken = ""
         if without is not None:
             ratio = ffid / ffids[without]
             taken = "yes" if pairs(flags) <= pairs(TAKEN[trial["name"]]) else ""
-            verdict = verdict_of(ratio, spreads.get((trial["name"], defaults)))
+            verdict = "" if trial in seeded else verdict_of(ratio, known)
             ratio = f"{ratio:.2f}"
         cells = [f"`{flags}`" if flags else "none", taken, verdict, ratio]
         cells += [f"{trial['epochs']:.1f}", f"{ffid:.3f} ± {spread:.3f}"]
@@ -317,11 +324,11 @@ def verdict_of(ratio, spread):
 LEGEND = """\
 floor: F-FID of real images; excess: F-FID less the floor.  / without: F-FID over that of the
 longest row that the change starts with.  default: what the scripts do today.  better, worse: by
-more than 2 sqrt(2) times the spread over training seeds; open: within that, one run of each cannot
-tell, or the spread was not measured.  ±: over sampling seeds.  Earlier trials trained on all images
-and were chosen by the test images.  A student of distill learns from the included ddim, which has
-seen the held-out images.  Compare within a table: the machine was faster in some.  Rows of ddim and
-ldm were drawn with the steps of time_pairs, before dpm_pairs: draw all anew before one is added.
+more than 2 sqrt(2) times the spread over training seeds, for distill that of the table's own rows;
+open: within that, one run of each cannot tell, or the spread was not measured.  ±: over sampling
+seeds.  Earlier trials trained on all images and were chosen by the test images.  A student of
+distill learns from the included ddim, which has seen the held-out images.  Compare within a table:
+the machine was faster in some.  Samples in 10 steps took those of time_pairs, before dpm_pairs.
 """
 
 
@@ -357,26 +364,21 @@ def build_parser():
     return parser
 
 
-def main():
-    parser = build_parser()
-    args = parser.parse_args()
-    only_table(parser, args)
+def run(args):
+    """Do the trials that are asked for and not done yet, and write the table of all."""
+    only_table(build_parser(), args)
     RUNS.mkdir(parents=True, exist_ok=True)
     trials = plan(args.minutes)
     kept = read_kept()
     names = args.names or [*TRIALS, "steps"]
     flags = args.flags or [trial["flags"] for trial in trials]
     for name in {*names} - {*TRIALS, "steps", "spread"}:
-        parser.error(f"no trials {name!r}: right is one of {', '.join(TRIALS)}, steps, spread")
+        right = ", ".join([*TRIALS, "steps", "spread"])
+        raise infer_onnx.InputError(f"no trials {name!r}: right is one of {right}")
     for given in {*flags} - {trial["flags"] for trial in trials}:
-        parser.error(f"--flags {given!r} are those of no trial")
+        raise infer_onnx.InputError(f"--flags {given!r} are those of no trial")
     wanted = [t for t in trials if key(t) not in kept and any(is_of(t, name) for name in names)]
     wanted = [] if args.table else [trial for trial in wanted if trial["flags"] in flags]
-    rows = [t for t in kept.values() if t["name"] in WALKED and t.get("walk") != DPM]
-    older = {table_of(trial) for trial in rows}
-    for name in sorted({trial["name"] for trial in wanted if table_of(trial) in older}):
-        print(f"left out: trials of {name} whose table has rows drawn by time_pairs")
-    wanted = [trial for trial in wanted if table_of(trial) not in older]
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -396,6 +398,10 @@ def main():
     text = table([*kept.values()])
     report.write_text(text, TABLE)
     print(text)
+
+
+def main(argv=None):
+    return infer_onnx.run_command(build_parser(), run, argv, "stopped; the same command resumes")
 
 
 if __name__ == "__main__":

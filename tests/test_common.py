@@ -514,11 +514,13 @@ def test_a_new_folder_is_named_with_a_slash(module, in_tmp):
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(in_tmp):
     (in_tmp / "full").mkdir()
     (in_tmp / "full/x").touch()
-    (in_tmp / "y.png").mkdir()
+    for name in ("y.png", "out.v2"):
+        (in_tmp / name).mkdir()
     for name, message in (
         ("x.jpg", "must end in .png or .npz, or be a folder"),
         ("full", "holds files"),
-        ("y.png", "folder"),
+        ("y.png", "is a folder: name another"),
+        ("out.v2", "is a folder: name another"),
     ):
         with pytest.raises(InputError, match=message):
             runs.check_output(common.Path(name), [".png", ".npz", ""])

@@ -144,11 +144,11 @@ def test_time_pairs_by_hand():
             pairs_of(1000, steps)
 
 
-@pytest.mark.parametrize(("spread", "lost"), [(0.1, 0.1), (0.2, 0.25)])
+@pytest.mark.parametrize(("spread", "lost"), [(0.1, 0.11), (0.2, 0.27)])
 def test_the_walk_keeps_the_spread_of_what_is_settled_near_noise(spread, lost):
-    """Of brightness ~ N(0, spread^2), whose best prediction is known, 15 steps keep 98 %.
+    """Of brightness ~ N(0, spread^2), whose best prediction is known, 15 steps keep 99 %.
 
-    In the steps of time_pairs a tenth to a quarter is lost.  The brightness is the mean of 1,024
+    In the steps of time_pairs 11 to 27 % is lost.  The brightness is the mean of 1,024
     pixels; 32 times it has noise of variance 1.
     """
     alpha_bars = ddim.make_alpha_bars("cosine", 1000)
@@ -164,8 +164,8 @@ def test_the_walk_keeps_the_spread_of_what_is_settled_near_noise(spread, lost):
         x_T = torch.ones(1).double()
         return ddim.dpm_sample(denoise, x_T, alpha_bars, pairs, "v", False).item() / variance**0.5
 
-    assert kept(ddim.dpm_pairs(1000, 15)) == pytest.approx(1, abs=0.02)
-    assert kept(ddim.time_pairs(1000, 15)) < 1 - lost
+    assert kept(ddim.dpm_pairs(1000, 15)) == pytest.approx(1, abs=0.01)
+    assert kept(ddim.time_pairs(1000, 15)) == pytest.approx(1 - lost, abs=0.005)
 
 
 class Oracle:

@@ -319,7 +319,8 @@ def test_each_walk_of_a_run_has_its_own_noise(tiny_run, in_tmp, monkeypatch):
 
     monkeypatch.setattr(distill, "teacher_walk", spy)
     assert distill.main([*FLAGS, "--teacher", str(tiny_run)]) == 0
-    assert len(seen) == 2 * 3 * 4  # twelve steps, each walk used twice; batches of four
+    grid = 8 * 10  # whose images the log compares with the student's
+    assert len(seen) == grid + 2 * 3 * 4  # twelve steps, each walk used twice; batches of four
     assert len({tuple(x.tolist()) for x in seen}) == len(seen)
 
 
@@ -342,10 +343,10 @@ def test_teacher_and_student_have_the_same_classes_and_the_flags(tiny_run, in_tm
     flags = split("--feature-weight .7 --loss l1 --guidance 3 --compile")
     flags += split("--guidance-interval 0.2 0.6")
     assert distill.main([*FLAGS, *flags, "--teacher", str(tiny_run)]) == 0
-    assert [options for _, options in asked] == [(3.0, 200.0, 600.0)] * 6
+    assert [options for _, options in asked] == [(3.0, 200.0, 600.0)] * 7  # the first: the grid
     assert {(loss, weight) for _, loss, weight in learned} == {("l1", 0.7)}
     assert len(calls) == 12 * 4  # steps of the run, and of the student's walk
-    batches = [y for y, _ in asked]
+    batches = [y for y, _ in asked[1:]]
     assert [y for y, *_ in learned] == [*batches[:3] * 2, *batches[3:] * 2]
     assert {y for batch in batches for y in batch} == {*range(10)}
 
@@ -366,18 +367,22 @@ def test_walks_that_are_learned_from_are_forgotten(tiny_run, in_tmp, monkeypatch
     def spy(*given):
         states = walk(*given)
         made.append(weakref.ref(states[-1]))
-        held.append(sum(ref() is not None for ref in made))
+        held.append(sum(ref() is not None for ref in made[1:]))  # the first is of the grid
         return states
 
     monkeypatch.setattr(distill, "teacher_walk", spy)
     assert distill.main([*FLAGS, "--teacher", str(tiny_run)]) == 0
-    assert len(held) == 6 and max(held) <= 4  # the one that takes the place of the oldest
+    assert len(held) == 7 and max(held) <= 4  # the one that takes the place of the oldest
 
 
 def test_a_teacher_of_fewer_steps_takes_those_of_the_student(tiny_run, in_tmp, capsys):
     flags = ["--steps", "3", "--teacher-steps", "2", "--teacher", str(tiny_run)]
     assert distill.main([*FLAGS, *flags]) == 0
-    assert f"3 steps, guidance {ddim.GUIDANCE:g}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"3 steps, guidance {ddim.GUIDANCE:g}\n" in said and "counts as 1" not in said
+    flags += ["--guidance-interval", "0.001", "0.002"]
+    assert distill.main([*FLAGS, *flags]) == 0
+    assert "counts as 1: no step lies in --guidance-interval" in capsys.readouterr().out
 
 
 def test_a_run_is_that_of_its_flags_and_its_teacher(student, tiny_run):

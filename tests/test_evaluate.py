@@ -372,6 +372,13 @@ def test_broken_data_is_one_line(tmp_path, content, message):
         evaluate.load_real("kmnist", str(tmp_path))
 
 
+def test_files_of_another_named_set_are_refused(tmp_path, monkeypatch):
+    sums = write_idx(tmp_path)
+    monkeypatch.setitem(evaluate.IDX_SETS, "mnist", ("MNIST", None, sums))
+    with pytest.raises(infer_onnx.InputError, match="is of mnist: right is --data mnist"):
+        evaluate.load_real("kmnist", str(tmp_path))
+
+
 def test_data_of_another_sum_or_none_is_refused(tmp_path):
     download = "python ddim.py --train --data mnist downloads them to data/"
     with pytest.raises(infer_onnx.InputError, match=f"--data-dir; {download}"):
@@ -850,6 +857,11 @@ def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch
     assert shards == whole
 
 
+def test_more_shards_than_files_are_refused(workplace, in_tmp, capsys):
+    error = refused(evaluate.main, ["gan", *workplace, "--shard", "4/4"], capsys, alone=False)
+    assert "--shard 4/4: there are 3 files of samples to draw, and as many shards at most" in error
+
+
 def test_settings_follow_the_flags(workplace, capsys):
     flags = ["ddim", "ddim", "--steps", "5,2000,1000", "--guidance", "0,1,2"]
     args = evaluate.build_parser().parse_args(flags)
@@ -926,7 +938,8 @@ def test_intervals_that_are_none_are_refused_in_one_line(flags, message, capsys)
 
 def test_few_or_unequal_samples_are_marked(sets):
     reference = sets[3]
-    assert evaluate.FEW == report.FEW and evaluate.FLOOR_PARTS == report.FLOOR_PARTS
+    for name in ("FEW", "FLOOR_PARTS", "QUERIES"):
+        assert getattr(evaluate, name) == getattr(report, name)
     assert evaluate.marked(400, reference)  # as many as the reference, but few
     reference.features[0], kept = np.zeros((10_000, 1)), reference.features[0]
     assert not evaluate.marked(10_000, reference) and evaluate.marked(5_000, reference)

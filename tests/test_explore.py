@@ -592,6 +592,8 @@ def test_reconstructions_stand_below_the_images(name, draw, capsys, data_dir):
         assert np.array_equal(cell(picture, 0, column), given)
         differences.append(np.abs(cell(picture, 1, column) - given).mean())
     assert np.mean(differences) == pytest.approx(error, abs=0.01)
+    draw("reconstruct", name, "0", "--output", "one.png")
+    assert np.array_equal(pixels("one.png"), picture[:, : CELL + 2])
     draw("reconstruct", name, "0", "3", "--output", "x.npz")
     x = np.load("x.npz")
     assert x["y"].tolist() == data.labels[[0, 3]].repeat(2).tolist()

@@ -662,6 +662,8 @@ def test_a_vae_without_a_fitted_prior(tiny_runs, exports, in_tmp, capsys):
         assert "--prior fitted: this model was" in refused(
             main, [*argv, *fitted], capsys, alone=False
         )
+    with pytest.raises(infer_onnx.InputError, match="--prior fitted: this model was exported"):
+        infer_onnx.sample(infer_onnx.load_model("vae.onnx"), [0], prior="fitted")
 
 
 def test_samples_of_a_range_of_indices_are_those_of_the_whole(exports):

@@ -402,11 +402,47 @@ def test_a_verdict_is_beyond_twice_what_the_ratio_of_two_seeds_varies(ratio, spr
     assert trials.verdict_of(ratio, spread) == verdict  # 2 sqrt(2) 0.1 = 0.283
 
 
+def test_what_is_said_of_students_is_in_the_trials():
+    rows = {
+        t["flags"]: t["scores"]["ffid"]
+        for t in json.loads(trials.KEPT.read_text())
+        if t["name"] == "distill"
+    }
+    section = one_line(
+        RESULTS.split("Students that learned for six minutes")[1].split("That Huber")[0]
+    )
+    for flags in {*rows} - {*trials.SEED_FLAGS}:
+        assert re.search(f"`{flags}`: {rows[flags] / rows['']:.2f} times", section)
+    ffids = [rows[flags] for flags in trials.SEED_FLAGS]
+    assert f"differs by {100 * np.std(ffids, ddof=1) / np.mean(ffids):.0f} %" in section
+    assert rows["--loss huber"] < min(ffids) <= rows["--passes 16"]
+
+
+def test_a_trial_is_compared_with_the_one_without_its_last_change():
+    """By the spread of the table's own seeds; these have no verdict."""
+    ffids = {
+        "": 1.0, "--seed 1": 1.1, "--seed 2": 0.9, "--passes 1": 2.0, "--passes 16": 1.2,
+        "--passes 16 --loss huber": 0.6,
+    }  # fmt: skip
+    about = {"name": "distill", "base": "", "minutes": 1, "processor": "", "floor": 0, "epochs": 1}
+    about |= {"drawn": "--hold-out", "spread": 0}
+    scores = dict.fromkeys(trials.SCORES, 0)
+    rows = [about | {"flags": k, "scores": scores | {"ffid": v}} for k, v in ffids.items()]
+    lines = trials.script_table(rows, {}).splitlines()[-len(ffids) - 1 :]
+    cells = [line.split(" | ")[2:4] for line in lines if line]
+    assert cells == [
+        ["", ""], ["", "1.10"], ["", "0.90"], ["worse", "2.00"], ["open", "1.20"],
+        ["better", "0.50"],
+    ]  # fmt: skip
+
+
 def test_what_is_said_of_noise_levels_is_in_the_trials():
-    runs_of = trials.seeded_runs(json.loads(trials.KEPT.read_text()))
+    seeded = trials.seeded_runs(json.loads(trials.KEPT.read_text()))
 
     def scores(name, flags, score):
-        return [run["scores"][score] for run in runs_of[name, flags].values()]
+        """The scores of a script's runs with flags, as these were sampled first."""
+        first = next(runs for (n, _, f), runs in seeded.items() if (n, f) == (name, flags))
+        return [run["scores"][score] for run in first.values()]
 
     uniform = trials.UNIFORM
     for score in ("ffid", "ffid2"):

@@ -103,6 +103,13 @@ def test_a_folder_is_read_as_for_training(in_tmp, channels, size, background):
         real.load(in_tmp / "all", (channels, size, size), background, False)
 
 
+def test_an_npz_of_x_and_y_has_no_test_images(in_tmp):
+    """Those of another name are not read in training either."""
+    y = np.arange(6)
+    np.savez("x.npz", x=noise(6, 32, 32), y=y, x_test=noise(6, 32, 32), y_test=y)
+    assert real.load(in_tmp / "x.npz", (1, 32, 32), "white", False)[3] is None
+
+
 @pytest.mark.parametrize("shape", [(30, 28, 28), (30, 40, 50, 3), (30, 3, 32, 32)])
 @pytest.mark.parametrize(("channels", "size"), [(1, 32), (3, 64)])
 def test_an_npz_is_read_as_for_training(in_tmp, shape, channels, size):
