@@ -455,6 +455,12 @@ def test_what_is_said_of_noise_levels_is_in_the_trials():
     assert abs(np.subtract(*map(np.mean, ffids))) < np.std(ffids[0], ddof=1)
     few_channels = scores("ldm", f"{trials.LOGNORMAL} --latent-channels 4", "ffid")
     assert len(few_channels) == 2 and max(few_channels) < min(map(min, ffids))
+    changed = scores("vae", "--latent-dim 128 --prior-components 5", "ffid")
+    assert len(changed) == 3 and max(changed) < min(scores("vae", "", "ffid"))
+    drawn = trials.DRAWN["ddim"]
+    for seed, run in seeded["ddim", drawn, "--ema-length 0.04"].items():
+        ratio = run["scores"]["ffid"] / seeded["ddim", drawn, ""][seed]["scores"]["ffid"]
+        assert ratio == pytest.approx(1, abs=0.02)
     page = one_line(RESULTS)
     assert "the default of `ddim` and `ddpm` is `--noise-levels lognormal`" in page
     spreads = trials.training_spreads(json.loads(trials.KEPT.read_text()))
