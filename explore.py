@@ -882,8 +882,8 @@ def add_flags(parser, command, name):
         add("--num-samples", type=number(int, 1, 10_000), default=count,
             help=f"samples of each class, 1 to 10,000 ({count})")
     add("--checkpoint", type=file_path,
-        help="a .pt file or a run's folder (newest run, with ddim and ddpm that of either, else "
-             "the included weights)")
+        help="a .pt file or a run's folder (newest run, for ddim and ddpm that of either "
+             "script, else the included weights)")
     _, _, suffixes = COMMANDS[command]
     kinds = {".npz": ".npz of arrays", "": "a folder of PNGs, as in out/"}
     listed = ", ".join(kinds.get(suffix, suffix) for suffix in suffixes)

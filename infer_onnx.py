@@ -692,7 +692,7 @@ def walk_of(card, steps=None, guidance=None, guidance_interval=None, solver=None
 
 
 def check_use(card, options):
-    """Raise InputError for an option of `sample` that is given and that this model does not use."""
+    """Raise InputError for a given option of `sample` that this model or its file does not have."""
     for_some = set().union(*MODEL_FLAGS.values())
     for key, value in options.items():
         if value is not None and key in for_some and key not in MODEL_FLAGS[card["model"]]:

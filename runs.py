@@ -199,8 +199,8 @@ def run_parser(name, doc, batch_size=64, data=True):
     add("--num-samples", type=number(int, 1, 1_000_000), default=1,
         help="number of images of each class, 1 to 1,000,000 (1)")
     add("--checkpoint", type=file_path,
-        help="a .pt file or a run's folder to sample from (newest run, with ddim and ddpm that of "
-             "either, else the included weights)")
+        help="a .pt file or a run's folder to sample from (newest run, for ddim and ddpm that of "
+             "either script, else the included weights)")
     add("--output", type=output_path,
         help="a .png grid, an .npz of arrays, or a folder for PNGs, as in out/ (NAME_CLASS.png, of "
              "several classes NAME_samples.png)")

@@ -111,8 +111,9 @@ def measure(subject):
 def why(stderr):
     """The last line of what a failed process said, and what to install if a package is missing."""
     last = " ".join(stderr.strip().splitlines()[-1:])
-    missing = last.startswith("ModuleNotFoundError")
-    return last + ": pip install diffusers denoising-diffusion-pytorch" * missing
+    if last.startswith("ModuleNotFoundError"):
+        last += ": pip install diffusers denoising-diffusion-pytorch"
+    return last
 
 
 def compare_speed(rounds):

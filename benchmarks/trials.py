@@ -247,7 +247,8 @@ def training_spreads(trials):
     """{(script, flags): spread_of its runs with other seeds, as they were sampled first}."""
     found = {}
     for (name, _, flags), runs in seeded_runs(trials).items():
-        found.setdefault((name, flags), spread_of([*runs.values()]))
+        if spread := spread_of(runs.values()):
+            found.setdefault((name, flags), spread)
     return found
 
 
@@ -262,11 +263,11 @@ def spread_table(trials):
     head += [report.HEADINGS[score] for score in behind]
     rows = []
     for (name, drawn, flags), runs in seeded_runs(trials).items():
-        base = " ".join([next(iter(runs.values()))["base"], *flags.split()])
+        base = f"{runs[min(runs)]['base']} {flags}".strip()
         cells = [f"{name}.py", f"`{base}`", f"`{drawn}`"]
         cells += [f"{runs[s]['scores']['ffid']:.3f}" if s in runs else "–" for s in SEEDS]
-        mean, spread = spread_of([*runs.values()]) or (None, None)
-        cells += [f"{mean:.3f}", f"{spread:.1%}"] if mean else ["–", "–"]
+        spread = spread_of(runs.values())
+        cells += [f"{spread[0]:.3f}", f"{spread[1]:.1%}"] if spread else ["–", "–"]
         sampling = np.mean([run["spread"] / run["scores"]["ffid"] for run in runs.values()])
         means = [np.mean([run["scores"][score] for run in runs.values()]) for score in behind]
         rows.append([*cells, f"{sampling:.1%}", *(f"{mean:.3f}" for mean in means)])
