@@ -278,19 +278,21 @@ def sample(
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
-    check_options(variance=variance)
     config = config or model.config
     guidance = default_guidance(config) if guidance is None else guidance
     steps = min(STEPS, max_steps(config)) if steps is None else steps
     check_sampling(config, steps, guidance)
+    check_options(variance=variance)
+    pairs = time_pairs(max_steps(config), steps)
     labels = torch.tensor(label_indices(labels, model.class_names))
     device = next(model.parameters()).device
     image_size = config.get("image_size", 32)
     shape = (config["channels"], image_size, image_size)
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
-    length = walk_length(alpha_bars, prediction)
     interval = guided_times(guidance_interval, config["num_timesteps"])
+    if guidance > 1 and not any(interval[0] <= t < interval[1] for t, _ in pairs):
+        print(f"guidance {guidance:g} counts as 1: no step lies in --guidance-interval")
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -301,11 +303,8 @@ def sample(
 
         denoise = guided(model, labels[part].to(device), guidance, *interval)
         x_T = noise()
-        pairs = time_pairs(length, steps)
         x_0 = ddpm_sample(denoise, x_T, alpha_bars, pairs, prediction, variance, clip, noise, trace)
         images.append(x_0.cpu())
-    if guidance > 1 and not any(interval[0] <= t < interval[1] for t, _ in pairs):
-        print(f"guidance {guidance:g} counts as 1: no step lies in --guidance-interval")
     return torch.cat(images)
 
 

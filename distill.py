@@ -243,7 +243,7 @@ def train(args, checkpoint=None):
     num_classes = len(teacher["class_names"])
     grid_labels = torch.arange(min(10, num_classes)).repeat_interleave(8)
     streams = noise_streams(0, range(len(grid_labels)))
-    images = states_of(streams, grid_labels.to(device))[-1]
+    images = states_of(streams, grid_labels.to(device))[-1].cpu()
     check_finite(images)
     data = ImageData(to_uint8(images), grid_labels, teacher["class_names"][:10], args.teacher)
     run = Run(NAME, args, data, checkpoint, walks=WALKS * args.batch_size)
@@ -353,8 +353,8 @@ def build_parser():
         help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps "
              f"({low} {high})")
     add("--teacher-steps", type=number(int, 1, 100_000),
-        help=f"number of steps of the teacher's walk ({TEACHER_STEPS}); it takes more where it "
-             "would not pass all times of the student")
+        help="number of steps of the teacher's walk, 1 to as many as it can take; more where it "
+             f"would not pass all times of the student ({TEACHER_STEPS})")
     add("--passes", type=number(int, 1, 1000), default=4,
         help="how often each walk is used, 1 to 1000 (4)")
     add("--loss", choices=("l2", "l1", "huber"), default="l2",

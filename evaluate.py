@@ -666,7 +666,7 @@ def open_model(args, name):
         message = f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file"
         raise InputError(message) from error
     model = infer_onnx.load_model(path, args.provider, args.threads)
-    for key in ("parameters", "training"):  # what it draws needs neither, its row does
+    for key in ("parameters", "training"):  # to sample needs neither, its row does
         if key not in model.card:
             raise ModelError(f"{path}: no {key} in its metadata")
     if "seconds" not in model.card["training"]:
@@ -1176,7 +1176,7 @@ def score_models(args):
     if args.shard:
         part, of = args.shard
         if len(parts) < of:
-            most = f"there are {len(parts)} files of samples to draw, and as many shards at most"
+            most = f"there are {len(parts)} files of samples, and as many shards at most"
             raise InputError(f"--shard {part}/{of}: {most}")
         sample_shard(cache, parts[part - 1 :: of])
         return
@@ -1243,12 +1243,14 @@ def write_results(args, results, settings, reference, train):
         count = setting.evaluations()
         rows[f"{title}: {count} evaluation{'s' * (count != 1)}"] = shown[:10]
         copied = train[nearest_moved(shown[:20], reference.train)[1]]
-        labels = np.array(balanced_labels(0, len(shown), setting.cycle))
-        report.write_samples(folder, title, shown, copied, class_names, labels)
+        labels, names = np.array(balanced_labels(0, len(shown), setting.cycle)), class_names
+        if is_without_class(setting):
+            labels, names = labels * 0, ["any class"]
+        report.write_samples(folder, title, shown, copied, names, labels)
         if args.tsne:
             features = extract(reference.sessions[0], shown)[0]
             real = reference.features[0][: len(features)]
-            report.write_tsne(folder, title, real, features, class_names, labels)
+            report.write_tsne(folder, title, real, features, names, labels)
     report.write_side_by_side(folder / "side_by_side.png", rows)
     try:
         report.plot_results(results, folder)

@@ -54,6 +54,7 @@ SCRIPTS = {
     "ddpm": ddpm, "ddim": ddim, "ldm": ldm, "distill": distill, "vae": vae, "gan": gan,
 }  # fmt: skip
 DIFFUSION = ("ddpm", "ddim", "ldm", "distill")
+CHANGES = ("inpaint", "edit")  # commands that make samples of an image
 INVERT_STEPS = 100  # default; the error of an inversion falls with the number of steps
 MAP_IMAGES = 5000  # at most so many real images on a map, as its help says
 LOSSES = ("loss", "loss_g", "loss_d", "reconstruction", "kl")  # in a log: some, by the script
@@ -346,7 +347,7 @@ class Trained:
         self.image_size = self.config.get("image_size", 32)
         self.background = self.config.get("background", "white")  # of an older run, none
         self.names = checkpoint["class_names"]
-        self.classes = parse_classes(args.class_, self.names, self.path)
+        self.classes = parse_classes(args.class_ or "all", self.names, self.path)
         self.latent = args.name == "ldm"
         if "hole" in args and args.hole is None:
             args.hole = (0, self.image_size // 2, self.image_size, self.image_size)
@@ -483,7 +484,7 @@ class Trained:
         indices = [name.isdecimal() for name in self.args.images]
         if not any(indices) and (self.args.data or self.args.data_dir):
             raise InputError("--data and --data-dir are for indices of test images: leave them out")
-        given = self.args.class_ != "all" and self.args.command not in ("inpaint", "edit")
+        given = self.args.class_ is not None and self.args.command not in CHANGES
         if given and all(indices):
             raise InputError("--class is for image files: a test image has a class of its own")
         images = []
@@ -499,7 +500,8 @@ class Trained:
                 labels.append(data.labels[int(name)].item())
             else:
                 if len(self.classes) > 1:
-                    raise InputError(f"{name} needs a single --class, that of the image")
+                    whose = "the samples" if self.args.command in CHANGES else "the image"
+                    raise InputError(f"{name} needs a single --class, that of {whose}")
                 options = (self.config["channels"], self.background, self.image_size)
                 image = load_image(name, *options)
                 if (image == image[:, :, :1, :1]).all():
@@ -510,7 +512,7 @@ class Trained:
 
     def target(self, labels):
         """The class of samples made from an image: --class, else the image's; int64 (1,)."""
-        if self.args.class_ == "all":
+        if self.args.class_ is None:
             return labels
         if len(self.classes) > 1:
             raise InputError(f"{self.args.command} needs a single --class")
@@ -832,10 +834,10 @@ def box(text):
 def add_flags(parser, command, name):
     """Add the flags that have an effect on the command with the model `name`."""
     script = SCRIPTS[name]
-    changes = command in ("inpaint", "edit")  # an image to samples
+    changes = command in CHANGES
     reads_images = changes or command in ("invert", "reconstruct", "between")
     samples = command in ("interpolate", "filmstrip", "gif") or (command, name) == ("map", "ldm")
-    parser.set_defaults(images=(), class_="all")
+    parser.set_defaults(images=(), class_=None if reads_images else "all")
     add = parser.add_argument
     # fmt: off
     if reads_images:

@@ -52,7 +52,7 @@ COMPARE_STEPS = 20  # sampling steps of that comparison, at most
 # What a checkpoint holds to resume its run, and --weights leaves out.
 TRAINING_STATE = (
     "weights", "optimizer", "by_tenth", "sums", "discriminator", "optimizer_d", "penalty", "data",
-    "position", "teacher", "walker",  # the last: of older runs
+    "position", "teacher", "fitted", "walker",  # the last: of older runs
 )  # fmt: skip
 
 
@@ -781,11 +781,11 @@ def main(argv=None):
             if takes and (args.checkpoint or args.output or args.sampler or args.weights):
                 flags = "--checkpoint, --output, --sampler or --weights"
                 raise InputError(f"{args.name} takes {takes}: no {flags}")
+            names = [args.name]
             if args.name == "seal":
                 seal(args.file)
-                return 0
-            names = [args.name]
-            if args.name == "all":
+                names = []
+            elif args.name == "all":
                 names = [name for name in NAMES if any(Path("runs").glob(f"*/{name}.pt"))]
                 if not names:
                     example = "python ddim.py --train"
@@ -795,7 +795,8 @@ def main(argv=None):
             for name in names:
                 output = export(name, args.checkpoint, args.output, args.weights, args.sampler)
                 model = shlex.quote(output.as_posix())
-                print(f"Draw without torch:\n  python infer_onnx.py --class all --model {model}")
+                print(f"Sample without torch:\n  python infer_onnx.py --class all --model {model}")
+            sys.stdout.flush()  # or an error: a disk may be full
         except InputError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         except (ParityError, infer_onnx.ModelError, infer_onnx.RunError) as error:

@@ -266,6 +266,8 @@ def train(args, checkpoint=None):
     labels = data.labels.to(device)
     num_classes = len(data.class_names)
     args.widths = args.widths or WIDTHS[args.image_size]
+    if args.image_size == 2 ** len(args.widths) and args.widths[-1] % 2:
+        raise InputError("--widths: the last must be even where the image has become one pixel")
 
     # The generator, the average of its weights that samples come from, and its opponent.
     keys = ("channels", "latent_dim", "widths", "emb_channels", "image_size")

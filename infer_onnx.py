@@ -282,7 +282,7 @@ def read_card(session, path):
 def values_of(card):
     """Whether the values of a card that has all its keys are such as export.py writes: {key: bool}.
 
-    Others would be drawn wrongly, or end in an error that says nothing.
+    Others would be sampled wrongly, or end in an error that says nothing.
     """
 
     def all_of(values, *types):
@@ -311,7 +311,8 @@ def values_of(card):
     falls = all(a > b for a, b in itertools.pairwise(numbers))
     right["alpha_bars"] = falls and len(numbers) > 2
     interval = card["guidance_interval"]
-    right["guidance_interval"] = all_of(interval, int, float) and len(interval) == 2
+    is_pair = all_of(interval, int, float) and len(interval) == 2
+    right["guidance_interval"] = is_pair and 0 <= interval[0] <= interval[1] <= 1
     right["steps"] = is_count(card["steps"], len(numbers) - 2)
     right["guidance"] = isinstance(card["guidance"], int | float) and 0 <= card["guidance"] <= 1000
     right["null_label"] = isinstance(card["null_label"], int)
@@ -1025,7 +1026,7 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
     L = np.zeros((latent_dim, latent_dim), np.float32)
     lower = np.tril_indices(latent_dim)
     for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
-        thresholds = np.cumsum(prior["weights"][y])[:-1]
+        thresholds = np.cumsum(prior["weights"][y][: len(prior["means"][y])])[:-1]
         k = int((stream.random() >= thresholds).sum())
         L[lower] = prior["scales"][y][k]
         codes[i] = prior["means"][y][k] + L @ codes[i]
@@ -1518,10 +1519,10 @@ def add_model_flags(parser):
              "where the network predicts eps; diffusion models only (the model's default)")
     add("--guidance", type=number(float, 0, 1000),
         help="guidance weight, 0 to 1000: 0 ignores the class, 1 is conditional, above 1 guided; "
-             "diffusion models only (the model's default)")
+             "ddpm, ddim and ldm only (the model's default)")
     add("--guidance-interval", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
         help="guidance above 1 acts only at LOW T <= t < HIGH T, T the training timesteps; "
-             "diffusion models only (the model's default)")
+             "ddpm, ddim and ldm only (the model's default)")
     add("--solver", choices=SOLVERS,
         help="sampler: ddim, or dpm++, of second order, for few steps; "
              "ddim and ldm only (the model's default)")

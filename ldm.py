@@ -459,20 +459,23 @@ def sample(
     """
     check_options(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
     check_options(seed=seed, batch_size=batch_size)
-    check_options(eta=eta, solver=solver)
-    if solver == "dpm++" and eta > 0:
-        raise InputError(f"--eta {eta} is for --solver ddim: {solver} is deterministic")
     config = config or model.config
     guidance = default_guidance(config) if guidance is None else guidance
     steps = min(STEPS, max_steps(config)) if steps is None else steps
     check_sampling(config, steps, guidance)
+    check_options(eta=eta, solver=solver)
+    if solver == "dpm++" and eta > 0:
+        raise InputError(f"--eta {eta} is for --solver ddim: {solver} is deterministic")
+    pairs_of = time_pairs if solver == "ddim" else dpm_pairs
+    pairs = pairs_of(max_steps(config), steps)
     labels = torch.tensor(label_indices(labels, model.class_names))
     device = next(model.parameters()).device
     shape = latent_shape(config)
     alpha_bars = schedule_of(config)
     prediction = config["prediction"]
-    length = walk_length(alpha_bars, prediction)
     interval = guided_times(guidance_interval, config["num_timesteps"])
+    if guidance > 1 and not any(interval[0] <= t < interval[1] for t, _ in pairs):
+        print(f"guidance {guidance:g} counts as 1: no step lies in --guidance-interval")
     images = []
     parts = torch.arange(len(labels)).split(batch_size)
     for part in tqdm(parts, unit="batch", disable=len(parts) == 1):
@@ -484,14 +487,10 @@ def sample(
         denoise = guided(model.denoiser, labels[part].to(device), guidance, *interval)
         z_T = noise()
         if solver == "ddim":
-            pairs = time_pairs(length, steps)
             z_0 = ddim_sample(denoise, z_T, alpha_bars, pairs, prediction, eta, False, noise, trace)
         else:
-            pairs = dpm_pairs(length, steps)
             z_0 = dpm_sample(denoise, z_T, alpha_bars, pairs, prediction, False, trace)
         images.append(model.to_images(z_0).cpu())
-    if guidance > 1 and not any(interval[0] <= t < interval[1] for t, _ in pairs):
-        print(f"guidance {guidance:g} counts as 1: no step lies in --guidance-interval")
     return torch.cat(images)
 
 
@@ -748,7 +747,10 @@ def train_denoiser(args, data, device, checkpoint, start, folder, fraction):
         autoencoder = checkpoint["autoencoder"]
         stage_1_seconds = checkpoint["stage_1_seconds"]
     else:
-        path = find_checkpoint(("autoencoder",), args.autoencoder or folder)
+        given = args.autoencoder or folder
+        if not given and args.run_dir and (args.run_dir / "autoencoder.pt").is_file():
+            given = args.run_dir  # which its stage 1 has made
+        path = find_checkpoint(("autoencoder",), given)
         stage_1 = load_checkpoint(path, ("autoencoder",))
         print(f"the autoencoder is {path}")
         autoencoder = stage_1["network"]
@@ -930,7 +932,8 @@ def build_parser():
     add("--stage-1-share", type=number(float, 0.01, 0.99), default=0.2,
         help="fraction of the length of training that stage 1 takes, if both (0.2)")
     add("--autoencoder", type=path_text, metavar="PATH",
-        help="autoencoder.pt, or its folder, for stage 2 alone (with --stage 2: the newest run's)")
+        help="autoencoder.pt, or its folder, for stage 2 alone (with --stage 2: that in --run-dir, "
+             "else the newest run's)")
     add("--latent-channels", type=number(int, 1, 256), default=8,
         help="channels of the latents, a quarter as high and wide as the images, 1 to 256 (8)")
     add("--autoencoder-widths", type=whole_numbers, default=(32, 64),

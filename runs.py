@@ -814,7 +814,8 @@ class Run:
         earlier = checkpoint["seconds"] if checkpoint else 0
         self.clock = self.start - earlier  # as if it had never been interrupted
         self.progress = 0.0
-        if checkpoint and getattr(args, "new_length", False) and self.fraction_done() >= 1:
+        ends = not part or fraction == 1  # after stage 1 of both comes stage 2
+        if checkpoint and ends and getattr(args, "new_length", False) and self.fraction_done() >= 1:
             done = f"{self._epoch():.2f} epochs and {earlier / 60:.1f} minutes"
             raise InputError(f"{self.folder} is already at {done}: give a greater length")
 

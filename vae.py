@@ -267,7 +267,7 @@ def sample_codes(prior, labels, streams, latent_dim, truncation=None):
     L = np.zeros((latent_dim, latent_dim), np.float32)
     lower = np.tril_indices(latent_dim)
     for i, (y, stream) in enumerate(zip(labels, streams, strict=True)):
-        thresholds = np.cumsum(prior["weights"][y])[:-1]
+        thresholds = np.cumsum(prior["weights"][y][: len(prior["means"][y])])[:-1]
         k = int((stream.random() >= thresholds).sum())
         L[lower] = prior["scales"][y][k]
         codes[i] = prior["means"][y][k] + L @ codes[i]
@@ -353,6 +353,8 @@ def train(args, checkpoint=None):
     labels = data.labels.to(device)
     num_classes = len(data.class_names)
     args.widths = args.widths or WIDTHS[args.image_size]
+    if args.image_size == 2 ** len(args.widths) and args.widths[-1] % 2:
+        raise InputError("--widths: the last must be even where the image has become one pixel")
 
     # The network, its optimiser, and the average of its weights that samples come from.
     keys = ("channels", "latent_dim", "widths", "emb_channels", "image_size")
@@ -385,8 +387,11 @@ def train(args, checkpoint=None):
         print("scikit-learn is not installed: the prior will be one Gaussian per class, no mixture")
         components = 1
     quick = min(components, 1)  # while training, one Gaussian will do
+    fitted = checkpoint and checkpoint.get("fitted")  # by how many images, Gaussians for a class
 
     def save(count=2000, components=quick):
+        nonlocal fitted
+        fitted = (count, components)
         # The prior is fitted to codes of `count` of the images, as the averaged weights see them.
         cpu_generator = torch.Generator()
         run.seed(cpu_generator)
@@ -402,7 +407,7 @@ def train(args, checkpoint=None):
             "config": config, "network": network, "class_names": data.class_names,
             "data": data.fingerprint, "weights": model.state_dict(),
             "ema": ema_model.module.state_dict(), "optimizer": optimizer.state_dict(),
-            "sums": sums.tolist(), "prior": prior,
+            "sums": sums.tolist(), "prior": prior, "fitted": fitted,
         }  # fmt: skip
         judged = sample(model=ema_model.module, prior=prior, labels=judged_labels)
         # Active units: Burda et al. 2015 (arXiv:1509.00519), section 5.2.
@@ -410,7 +415,7 @@ def train(args, checkpoint=None):
         run.save(state, grid, grid_labels, (judged, judged_labels), active_units=active_units)
 
     def finish():
-        if components:
+        if components and fitted != (len(images), components):  # else nothing is new
             fitting = f"fitting the prior, {components} Gaussians for a class"
             tqdm.write(f"saved; {fitting} (Ctrl-C skips it, --resume does it later)")
             few = (data.labels.bincount(minlength=num_classes) < 2 * components).sum()

@@ -20,15 +20,13 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluate import FEW, FLOOR_PARTS, QUERIES
 from infer_onnx import (
     Parser, file_path, fold, one_line, to_picture, with_names, written_whole,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ("quality_latency.png", "steps.png", "classes.png")  # of plot_results
-FEW = 2000  # with fewer samples than this, evaluate.py marks a row
-QUERIES = 2000  # samples whose nearest images evaluate.py looks for at most
-FLOOR_PARTS = 30  # disjoint parts of the training images that evaluate.py scores at most
 MOST = 20  # classes in a table, a diagram or a picture; others are left out
 # Columns of the table: (name of the score, heading, format).
 SCORES = (
@@ -218,8 +216,8 @@ NOTES = """\
   N → ∞: the extrapolation of Chong & Forsyth 2020 (arXiv:1911.07023), from parts of the samples; of
   real images it leaves what the {reference:,} {real} images still lack.
 - ±: standard deviation over the sampling seeds of one trained model, of which another training seed
-  gives another: trials.md has the spread over those. For real images: over disjoint parts of
-  the training images, at most {parts}.
+  gives another (results/trials.md has the spread over those, of fashion-mnist). For real images:
+  over disjoint parts of the training images, at most {parts}.
 - (!): fewer than {few:,} samples, or not as many as the {reference:,} {real} images. With fewer
   samples both F-FIDs grow, coverage falls, and the others move a little: compare within this table
   only, and with its floor.
@@ -446,9 +444,11 @@ def main(argv=None):
                 results = json.loads(file.read_text())
             except ValueError as error:
                 raise ValueError(f"{file} is not of evaluate.py ({one_line(error)})") from error
-            if not isinstance(results, dict) or not {"rows", "protocol", "floor"} <= results.keys():
-                raise ValueError(f"{file} is not of evaluate.py")
-            write_text(table(results), folder / "table.md")
+            try:
+                text = table(results)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file} is not of evaluate.py ({one_line(error)})") from error
+            write_text(text, folder / "table.md")
             plot_results(results, folder)
             print(f"wrote {folder}: table.md and diagrams")
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -152,7 +152,7 @@ WRONG_VALUES = [
     ("ddim", "prediction", ["x_0", None]),
     ("ddim", "value_range", [[0, 1]]),
     ("ddim", "alpha_bars", [[0.1, 0.9], [0.9, 0.0], [1.0, 0.5], [], ["a"], None, 0.5]),
-    ("ddim", "guidance_interval", [None, [0], [0, "a"], 0.8]),
+    ("ddim", "guidance_interval", [None, [0], [0, "a"], 0.8, [0.8, 0.2], [0, 7]]),
     ("ddim", "class_names", [[], None, "Sneaker", [1, 2]]),
     ("ddim", "image_shape", [[32, 32], None]),
     ("ddim", "parts", [None, [1], {"a": None}, {"a": {}}]),

@@ -199,7 +199,7 @@ def test_evaluate_and_report_import_torch_and_matplotlib_only_where_they_need_th
         "new_diagram": {"matplotlib"},
         "plot_curves": {"matplotlib"},
     }
-    shared = WITHOUT_TORCH | {"infer_onnx", "benchmarks", "tqdm"}
+    shared = WITHOUT_TORCH | {"infer_onnx", "evaluate", "benchmarks", "tqdm"}
     report = (ROOT / "benchmarks/report.py").read_text()
     for node in [*ast.parse(SOURCES["evaluate"]).body, *ast.parse(report).body]:
         allowed = shared | inside.get(getattr(node, "name", ""), set())
@@ -237,12 +237,22 @@ for name in {[*SOURCES]}:
     assert run_code(code, in_tmp) == "" and list(in_tmp.iterdir()) == []
 
 
+def described_type(parse):
+    """The name of an argparse type, with the range that it has."""
+    name = str(getattr(parse, "__qualname__", parse))
+    if "<locals>" in name:  # a function that runs.number or runs.several returned
+        limits = inspect.getclosurevars(parse).nonlocals
+        parts = ("kind", "low", "high", "above", "parse")
+        name += str([described_type(limits[key]) for key in parts if key in limits])
+    return name
+
+
 def flags(name):
     """dest -> (flags, type, choices, help, default) of a script's parser."""
     parser = __import__(name).build_parser()
     described = {}
     for action in parser._actions:
-        kind = str(getattr(action.type, "__qualname__", action.type))
+        kind = described_type(action.type)
         shown = (action.choices, action.help, action.default)
         described[action.dest] = (action.option_strings, kind, *shown)
     return described
@@ -256,6 +266,8 @@ def test_shared_flags_mean_the_same():
         assert len(shared) > 15
         if "gan" in (a, b):
             shared -= {"loss"}  # a GAN's has other choices
+        if "distill" in (a, b):
+            shared -= {"steps"}  # at most 16
         for dest in shared:
             n = 3 if dest in OWN_DEFAULTS else 5
             assert first[dest][:n] == second[dest][:n], (a, b, dest)
@@ -264,7 +276,8 @@ def test_shared_flags_mean_the_same():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_infer_onnx_flags_are_those_of_the_scripts(name):
     first, second = flags("infer_onnx"), flags(name)
-    for dest in first.keys() & second.keys() - {"output", "help"}:
+    own = {"output", "help"} | ({"steps"} if name == "distill" else set())
+    for dest in first.keys() & second.keys() - own:
         assert first[dest][:3] == second[dest][:3], dest
 
 

@@ -685,6 +685,16 @@ def test_a_run_shows_the_nearest_training_images(workplace, in_tmp, monkeypatch)
     assert np.array_equal(copied, train[indices]) and len({*indices.tolist()}) > 5
 
 
+def test_pictures_of_guidance_0_name_no_class(workplace, in_tmp, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "write_samples", lambda *given: shown.append(given[4:]))
+    flags = ["ddim", *workplace, "--steps", "2", "--guidance", "0,1"]
+    assert evaluate.main(flags) == 0
+    (names, labels), (all_names, all_labels) = shown
+    assert names == ["any class"] and labels.tolist() == [0] * len(labels)
+    assert all_names == CLASSES and {*all_labels.tolist()} == {*range(10)}
+
+
 def test_cached_samples_are_reused(workplace, in_tmp, monkeypatch, capsys):
     assert evaluate.main(["ddim", "gan", *workplace, "--steps", "2"]) == 0
     first = (in_tmp / "results/results.json").read_text()
@@ -859,7 +869,7 @@ def test_shards_merge_into_the_run_of_one_process(workplace, in_tmp, monkeypatch
 
 def test_more_shards_than_files_are_refused(workplace, in_tmp, capsys):
     error = refused(evaluate.main, ["gan", *workplace, "--shard", "4/4"], capsys, alone=False)
-    assert "--shard 4/4: there are 3 files of samples to draw, and as many shards at most" in error
+    assert "--shard 4/4: there are 3 files of samples, and as many shards at most" in error
 
 
 def test_settings_follow_the_flags(workplace, capsys):
@@ -903,6 +913,15 @@ def test_settings_follow_the_flags(workplace, capsys):
     with pytest.raises(infer_onnx.ModelError, match=r"bare\.onnx: no parameters in its metadata"):
         evaluate.find_settings(args, CLASSES)
     assert "gan samples in one evaluation: --steps, " in capsys.readouterr().out
+    for name, changes, flag, said in (
+        ("ddpm", {}, "--solver=ddim", "ddpm has only one sampler: --solver is ignored"),
+        ("ddim", {"guidance_fixed": True}, "--guidance=9", "ddim supports only guidance 2.2"),
+    ):
+        card = infer_onnx.load_model(ROOT / f"pretrained/{name}.onnx", "cpu").card | changes
+        args = evaluate.build_parser().parse_args([name, flag])
+        [options] = evaluate.setting_options(args, name, card)
+        assert options == {"steps": card["steps"], "guidance": card["guidance"]}
+        assert said in capsys.readouterr().out
     every = evaluate.find_settings(evaluate.build_parser().parse_args([]), CLASSES)
     assert [s.name for s in every] == ["gan", "ddim"] and every[0].options == {}
 
@@ -938,8 +957,6 @@ def test_intervals_that_are_none_are_refused_in_one_line(flags, message, capsys)
 
 def test_few_or_unequal_samples_are_marked(sets):
     reference = sets[3]
-    for name in ("FEW", "FLOOR_PARTS", "QUERIES"):
-        assert getattr(evaluate, name) == getattr(report, name)
     assert evaluate.marked(400, reference)  # as many as the reference, but few
     reference.features[0], kept = np.zeros((10_000, 1)), reference.features[0]
     assert not evaluate.marked(10_000, reference) and evaluate.marked(5_000, reference)
@@ -968,6 +985,11 @@ def test_disagreeing_extractors_are_reported():
 def test_bad_input_is_one_line_and_writes_nothing(workplace, in_tmp, capsys, argv, message):
     error = refused(evaluate.main, [*workplace, *argv], capsys, alone=False)
     assert message in error and not (in_tmp / "results").exists()
+
+
+def test_real_images_are_written_for_one_model(in_tmp, capsys):
+    error = refused(evaluate.main, ["gan", "ddim", "--export-real", "x/"], capsys)
+    assert "writes images as one model has them" in error and list(in_tmp.iterdir()) == []
 
 
 def test_cas_needs_a_class(workplace, in_tmp, capsys):

@@ -63,6 +63,12 @@ FAULTS = {
 }
 
 
+SAID = {  # of the others: that the file is no checkpoint
+    "a newer format": f"has checkpoint format {runs.FORMAT + 1}",
+    "another script": "is a checkpoint of vqgan",
+    "no network": "it lacks network",
+    "no weights": "it lacks ema",
+}
 # One function reads them for all scripts: each fault once, and one in each script.
 CASES = [(name, "no network") for name in ("vae", "gan", "ldm")]
 CASES += [("ddim", fault) for fault in FAULTS]
@@ -83,7 +89,8 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_left_as_it_is(
         (script.main, ["--resume", "--run-dir", "run", "--epochs", "9"]),
         (export.main, [name, "--checkpoint", "run"]),
     ):
-        assert f"{name}.pt" in refused(main, argv, capsys, alone=False)
+        error = refused(main, argv, capsys, alone=False)
+        assert f"{name}.pt" in error and SAID.get(fault, "is not a checkpoint of") in error
     assert path.read_bytes() == before and {p.name for p in in_tmp.iterdir()} == {"run"}
     assert not list(Path("run").glob("*.onnx"))
 

@@ -140,6 +140,19 @@ def test_the_second_stage_takes_the_newest_autoencoder(in_tmp, data_dir, capsys)
     said = capsys.readouterr().out
     assert "the autoencoder is runs/ldm-2/autoencoder.pt" in said
     assert Path("runs/ldm-3/ldm.pt").is_file()
+    # beside a first stage, its autoencoder
+    assert ldm.main([*flags, "--stage", "2", "--run-dir", "runs/ldm"]) == 0
+    assert "the autoencoder is runs/ldm/autoencoder.pt" in capsys.readouterr().out
+
+
+def test_the_second_stage_follows_a_first_that_is_longer_than_its_share(in_tmp, data_dir, capsys):
+    flags = ["--train", "--epochs", "2", "--data-dir", data_dir, *TINY_FLAGS["ldm"]]
+    assert ldm.main([*flags, "--stage", "1"]) == 0
+    shorter = ["--resume", "--stage", "1", "--epochs", "1"]
+    assert "is already at 2.00 epochs" in refused(ldm.main, shorter, capsys, alone=False)
+    assert ldm.main(["--resume", "--stage", "both", "--epochs", "4"]) == 0
+    files = [f"runs/ldm/{name}.pt" for name in ("autoencoder", "ldm")]
+    assert [torch.load(file, weights_only=True)["step"] for file in files] == [6, 10]
 
 
 @pytest.mark.parametrize("flags", ["--stage 2", "--autoencoder nowhere.pt", "--stage-1-share .5"])
@@ -160,6 +173,7 @@ def test_stage_1_shows_and_judges_images_of_all_classes(in_tmp, monkeypatch):
     monkeypatch.setattr(ldm.Run, "save", lambda run, state, *given, **_: saved.append(given))
     flags = split("--train --stage 1 --epochs 0.05 --data x.npz --batch-size 20")
     assert ldm.main([*flags, *TINY_FLAGS["ldm"][2:]]) == 0
+    assert len(saved) == 2
     for grid, labels, (judged, judged_labels) in saved:
         assert labels.bincount().tolist() == [38, 38] and len(grid) == 76  # every ninth of 334
         varied = grid[::2].flatten(1).std(dim=1) > 0  # the real images

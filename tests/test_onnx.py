@@ -1519,10 +1519,16 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_behind_the_output_is_one_line():
+@pytest.mark.parametrize("command", ["infer_onnx.py --list-classes", "export.py seal gan.onnx"])
+def test_a_full_disk_behind_the_output_is_one_line(command, in_tmp):
+    shutil.copy(ROOT / "pretrained/gan.onnx", "gan.onnx")
+    name, *flags = split(command)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, str(ROOT / "infer_onnx.py"), "--list-classes"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / name), *flags], stdout=full, stderr=subprocess.PIPE,
+            text=True, timeout=120, env=environment,
+        )  # fmt: skip
     assert done.returncode == 5 and done.stderr.count("\n") == 1 and "No space" in done.stderr
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 import common
 import ddim
 import ddpm
+import distill
 import gan
 import infer_onnx
 import ldm
@@ -88,17 +89,30 @@ def test_torch_samples_the_golden_picture_with_any_number_of_threads(script):
         assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
 
 
-@pytest.mark.parametrize("script", [vae, gan, ldm])
-def test_shipped_weights_sample_the_golden_picture(script):
-    checkpoint = runs.load_checkpoint(ROOT / f"pretrained/{script.NAME}.pt", (script.NAME,))
+@pytest.mark.parametrize(
+    ("script", "stem"), [(vae, "vae"), (gan, "gan"), (ldm, "ldm"), (distill, "distill2")]
+)
+def test_shipped_weights_sample_the_golden_picture(script, stem):
+    checkpoint = runs.load_checkpoint(ROOT / f"pretrained/{stem}.pt", (script.NAME,))
     known = {
         "vae": {"prior": checkpoint.get("prior")},
         "ldm": {"config": checkpoint["config"]},
     }.get(script.NAME, {})
     network = script.ema_network(checkpoint, torch.device("cpu"))
     images = script.sample(model=network, labels=torch.tensor([SNEAKER]), **known)
-    golden = np.array(Image.open(ROOT / f"tests/golden/{script.NAME}.png"))[::8, ::8]
+    golden = np.array(Image.open(ROOT / f"tests/golden/{stem}.png"))[::8, ::8]
     assert levels(common.to_uint8(images)[0, 0].numpy(), golden) <= LEVELS
+
+
+@pytest.mark.parametrize(
+    "picture", ["pretrained/ddim.png", *(f"tests/golden/{n}.png" for n in NAMES)]
+)
+def test_pictures_are_of_the_shipped_models(picture):
+    with Image.open(ROOT / picture) as image:
+        said = image.text
+    model = ROOT / f"pretrained/{Path(picture).stem}.onnx"
+    assert said["model_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert said["seed"] == "0"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import ROOT
@@ -199,8 +200,25 @@ def test_the_students_beside_ddim_in_20_steps():
         assert f"{said}time, {best:.1f} times at the best batch sizes" in one_line(RESULTS)
 
 
-def test_the_versions_of_the_onnx_files_are_those_of_export():
+def test_the_onnx_files_are_as_the_table_says():
     assert f"Opset {export.OPSET}, IR version {export.IR_VERSION}, " in README
+    network = ({"x_t": "float32", "t": "int64", "y": "int64"}, "output")
+    codes = ({"z": "float32", "classes": "float32"}, "image")
+    expected = {
+        **dict.fromkeys(("ddpm", "ddim", "distill", "distill2", "ldm"), network),
+        "vae": codes, "gan": codes, "ldm_decoder": ({"z": "float32"}, "image"),
+        "vae_encoder": ({"x": "float32", "classes": "float32"}, "mu"),
+    }  # fmt: skip
+    for stem, (inputs, output) in expected.items():
+        proto = onnx.load(ROOT / f"pretrained/{stem}.onnx")
+        assert [o.version for o in proto.opset_import] == [export.OPSET]
+        assert proto.ir_version == export.IR_VERSION
+        ends = [*proto.graph.input, *proto.graph.output]
+        types = [onnx.TensorProto.DataType.Name(end.type.tensor_type.elem_type) for end in ends]
+        found = {end.name: kind for end, kind in zip(ends, types, strict=True)}
+        kinds = {"float32": "FLOAT", "int64": "INT64"}
+        assert found == {**{k: kinds[v] for k, v in inputs.items()}, output: "FLOAT"}, stem
+        assert {end.type.tensor_type.shape.dim[0].dim_param for end in ends} == {"batch"}
 
 
 def log_of(path):

@@ -72,18 +72,6 @@ def test_a_killed_run_resumes_to_the_state_of_the_unbroken_one(
     assert not list((in_tmp / "broken").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("name", RECOVERED)
-def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(name, unbroken, in_tmp, data_dir):
-    done = forked("term:7", name, *FLAGS[name], "--data-dir", data_dir, "--run-dir", "broken")
-    assert done.returncode == 130, done.stderr
-    said = f"python {name}.py --resume --run-dir broken"
-    assert done.stdout.splitlines()[-1].strip() == said and "Traceback" not in done.stderr
-    assert torch.load(f"broken/{name}.pt", weights_only=True)["step"] == {"ldm": 4}.get(name, 7)
-    assert importlib.import_module(name).main(said.split()[2:]) == 0
-    whole, broken = unbroken(name), state(in_tmp / "broken")
-    assert all(equal(whole[key], broken[key]) for key in whole)
-
-
 @pytest.mark.parametrize(
     ("before", "code", "step"), [([], 130, 7), (["nohup"], 0, 12)], ids=["terminal", "nohup"]
 )

@@ -174,13 +174,18 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
         assert torch.equal(fake, logits[~true].float())
         assert kind == loss
         assert torch.equal(class_of_bar(x[true]), y[true]) and torch.equal(y[true], y[~true])
-        steps.append(len(real))
+        steps.append(y[true])
         told.append({"real_logits": real.mean(), "fake_logits": fake.mean()})
         told[-1]["loss_d"] = discriminator_loss(real, fake, kind)
         return told[-1]["loss_d"]
 
-    def spy_generator(*given):
-        told[-1]["loss_g"] = generator_loss(*given)
+    def spy_generator(real, fake, kind):
+        shown = judged[-2:] if loss == "relativistic" else judged[-1:]
+        assert kind == loss
+        for (x, y, logits), given, true in zip(shown, (fake, real), (False, True), strict=False):
+            assert torch.equal(given, logits.float()) and torch.equal(y, steps[-1])
+            assert (is_real(x) == true).all()
+        told[-1]["loss_g"] = generator_loss(real, fake, kind)
         return told[-1]["loss_g"]
 
     def spy_penalty(discriminator, x, classes):
@@ -194,7 +199,7 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
     monkeypatch.setattr(gan, "gradient_penalty", spy_penalty)
     penalties = ["--penalty-every", "2"] if loss in gan.PENALISED else []
     assert gan.main(flags_of("gan", data_dir, "--loss", loss, *penalties)) == 0
-    assert steps == [20, 20, 20]
+    assert [len(y) for y in steps] == [20, 20, 20]
     once = {"nonsaturating": [True], "relativistic": [True, False]}.get(loss, [])
     assert penalised == 2 * once  # R1 of real images, R2 of fake ones, at steps 0 and 2
     every = lines_of("runs/gan/log.jsonl")
@@ -217,19 +222,29 @@ def test_a_gan_judges_real_images_as_real_and_penalises_where_it_says(
         ("ldm", "--stage 1", [3, 3, 3]),
     ],
 )  # fmt: skip
-def test_the_kl_has_the_weight_asked_for(name, flags, expected, in_tmp, data_dir, monkeypatch):
-    """In each of three steps, also while it grows from 0."""
-    script, leaves = importlib.import_module(name), []
-    kl_divergence = script.kl_divergence
+def test_the_terms_of_a_vae_have_their_weights(
+    name, flags, expected, in_tmp, data_dir, monkeypatch
+):
+    """In each of three steps: the KL's is that asked for, also while it grows from 0."""
+    script = importlib.import_module(name)
+    leaves = {"kl_divergence": [], "reconstruction_loss": []}
 
-    def spy(mu, logvar):
-        leaves.append(torch.zeros((), requires_grad=True))
-        return kl_divergence(mu, logvar) + leaves[-1]
+    def spy_on(term, function):
+        def spy(*given):
+            leaves[term].append(torch.zeros((), requires_grad=True))
+            return function(*given) + leaves[term][-1]
 
-    monkeypatch.setattr(script, "kl_divergence", spy)
+        monkeypatch.setattr(script, term, spy)
+
+    for term in leaves if name == "vae" else ["kl_divergence"]:  # stage 1 of ldm: the next test
+        spy_on(term, getattr(script, term))
     assert script.main(flags_of(name, data_dir, "--kl-weight", "3", *flags.split())) == 0
-    weights = [leaf.grad.item() * 32 * 32 for leaf in leaves if leaf.grad is not None]
+    weights, of_reconstruction = (
+        [leaf.grad.item() * 32 * 32 for leaf in part if leaf.grad is not None]
+        for part in leaves.values()
+    )
     assert weights == pytest.approx(expected)
+    assert of_reconstruction == pytest.approx([1, 1, 1] if name == "vae" else [])
 
 
 def test_the_autoencoder_minimises_distance_and_kl(in_tmp, data_dir, monkeypatch):
@@ -262,13 +277,13 @@ CHANGES = [  # of the stages of an LDM one by one
     *((name, flags) for name in ("ddim", "ldm --stage 2") for flags in (
         "--prediction eps", "--loss l1", "--loss huber", "--schedule linear", "--optimizer adamw",
         "--optimizer adam", "--weight-decay 0.5", "--ema-length 0.4", "--grad-clip 1e-3",
-        "--lr 1e-4", "--label-dropout 1", "--seed 1", "--num-timesteps 50",
+        "--lr 1e-4", "--seed 1", "--num-timesteps 50",
     )),
     ("ddim", "--noise-levels uniform"), ("ddim", "--patch 4"), ("ddim", "--no-attention"),
     ("ddim", "--bf16"), ("ldm --stage 2", "--no-attention"),
     ("ldm --stage 1", "--no-channel-attention"), ("vae", "--bf16"), ("gan", "--bf16"),
     ("ldm --stage 1", "--bf16"), ("ldm --stage 2", "--bf16"),
-    ("ldm --stage 2", "--noise-levels lognormal"), ("ldm", "--stage-1-share 0.6"),
+    ("ldm --stage 2", "--noise-levels lognormal"), ("ldm --stage 2", "--label-dropout 1"),
     *(("ldm --stage 1", flags) for flags in (
         "--kl-weight 5", "--latent-channels 3", "--weight-decay 0.5", "--ema-length 0.4",
         "--grad-clip 1e-3", "--lr 1e-4", "--seed 1",

@@ -4,12 +4,13 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, equal, lines_of, refused
+from conftest import TINY_FLAGS, lines_of, refused
 from torch import distributions
 
 import common
@@ -119,6 +120,13 @@ def test_a_class_of_few_images_stores_one_gaussian():
     assert (found[:, 0] > 1).mean() == pytest.approx(0.25, abs=0.05)
     assert np.allclose(codes_of(mixed, 250), codes_of(prior, 249))
     assert np.allclose(np.cov(codes_of(mixed, 501).T), np.eye(2), atol=0.05)
+    arrays = vae.by_class({key: value.numpy() for key, value in mixed.items()})
+    stream = SimpleNamespace(
+        standard_normal=lambda shape, dtype: np.zeros(shape, dtype),
+        random=lambda: 1 - 2**-30,  # 1 in float32: beyond the end of all weights
+    )
+    for label, own in ((0, mixed["means"][1]), (1, mixed["means"][2])):
+        assert np.allclose(vae.sample_codes(arrays, [label], [stream], 2), own)
 
 
 def test_without_scikit_learn_training_says_so_and_fits_one_gaussian(
@@ -223,25 +231,27 @@ def test_an_exact_or_a_wild_network_leaves_the_losses_finite():
         assert vae.kl_divergence(torch.zeros(1, 3), logvar).isfinite().all()
 
 
-def test_a_finished_run_keeps_its_prior_and_its_log_on_resume(tiny_runs, in_tmp, monkeypatch):
-    """Until the mixture is fitted again, that of the run is not overwritten."""
+def test_a_prior_is_fitted_once_or_after_ctrl_c_or_for_another_number_of_gaussians(
+    tiny_runs, in_tmp, monkeypatch
+):
     shutil.copytree(tiny_runs("vae"), "run")
-    log, before = Path("run/log.jsonl").read_text(), Path("run/vae.pt").read_bytes()
+    files = [Path("run/log.jsonl"), Path("run/vae.pt")]
+    resume, fit_prior, fits = ["--resume", "--run-dir", "run"], vae.fit_prior, []
 
-    def interrupted(*_):
-        assert Path("run/vae.pt").read_bytes() == before
-        raise KeyboardInterrupt
+    def interrupted(codes, labels, num_classes, components, seed):
+        fits.append(components)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        return fit_prior(codes, labels, num_classes, components, seed)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(vae, "fit_prior", interrupted)
-        assert vae.main(["--resume", "--run-dir", "run"]) == 130
-    assert Path("run/vae.pt").read_bytes() == before
-    assert vae.main(["--resume", "--run-dir", "run"]) == 0
-    assert Path("run/log.jsonl").read_text() == log
-    priors = [torch.load(path / "vae.pt", weights_only=True)["prior"] for path in (
-        tiny_runs("vae"), Path("run")
-    )]  # fmt: skip
-    assert equal(*priors)
+    monkeypatch.setattr(vae, "fit_prior", interrupted)
+    before = [path.read_bytes() for path in files]
+    assert vae.main(resume) == 0 and fits == []
+    assert [path.read_bytes() for path in files] == before
+    assert vae.main([*resume, "--prior-components", "3"]) == 130 and fits == [1, 3]
+    assert vae.main(resume) == 0 and vae.main(resume) == 0 and fits == [1, 3, 3]
+    shape = torch.load("run/vae.pt", weights_only=True)["prior"]["means"].shape
+    assert shape[1] == 3
     assert vae.main(["--resume", "--run-dir", "run", "--prior-components", "0"]) == 0
     kept = torch.load("run/vae.pt", weights_only=True)
     assert kept["prior"] is None and kept["config"]["prior_components"] == 0

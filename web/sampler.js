@@ -224,7 +224,7 @@ export function readCard(name, bytes) {
 
 /** Whether the values of a card are such as export.py writes: {key: boolean}.
 
-    Others would be drawn wrongly, or end in an error that says nothing. */
+    Others would be sampled wrongly, or end in an error that says nothing. */
 function valuesOf(card) {
   const all = (values, type) =>
     Array.isArray(values) && values.every((value) => typeof value === type);
@@ -256,7 +256,8 @@ function valuesOf(card) {
     ...right,
     prediction: ["eps", "v"].includes(card.prediction),
     alpha_bars: falls && alphaBars.length > 0,
-    guidance_interval: all(interval, "number") && interval.length === 2,
+    guidance_interval: all(interval, "number") && interval.length === 2
+      && interval[0] >= 0 && interval[0] <= interval[1] && interval[1] <= 1,
     steps: isCount(card.steps, alphaBars.length),
     guidance: typeof card.guidance === "number" && card.guidance >= 0 && card.guidance <= 1000,
     null_label: Number.isInteger(card.null_label),
@@ -726,13 +727,14 @@ function fittedPrior({ prior }) {
 function sampleCodes(prior, labels, streams, D) {
   const noise = nextNoise(streams, D);
   if (prior === null) return noise;
-  const { components, first, weights, means, scales } = prior;
+  const { components, first, total: mixtures, weights, means, scales } = prior;
   const triangle = (D * (D + 1)) / 2; // numbers in L
   const codes = new Float32Array(noise.length);
   labels.forEach((y, i) => {
     const chance = f32(streams[i].nextDouble());
+    const last = (first[y + 1] ?? mixtures) - first[y] - 1; // of this class
     let k = 0;
-    for (let total = weights[y * components]; k < components - 1 && chance >= total; ) {
+    for (let total = weights[y * components]; k < last && chance >= total; ) {
       k += 1;
       total = f32(total + weights[y * components + k]);
     }
