@@ -666,7 +666,7 @@ def open_model(args, name):
         message = f"no model {name!r}: give one of {', '.join(NAMES)}, or an .onnx file"
         raise InputError(message) from error
     model = infer_onnx.load_model(path, args.provider, args.threads)
-    for key in ("parameters", "training"):  # to sample needs neither, its row does
+    for key in ("parameters", "training"):  # sampling needs neither, its row does
         if key not in model.card:
             raise ModelError(f"{path}: no {key} in its metadata")
     if "seconds" not in model.card["training"]:
@@ -1243,7 +1243,8 @@ def write_results(args, results, settings, reference, train):
         count = setting.evaluations()
         rows[f"{title}: {count} evaluation{'s' * (count != 1)}"] = shown[:10]
         copied = train[nearest_moved(shown[:20], reference.train)[1]]
-        labels, names = np.array(balanced_labels(0, len(shown), setting.cycle)), class_names
+        labels = np.array(balanced_labels(0, len(shown), setting.cycle))
+        names = class_names
         if is_without_class(setting):
             labels, names = labels * 0, ["any class"]
         report.write_samples(folder, title, shown, copied, names, labels)

@@ -387,7 +387,7 @@ def train(args, checkpoint=None):
         print("scikit-learn is not installed: the prior will be one Gaussian per class, no mixture")
         components = 1
     quick = min(components, 1)  # while training, one Gaussian will do
-    fitted = checkpoint and checkpoint.get("fitted")  # by how many images, Gaussians for a class
+    fitted = checkpoint and checkpoint.get("fitted")  # (images, Gaussians for a class) of the prior
 
     def save(count=2000, components=quick):
         nonlocal fitted
