@@ -13,7 +13,7 @@ from shlex import split
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_NETWORK, refused
+from conftest import ROOT, TINY, TINY_NETWORK, refused
 from PIL import Image
 
 import common
@@ -305,8 +305,10 @@ def test_dpm_solver_finds_the_image_that_the_network_knows(prediction):
 @pytest.mark.parametrize("script", [ddim, ldm])
 @pytest.mark.parametrize(("solver", "eta"), [("dpmpp", 0.0), ("DDIM", 0.0), ("dpm++", 0.5)])
 def test_a_solver_that_does_not_exist_or_fit_is_refused(script, solver, eta):
+    path = ROOT / f"pretrained/{script.NAME}.pt"
+    config = torch.load(path, weights_only=True)["config"]
     with pytest.raises(InputError, match=r"is not one of ddim, dpm|is for --solver ddim"):
-        script.sample(model=None, config=None, labels=None, solver=solver, eta=eta)
+        script.sample(model=None, config=config, labels=None, solver=solver, eta=eta)
 
 
 def test_dpm_solver_is_of_second_order():
