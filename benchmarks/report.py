@@ -442,11 +442,8 @@ def main(argv=None):
             file = folder / "results.json"
             try:
                 results = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file} is not of evaluate.py ({one_line(error)})") from error
-            try:
                 text = table(results)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file} is not of evaluate.py ({one_line(error)})") from error
             write_text(text, folder / "table.md")
             plot_results(results, folder)

@@ -732,7 +732,7 @@ function sampleCodes(prior, labels, streams, D) {
   const codes = new Float32Array(noise.length);
   labels.forEach((y, i) => {
     const chance = f32(streams[i].nextDouble());
-    const last = (first[y + 1] ?? mixtures) - first[y] - 1; // of this class
+    const last = (first[y + 1] ?? mixtures) - first[y] - 1; // k of this class's last Gaussian
     let k = 0;
     for (let total = weights[y * components]; k < last && chance >= total; ) {
       k += 1;
